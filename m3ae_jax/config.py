@@ -1,0 +1,444 @@
+"""The configuration: its defaults, its checks, and the values that follow from it.
+
+A config file (``configs/*.py``) starts from `default` and changes fields; the command line changes more
+(``--config.model.text_mask_ratio=0.9``); `resolve` then checks everything and fills in what follows.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.errors import UserError, one_of
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    # width, depth, heads of the encoder; the decoder is always 512 / 8 / 16 (paper and reference, section 1.3)
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+MODALITIES = ("image", "text")
+DURATION_UNITS = ("steps", "examples", "epochs")
+
+CC12M_MEAN = (0.5762, 0.5503, 0.5213)
+CC12M_STD = (0.3207, 0.3169, 0.3307)
+
+
+def default() -> ConfigDict:
+    """The paper's recipe for the base size: every field that exists, with its default and meaning."""
+    c = ConfigDict()
+    c.seed = 42  # of parameters, order, augmentation, masks and dropout
+    c.objective = "m3ae"  # a name under objectives/, or an import path "package.module:Class"
+    c.batch_size = 4096  # examples a step, over all devices and hosts
+    c.duration = "100 epochs"  # "N steps", "N examples" or "N epochs"
+    c.init_from = ""  # a run's folder or checkpoint: starts from its weights alone
+
+    c.model = ConfigDict()
+    c.model.size = "base"  # small, base, large, huge; the three encoder fields below win over it
+    c.model.width = 0  # 0: as `size` says
+    c.model.depth = 0
+    c.model.heads = 0
+    c.model.mlp_ratio = 4.0
+    c.model.decoder_width = 512
+    c.model.decoder_depth = 8
+    c.model.decoder_heads = 16
+    c.model.output_head_depth = 0  # 0: one linear layer a modality; n: n hidden layers before it
+    c.model.use_type_embedding = True  # a learned vector a modality, in encoder and decoder
+    c.model.image_mask_ratio = 0.75
+    c.model.text_mask_ratio = 0.75
+    c.model.dropout = 0.0
+    c.model.attention_dropout = 0.0
+    c.model.drop_path = 0.0
+    c.model.compute_dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU; parameters stay float32
+    c.model.unroll = False  # compile the layers one by one instead of as a loop; same parameters
+
+    c.loss = ConfigDict()
+    c.loss.image_weight = 1.0
+    c.loss.text_weight = 0.5
+    c.loss.normalize_patches = (
+        False  # pixel targets with zero mean and unit variance in each patch (MAE's norm_pix_loss)
+    )
+    c.loss.text_average = "example"  # example: mean over captions of each caption's mean; token: mean over tokens
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1.5e-4  # for 256 examples; the peak is this times batch_size / 256
+    c.optimizer.final_learning_rate = 0.0  # where the cosine ends, scaled likewise
+    c.optimizer.warmup = "5 epochs"
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.no_decay = (
+        "bias",
+        "scale",
+        "embedding",
+        "cls_token",
+    )  # parameters whose name ends so are not decayed
+    c.optimizer.clip_norm = 0.0  # global gradient norm; 0: off
+
+    c.data = ConfigDict()
+    c.data.modalities = MODALITIES  # ("image",) is MAE, ("text",) masked language modelling
+    c.data.train = _source("train")
+    c.data.val = _source("val")
+    c.data.scenes = ConfigDict()  # difficulty of the built-in data set
+    c.data.scenes.seed = 0
+    c.data.scenes.image_size = 64
+    c.data.scenes.min_objects = 1
+    c.data.scenes.max_objects = 3
+    c.data.scenes.clutter = 0
+    c.data.image_size = 256
+    c.data.patch_size = 16
+    c.data.image_mean = CC12M_MEAN
+    c.data.image_std = CC12M_STD
+    c.data.crop_scale = (0.2, 1.0)
+    c.data.crop_ratio = (3 / 4, 4 / 3)
+    c.data.flip = True
+    c.data.tokenizer = ""  # FILE.model (SentencePiece), vocab.txt (BERT WordPiece) or "scenes"
+    c.data.max_text_tokens = 64
+    c.data.caption_fraction = 1.0  # share of the training examples that keep their caption
+
+    c.log_every = "50 steps"
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = "1 epochs"
+    c.checkpoint.keep = 2  # newest ones; the best and the last are kept besides
+    c.eval = ConfigDict()
+    c.eval.every = "1 epochs"
+    c.eval.examples = 4096  # of the validation source, the same ones each time
+    c.eval.batch_size = 256
+    c.eval.pictures = 8  # reconstructions drawn at each evaluation; 0: none
+    c.evals = ()  # names under evals/, run at the end of training and with --mode=eval
+    return c
+
+
+def _source(split: str) -> ConfigDict:
+    source = ConfigDict()
+    source.source = "webdataset"  # webdataset or scenes
+    source.path = ""  # a folder of .tar shards, a glob, DIR/{00000..00099}.tar, or several with commas
+    source.split = split  # of scenes: train, val, val_novel
+    source.caption_key = "caption"  # of a .json beside a picture that has no .txt
+    return source
+
+
+def image_only(config: ConfigDict) -> ConfigDict:
+    """Turns an M3AE config into its MAE twin: pictures alone, no type embedding, as the reference trains it."""
+    config.data.modalities = ("image",)
+    config.model.use_type_embedding = False
+    return config
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Separates ``--config.a.b=value`` (or ``--config.a.b value``) from a program's other arguments.
+
+    Returns:
+        The overrides as (path, text), and the remaining arguments.
+
+    Raises:
+        UserError: an override without a value.
+    """
+    overrides, rest, queue = [], [], list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        match = re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, flags=re.DOTALL)
+        if not match:
+            rest.append(argument)
+            continue
+        path, text = match[1], match[2]
+        if text is None:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--config.{path} needs a value, as --config.{path}=VALUE")
+            text = queue.pop(0)
+        overrides.append((path, text))
+    return overrides, rest
+
+
+def apply_overrides(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
+    """Sets fields from the command line's text, checked against the type each field has.
+
+    Raises:
+        UserError: no such field (with the nearest one), a group instead of a field, or a value of another type.
+    """
+    for path, text in overrides:
+        fields = dict(_leaves(config))
+        if path not in fields:
+            raise UserError(_no_such_field(path, list(fields)))
+        group, _, name = path.rpartition(".")
+        target = _get(config, group) if group else config
+        target[name] = _parse_value(path, fields[path], text)
+
+
+def _no_such_field(path: str, names: list[str]) -> str:
+    inside = [name for name in names if name.startswith(path + ".")]
+    if inside:
+        return f"--config.{path} is a group of fields: set one of {', '.join(inside)}"
+    group = path.rpartition(".")[0]
+    siblings = [name for name in names if name.rpartition(".")[0] == group]
+    beside = ", ".join(siblings or sorted({name.split(".")[0] for name in names}))
+    return f"--config.{path}: no such field; did you mean --config.{_nearest(path, names)}? Beside it are: {beside}"
+
+
+def _nearest(path: str, names: list[str]) -> str:
+    """The field most like `path`: one with its last part in another group first, then by the whole."""
+    last = path.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    return difflib.get_close_matches(path, same or names, n=1, cutoff=0.0)[0]
+
+
+def _parse_value(path: str, current: Any, text: str) -> Any:
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(current, int):
+            return int(text)
+        if isinstance(current, float):
+            return float(text)
+        if isinstance(current, tuple):
+            return _parse_tuple(path, text)
+        return text
+    except (ValueError, SyntaxError, KeyError):
+        kinds = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple such as"}
+        example = f" {current!r}" if isinstance(current, tuple) else f" (now {current!r})"
+        raise UserError(f"--config.{path}={text!r} is not {kinds[type(current)]}{example}") from None
+
+
+_NUMBER_TUPLES = ("data.crop_scale", "data.crop_ratio", "data.image_mean", "data.image_std")
+
+
+def _parse_tuple(path: str, text: str) -> tuple[Any, ...]:
+    """A Python tuple or list, or bare items with commas: ``(0.2, 1.0)``, ``image,text``."""
+    numbers = path in _NUMBER_TUPLES
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(v, (int, float) if numbers else str) and not isinstance(v, bool) for v in value):
+        raise ValueError(text)
+    return tuple(map(float, value)) if numbers else value
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# --- saving and loading ------------------------------------------------------------------------------------
+
+
+def load(path: str) -> ConfigDict:
+    """Loads a config: a Python file with ``get_config()``, or the ``config.json`` that a run saved.
+
+    Raises:
+        UserError: no such file (with the nearest one beside it), or it gives no config.
+    """
+    file = Path(path)
+    if not file.is_file():
+        beside = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, beside, n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        found = f" (there are {', '.join(beside)})" if beside else ""
+        raise UserError(f"--config={path!r}: no such file{found}{hint}")
+    if file.suffix == ".json":
+        return from_json(file.read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path!r} is neither a Python file nor a run's config.json")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path!r} has no function get_config()")
+    return module.get_config()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON (tuples become lists; `from_json` turns them back)."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what `to_json` wrote.
+
+    Raises:
+        UserError: a field is unknown to this version, or the text is no JSON object.
+    """
+    try:
+        stored = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"the config is not JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise UserError("the config is not a JSON object")
+    config = default()
+    _merge(config, stored, "")
+    return config
+
+
+def _merge(config: ConfigDict, stored: dict[str, Any], prefix: str) -> None:
+    for key, value in stored.items():
+        if key not in config:
+            near = _nearest(prefix + key, [name for name, _ in _leaves(config)])
+            raise UserError(f"the config's field {prefix}{key} is unknown here; did you mean {near}?")
+        if isinstance(config[key], ConfigDict):
+            if not isinstance(value, dict):
+                raise UserError(f"the config's {prefix}{key}={value!r} should be a group of fields")
+            _merge(config[key], value, f"{prefix}{key}.")
+        else:
+            config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Fields that differ, as (name, value in `a`, value in `b`)."""
+    left, right = dict(_leaves(a)), dict(_leaves(b))
+    return [(name, left.get(name), right.get(name)) for name in right if left.get(name) != right.get(name)]
+
+
+# --- checks and derived values -----------------------------------------------------------------------------
+
+
+def parse_duration(name: str, text: str) -> tuple[float, str]:
+    """Splits "100 epochs" into (100.0, "epochs").
+
+    Raises:
+        UserError: not a positive number and one of steps, examples, epochs.
+    """
+    match = re.fullmatch(r"\s*([\d_.]+(?:e\d+)?)\s*([a-z]+)\s*", str(text))
+    forms = 'a duration is "N steps", "N examples" or "N epochs"'
+    if not match:
+        raise UserError(f"{name}={text!r}: {forms}")
+    unit = match[2] if match[2].endswith("s") else match[2] + "s"
+    if unit not in DURATION_UNITS:
+        raise UserError(f"{one_of(name + ' unit', match[2], DURATION_UNITS)}: {forms}")
+    try:
+        amount = float(match[1])
+    except ValueError:
+        raise UserError(f"{name}={text!r}: {forms}") from None
+    if not math.isfinite(amount):
+        raise UserError(f"{name}={text!r}: {forms}")
+    return amount, unit
+
+
+def steps(name: str, text: str, batch_size: int, examples: int) -> int:
+    """A duration in steps.
+
+    Args:
+        name: the field, for the message.
+        text: the duration.
+        batch_size: examples a step.
+        examples: examples in the training source (an epoch).
+    """
+    amount, unit = parse_duration(name, text)
+    per_step = {"steps": 1.0, "examples": batch_size, "epochs": batch_size / examples}[unit]
+    return round(amount / per_step)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A checked copy with the encoder's size filled in.
+
+    Raises:
+        UserError: a value that cannot work, told by field, value and what is allowed.
+    """
+    c = config.copy_and_resolve_references()
+    _check_values(c)
+    width, depth, heads = SIZES[c.model.size]
+    c.model.width = c.model.width or width
+    c.model.depth = c.model.depth or depth
+    c.model.heads = c.model.heads or heads
+    for name in ("", "decoder_"):
+        width, heads = c.model[name + "width"], c.model[name + "heads"]
+        if width % heads:
+            raise UserError(f"model.{name}width={width} is not divisible by model.{name}heads={heads}")
+        if width % 4:
+            raise UserError(f"model.{name}width={width} is not divisible by 4, as the 2-D sin-cos positions need")
+    if c.data.image_size % c.data.patch_size:
+        raise UserError(f"data.image_size={c.data.image_size} is not divisible by data.patch_size={c.data.patch_size}")
+    return c
+
+
+def _check_values(c: ConfigDict) -> None:
+    if c.model.size not in SIZES:
+        raise UserError(one_of("model.size", c.model.size, SIZES))
+    modalities = tuple(c.data.modalities)
+    if not modalities or any(m not in MODALITIES for m in modalities) or len(set(modalities)) != len(modalities):
+        raise UserError(f"data.modalities={modalities!r}: a non-empty choice of 'image' and 'text'")
+    c.data.modalities = tuple(m for m in MODALITIES if m in modalities)
+    for name, allowed in (
+        ("loss.text_average", ("example", "token")),
+        ("model.compute_dtype", ("auto", "float32", "bfloat16")),
+    ):
+        if _get(c, name) not in allowed:
+            raise UserError(one_of(name, _get(c, name), allowed))
+    for name, low, high in _RANGES:
+        if not low <= _get(c, name) <= high:
+            raise UserError(f"{name}={_get(c, name)!r} is not between {low} and {high}")
+    for name in ("duration", "optimizer.warmup", "log_every", "checkpoint.every", "eval.every"):
+        amount, _ = parse_duration(name, _get(c, name))
+        if amount == 0 and name != "optimizer.warmup":
+            raise UserError(f"{name}={_get(c, name)!r}: must be more than 0")
+    for name, length in (
+        ("data.crop_scale", 2),
+        ("data.crop_ratio", 2),
+        ("data.image_mean", 3),
+        ("data.image_std", 3),
+    ):
+        value = _get(c, name)
+        if len(value) != length or not all(v > 0 or name.endswith("mean") for v in value):
+            raise UserError(f"{name}={value!r}: {length} positive numbers")
+    for name in ("data.crop_scale", "data.crop_ratio"):
+        if _get(c, name)[0] > _get(c, name)[1] or (name.endswith("scale") and _get(c, name)[1] > 1):
+            raise UserError(f"{name}={_get(c, name)!r}: (least, most), shares of the picture at most 1")
+
+
+_BIG = 10**12
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("seed", 0, 2**31 - 1),
+    ("batch_size", 1, _BIG),
+    ("model.width", 0, _BIG),
+    ("model.depth", 0, _BIG),
+    ("model.heads", 0, _BIG),
+    ("model.mlp_ratio", 0.01, _BIG),
+    ("model.decoder_width", 4, _BIG),
+    ("model.decoder_depth", 1, _BIG),
+    ("model.decoder_heads", 1, _BIG),
+    ("model.output_head_depth", 0, 100),
+    ("model.image_mask_ratio", 0.0, 0.95),
+    ("model.text_mask_ratio", 0.0, 0.95),
+    ("model.dropout", 0.0, 0.99),
+    ("model.attention_dropout", 0.0, 0.99),
+    ("model.drop_path", 0.0, 0.99),
+    ("loss.image_weight", 0.0, _BIG),
+    ("loss.text_weight", 0.0, _BIG),
+    ("optimizer.learning_rate", 0.0, _BIG),
+    ("optimizer.final_learning_rate", 0.0, _BIG),
+    ("optimizer.b1", 0.0, 0.999999),
+    ("optimizer.b2", 0.0, 0.999999),
+    ("optimizer.weight_decay", 0.0, _BIG),
+    ("optimizer.clip_norm", 0.0, _BIG),
+    ("data.image_size", 1, _BIG),
+    ("data.patch_size", 1, _BIG),
+    ("data.max_text_tokens", 1, 100_000),
+    ("data.caption_fraction", 0.0, 1.0),
+    ("checkpoint.keep", 1, _BIG),
+    ("eval.examples", 1, _BIG),
+    ("eval.batch_size", 1, _BIG),
+    ("eval.pictures", 0, 1000),
+)
+
+
+def _get(config: ConfigDict, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = value[part]
+    return value

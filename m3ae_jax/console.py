@@ -1,0 +1,90 @@
+"""What a person sees: the project's own lines on the console, everything else in the run's log file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("m3ae_jax")
+
+
+def quiet_environment() -> None:
+    """Asks TensorFlow and XLA to keep their start-up noise to themselves; call before they are imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # also: bit-equal results from run to run
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def start_logging() -> None:
+    """Sends the project's lines to standard output, warnings of other libraries nowhere (until `log_to`)."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.handlers = [logging.NullHandler()]
+
+
+def log_to(path: Path) -> None:
+    """Appends everything, the libraries' lines too, to a file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    log.addHandler(handler)
+    with contextlib.suppress(ImportError):
+        from absl import logging as absl_logging
+
+        absl_logging.set_verbosity(absl_logging.INFO)
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without the lines its C++ prints before its log level is read, and without its GPUs.
+
+    Raises:
+        ImportError: it is not installed, or broken; then with all that it printed.
+    """
+    with _stderr_kept():
+        import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[None]:
+    """Holds back standard error of this process, native code included; shows it if the block fails."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(saved, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def table(rows: list[tuple[str, object]]) -> str:
+    """Aligned ``name  value`` lines."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def duration(seconds: float) -> str:
+    """``3h12m``, ``4m05s`` or ``12s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

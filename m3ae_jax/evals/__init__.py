@@ -1,0 +1,87 @@
+"""Evaluations: one file each, run at the end of training or with ``--mode=eval`` on a run's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    from m3ae_jax.train.setup import Setup
+    from m3ae_jax.train.step import TrainState
+
+log = logging.getLogger("m3ae_jax")
+
+NAMES = ("grounding",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        name: the evaluation.
+        scalars: figures, as ``<name>/...``.
+        text: a table for people.
+    """
+
+    name: str
+    scalars: dict[str, float]
+    text: str
+
+    def save(self, folder: Path, step: int) -> None:
+        """Writes ``<name>_<step>.json`` and ``.md``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / f"{self.name}_{step}"
+        place.with_suffix(".json").write_text(json.dumps({"step": step, **self.scalars}, indent=2) + "\n")
+        place.with_suffix(".md").write_text(self.text + "\n")
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises `UserError` for a name that is no evaluation; called before a run begins, not at its end."""
+    for name in names:
+        if name not in NAMES:
+            raise UserError(one_of("evals", name, NAMES))
+
+
+def run(name: str, setup: Setup, state: TrainState) -> Result:
+    """Runs one evaluation on a state's parameters."""
+    evaluation: Any = importlib.import_module(f"m3ae_jax.evals.{name}")
+    return evaluation.evaluate(setup, state)
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """``--mode=eval``: validation losses, pictures and ``config.evals`` of the newest checkpoint in `workdir`.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit the config.
+    """
+    from m3ae_jax.checkpoint.manager import Checkpoints, find
+    from m3ae_jax.config import resolve
+    from m3ae_jax.evals.reconstructions import Reconstructions
+    from m3ae_jax.evals.validation import Validation
+    from m3ae_jax.train.setup import prepare
+
+    setup = prepare(resolve(config))
+    folder, step = find(str(workdir))
+    checkpoints = Checkpoints(folder, keep=10**9)
+    state = checkpoints.restore(step, setup.abstract_state())
+    checkpoints.close()
+    log.info("step %d of %s", step, workdir)
+    losses = Validation(setup)(state)
+    log.info("\n".join(f"  {name}  {value:.4f}" for name, value in losses.items()))
+    results = [Result("validation", losses, "\n".join(f"{k} {v:.4f}" for k, v in losses.items()))]
+    Reconstructions(setup, folder.parent / "evals")(state)
+    for name in setup.config.evals:
+        results.append(run(name, setup, state))
+        log.info(results[-1].text)
+    for result in results:
+        result.save(folder.parent / "evals", step)
+    return {key: value for result in results for key, value in result.scalars.items()}

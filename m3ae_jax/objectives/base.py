@@ -1,0 +1,112 @@
+"""What an objective is: the groups of tokens it asks for, and a loss on them.
+
+An objective is one file, chosen in the config by name or import path. The training loop, the step and the
+checkpointing contain no objective's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from m3ae_jax.data.pipeline import Group
+from m3ae_jax.errors import UserError, one_of
+
+Batch = Mapping[str, Any]
+"""See ``data/pipeline.py``."""
+
+Params = Any
+"""A pytree of parameters, float32."""
+
+Terms = dict[str, tuple[jax.Array, jax.Array]]
+"""``{name: (sum, weight)}``, scalars float32. A weight depends on the batch alone."""
+
+_BUILT_IN = {"m3ae": "m3ae_jax.objectives.m3ae:M3AE"}
+
+
+@flax.struct.dataclass
+class LossOutput:
+    """What `Objective.loss` returns.
+
+    Attributes:
+        terms: parts of the loss, each a sum and its weight, not yet divided.
+        metrics: figures to report, in the same form.
+        aux: what `Objective.update_extra` needs.
+    """
+
+    terms: Terms
+    metrics: Terms
+    aux: Any = None
+
+
+class Objective(Protocol):
+    """The interface of every objective; built as ``Objective(config, vocab_size)``.
+
+    Attributes:
+        groups: what the data pipeline must put into a batch.
+        term_weights: factor of each loss term in the total.
+    """
+
+    groups: tuple[Group, ...]
+    term_weights: dict[str, float]
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters, boxed with their logical axis names."""
+
+    def init_extra(self, params: Params) -> Any:
+        """State beside the parameters (a momentum teacher, a queue); ``{}`` for none."""
+
+    def loss(self, params: Params, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
+        """Loss terms of a batch; ``rng=None`` is deterministic."""
+
+    def update_extra(self, extra: Any, new_params: Params, aux: Any, step: jax.Array) -> Any:
+        """The next `extra`, after the optimizer."""
+
+    def targets(self, batch: Batch) -> dict[str, jax.Array]:
+        """What is asked back, ``{group: [B, K, ...]}``."""
+
+    def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Predictions for `targets`, deterministic: ``{group: [B, K, ...] float32}``."""
+
+    def encode(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Features of a batch's visible tokens: ``{"cls": [B, D], group: [B, V, D]}``."""
+
+
+def build(config: ConfigDict, vocab_size: int) -> Objective:
+    """The objective that ``config.objective`` names.
+
+    Args:
+        config: the resolved config.
+        vocab_size: token ids; 0 without text.
+
+    Raises:
+        UserError: no such objective, or it cannot be imported.
+    """
+    path = _BUILT_IN.get(config.objective, config.objective)
+    module, _, name = path.partition(":")
+    if not name:
+        raise UserError(
+            one_of("objective", config.objective, _BUILT_IN) + ' (or an import path "package.module:Class")'
+        )
+    try:
+        return getattr(importlib.import_module(module), name)(config, vocab_size)
+    except (ImportError, AttributeError) as error:
+        if config.objective in _BUILT_IN:
+            raise
+        raise UserError(f"objective={config.objective!r} cannot be imported: {error}") from None
+
+
+def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """``total / weight``; 0 where there is no weight, and then no gradient either."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def total_loss(terms: Terms, term_weights: Mapping[str, float]) -> jax.Array:
+    """The weighted sum of the terms' means, a scalar float32."""
+    return sum((term_weights[name] * mean(*term) for name, term in terms.items()), jnp.float32(0.0))

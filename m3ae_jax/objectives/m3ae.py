@@ -1,0 +1,177 @@
+"""M3AE (arXiv 2205.14204): restore hidden patches and words from the visible ones.
+
+With pictures alone this is MAE, with text alone masked language modelling. Legend: ``B`` batch, ``K`` target
+slots, ``P`` numbers in a patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from m3ae_jax.data.pipeline import Group, grid, token_slots
+from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
+from m3ae_jax.models.transformer import TransformerOptions
+from m3ae_jax.objectives.base import Batch, LossOutput, Params, Terms
+
+
+class M3AE:
+    """The objective; see `objectives.base.Objective` for the methods' contract."""
+
+    def __init__(self, config: ConfigDict, vocab_size: int) -> None:
+        self._config = config
+        slots = token_slots(config)
+        ratios = {"image": config.model.image_mask_ratio, "text": config.model.text_mask_ratio}
+        self.groups = tuple(Group(m, m, slots[m], ratios[m]) for m in config.data.modalities)
+        weights = {"image": config.loss.image_weight, "text": config.loss.text_weight}
+        self.term_weights = {f"{m}_loss": weights[m] for m in config.data.modalities}
+        self.model = MaskedAutoencoder(autoencoder_options(config, vocab_size))
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters, boxed with their logical axis names."""
+
+        def sets(slots: int, group: Group) -> dict[str, jax.Array]:
+            shape = (1, slots, self.model.options.patch_values) if group.modality == "image" else (1, slots)
+            value = jnp.zeros(shape, jnp.float32 if group.modality == "image" else jnp.int32)
+            return {
+                "value": value,
+                "position": jnp.zeros((1, slots), jnp.int32),
+                "valid": jnp.ones((1, slots), bool),
+            }
+
+        visible = {g.name: sets(g.budget[0], g) for g in self.groups}
+        target = {g.name: sets(g.budget[1], g) for g in self.groups}
+        return self.model.init(rng, visible, target)["params"]
+
+    def init_extra(self, params: Params) -> dict[str, Any]:
+        """Nothing beside the parameters."""
+        del params
+        return {}
+
+    def update_extra(self, extra: Any, new_params: Params, aux: Any, step: jax.Array) -> Any:
+        """Nothing to update."""
+        del new_params, aux, step
+        return extra
+
+    def loss(self, params: Params, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
+        """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
+        del extra, step
+        restored = self._restore(params, batch, rng)
+        terms: Terms = {}
+        metrics: Terms = {}
+        for name, target in self.targets(batch).items():
+            valid = batch["groups"][name]["target"]["valid"]
+            if name == "image":
+                error = jnp.mean(jnp.square(restored[name] - target), axis=-1)
+                terms["image_loss"] = _average(error, valid, "example")
+            else:
+                error = optax.softmax_cross_entropy_with_integer_labels(restored[name], target)
+                terms["text_loss"] = _average(error, valid, self._config.loss.text_average)
+                correct = jnp.argmax(restored[name], axis=-1) == target
+                metrics["text_accuracy"] = _average(correct, valid, "token")
+            metrics[f"{name}_targets"] = (jnp.sum(valid, dtype=jnp.float32), jnp.float32(valid.shape[0]))
+        return LossOutput(terms, metrics)
+
+    def targets(self, batch: Batch) -> dict[str, jax.Array]:
+        """`image`: `[B, K, P] float32` in the loss's pixel space; `text`: `[B, K] int32`."""
+        values = {name: group["target"]["value"] for name, group in batch["groups"].items()}
+        if "image" in values:
+            values["image"] = normalize_pixels(values["image"], self._config)
+            if self._config.loss.normalize_patches:
+                values["image"] = normalize_patches(values["image"])
+        return values
+
+    def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """`image`: `[B, K, P]` in the loss's pixel space; `text`: logits `[B, K, vocabulary]`; float32."""
+        return self._restore(params, batch, None)
+
+    def encode(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """``{"cls": [B, D], "image": [B, V, D], "text": [B, V, D]}`` of what is visible."""
+        encoded = self.model.apply({"params": params}, self._visible(batch), method=MaskedAutoencoder.encode)
+        return {"cls": encoded.cls, **encoded.tokens}
+
+    def _restore(self, params: Params, batch: Batch, rng: jax.Array | None) -> dict[str, jax.Array]:
+        target = {name: group["target"] for name, group in batch["groups"].items()}
+        rngs = {} if rng is None else {"dropout": rng}
+        return self.model.apply({"params": params}, self._visible(batch), target, deterministic=rng is None, rngs=rngs)
+
+    def _visible(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+        visible = {name: dict(group["visible"]) for name, group in batch["groups"].items()}
+        if "image" in visible:
+            visible["image"]["value"] = normalize_pixels(visible["image"]["value"], self._config)
+        return visible
+
+
+def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptions:
+    """The model that a resolved config describes."""
+    m = config.model
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if m.compute_dtype == "auto" else m.compute_dtype)
+
+    def stack(width: int, depth: int, heads: int) -> TransformerOptions:
+        return TransformerOptions(
+            width, depth, heads, m.mlp_ratio, m.dropout, m.attention_dropout, m.drop_path, m.unroll, dtype
+        )
+
+    return AutoencoderOptions(
+        encoder=stack(m.width, m.depth, m.heads),
+        decoder=stack(m.decoder_width, m.decoder_depth, m.decoder_heads),
+        modalities=tuple(config.data.modalities),
+        grid=grid(config),
+        patch_values=3 * config.data.patch_size**2,
+        text_tokens=config.data.max_text_tokens,
+        vocab_size=vocab_size,
+        use_type_embedding=m.use_type_embedding,
+        output_head_depth=m.output_head_depth,
+    )
+
+
+def _channels(values: tuple[float, ...], size: int) -> jax.Array:
+    """Per-channel constants for the `size` numbers of a patch, whose last axis is the channel."""
+    return jnp.tile(jnp.asarray(values, jnp.float32), size // len(values))
+
+
+def normalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
+    """`[..., P] uint8` to zero mean and unit variance by the data set's channel statistics (float32).
+
+    Float input is taken as normalised already.
+    """
+    if jnp.issubdtype(patches.dtype, jnp.floating):
+        return patches
+    size = patches.shape[-1]
+    mean, std = _channels(config.data.image_mean, size), _channels(config.data.image_std, size)
+    return (patches.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def denormalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
+    """Inverse of `normalize_pixels`, to `[..., P] uint8`."""
+    size = patches.shape[-1]
+    pixels = patches * _channels(config.data.image_std, size) + _channels(config.data.image_mean, size)
+    return jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of each patch, `[..., 1]`; unbiased, 1e-6 under the root as in MAE's code."""
+    return jnp.mean(patches, -1, keepdims=True), jnp.sqrt(jnp.var(patches, -1, keepdims=True, ddof=1) + 1e-6)
+
+
+def normalize_patches(patches: jax.Array) -> jax.Array:
+    """Zero mean and unit variance within each patch, `[..., P] float32` (arXiv 2111.06377, section 3)."""
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def _average(values: jax.Array, valid: jax.Array, over: str) -> tuple[jax.Array, jax.Array]:
+    """(sum, weight) of `[B, K]` values over valid slots.
+
+    ``token``: every valid slot counts the same. ``example``: every example that has one counts the same.
+    """
+    count = jnp.sum(valid, axis=-1, dtype=jnp.float32)
+    per_example = jnp.sum(jnp.where(valid, values, 0.0), axis=-1, dtype=jnp.float32)
+    if over == "token":
+        return jnp.sum(per_example), jnp.sum(count)
+    return jnp.sum(per_example / jnp.maximum(count, 1.0)), jnp.sum(count > 0, dtype=jnp.float32)

@@ -1,0 +1,300 @@
+"""The training loop: the order of events, and nothing of what a model or an objective is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3ae_jax import config as config_lib
+from m3ae_jax import console, evals
+from m3ae_jax.checkpoint.init_from import take_weights
+from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.errors import UserError
+from m3ae_jax.evals.reconstructions import Reconstructions
+from m3ae_jax.evals.validation import Validation, priors
+from m3ae_jax.metrics.writers import MetricWriter, read_rows
+from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.report.pictures import curves
+from m3ae_jax.train.setup import Setup, prepare
+from m3ae_jax.train.step import TrainState, train_step
+
+log = logging.getLogger("m3ae_jax")
+
+FREE_FIELDS = (
+    "log_every",
+    "checkpoint.",
+    "eval.",
+    "evals",
+    "model.unroll",
+    "data.train.path",
+    "data.val.",
+    "init_from",
+)
+"""Fields that may change when a run goes on; any other makes it another run."""
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainState:
+    """Trains, or goes on with, the run in `workdir`.
+
+    Args:
+        config: as loaded and overridden, not yet resolved.
+        workdir: the run's folder; made if missing.
+
+    Raises:
+        UserError: the config, the data or the folder does not fit.
+    """
+    resolved = config_lib.resolve(config)
+    setup = prepare(resolved)
+    _open_workdir(workdir, resolved)
+    console.log_to(workdir / "log.txt")
+    checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
+    writer = MetricWriter(workdir, enabled=jax.process_index() == 0)
+    try:
+        return _Loop(setup, workdir, checkpoints, writer).run()
+    finally:
+        checkpoints.close()
+        writer.close()
+
+
+def _open_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the folder and saves the config; refuses a folder whose run has another config."""
+    saved = workdir / "config.json"
+    if saved.exists():
+        stored = config_lib.from_json(saved.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}={new!r} (the run has {old!r})"
+            for name, old, new in config_lib.difference(stored, config)
+            if not name.startswith(FREE_FIELDS)
+        ]
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}. "
+                "Choose another --workdir, or start from its weights with --config.init_from"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config_lib.to_json(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+
+
+class _Loop:
+    def __init__(self, setup: Setup, workdir: Path, checkpoints: Checkpoints, writer: MetricWriter) -> None:
+        self._setup, self._workdir = setup, workdir
+        self._checkpoints, self._writer = checkpoints, writer
+        self._validate = Validation(setup)
+        self._draw = Reconstructions(setup, workdir / "pictures")
+        self._metrics: dict[str, float] = {}
+        self._priors: dict[str, float] = {}
+        self._progress = _Progress(setup)
+
+    def run(self) -> TrainState:
+        """Every step: train, log, evaluate, save; in this order and nowhere else."""
+        setup, state = self._setup, self._first_state()
+        start, total = int(state.step), setup.total_steps
+        if start >= total:
+            log.info("the run has all its %d steps; nothing to train", total)
+            return state
+        step_fn = jax.jit(train_step(setup.objective, setup.optimizer, setup.config.seed), donate_argnums=0)
+        log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
+        if start == 0:
+            self._priors = priors(setup)
+            self._evaluate(state)
+        log.info("compiling the step; then %d steps from step %d", total - start, start)
+        self._progress.start(start)
+        stop = _StopFlag()
+        figures: dict[str, jax.Array] = {}
+        attempts: list[np.ndarray] = []
+        with contextlib.closing(iter(setup.train_batches(start))) as batches:
+            for step in range(start + 1, total + 1):
+                batch = self._progress.waiting(lambda: next(batches), figures)
+                attempts.append(batch["example"]["attempt"])
+                state, figures = step_fn(state, put_batch(batch, setup.mesh))
+                last = step == total or stop.asked
+                if step % log_every == 0 or step == start + 1 or last:
+                    self._log(step, figures, attempts)
+                    attempts = []
+                if step % eval_every == 0 or step == total:
+                    self._evaluate(state)
+                if step % save_every == 0 or last:
+                    self._save(state)
+                if last:
+                    break
+        self._finish(state, stop)
+        return state
+
+    def _first_state(self) -> TrainState:
+        """What the run starts from: 1. its own newest checkpoint, 2. ``init_from``, 3. fresh parameters."""
+        setup = self._setup
+        step = self._checkpoints.latest()
+        if step is not None:
+            self._check_identity(self._checkpoints.meta(step))
+            state = self._checkpoints.restore(step, setup.abstract_state())
+            log.info("going on from step %d of %s", step, self._workdir)
+            return state
+        state = setup.init_state()
+        _log_overview(setup, state)
+        if setup.config.init_from:
+            params, matched = take_weights(state.params, setup.config.init_from)
+            for line in matched.lines():
+                log.info(line)
+            state = state.replace(params=params, extra=setup.objective.init_extra(params))
+        return state
+
+    def _check_identity(self, meta: dict[str, Any]) -> None:
+        for name, now in self._setup.identity().items():
+            if meta[name] != now:
+                raise UserError(
+                    f"{self._workdir}: {name} was {meta[name]!r} and is now {now!r}; the run cannot go on with it. "
+                    "Choose another --workdir, or start from its weights with --config.init_from"
+                )
+
+    def _log(self, step: int, figures: dict[str, jax.Array], attempts: list[np.ndarray]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(figures).items()}
+        tried = np.concatenate(attempts)
+        values["replaced_examples"] = float(tried.sum())
+        values["learning_rate"] = float(self._setup.learning_rate(step - 1))
+        timing = self._progress.interval(step)
+        self._writer.scalars(step, {f"train/{k}": v for k, v in {**values, **timing}.items()} | self._priors)
+        self._priors = {}
+        log.info(self._progress.line(step, values, timing))
+        if (tried >= 1).all():
+            log.warning(
+                "not one picture of the last %d could be read at the first try: is the data right?",
+                tried.size,
+            )
+
+    def _evaluate(self, state: TrainState) -> None:
+        with self._progress.paused():
+            self._metrics = self._validate(state)
+            step = int(state.step)
+            self._writer.scalars(step, self._metrics | (self._priors if step == 0 else {}))
+            picture = self._draw(state)
+            if picture is not None:
+                self._writer.image(step, "reconstructions", picture)
+            shown = " ".join(
+                f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items() if "targets" not in k
+            )
+            log.info("  validation at step %d: %s", step, shown)
+            if step == 0 and self._priors:
+                log.info("  to beat: %s", " ".join(f"{k} {v:.4f}" for k, v in self._priors.items()))
+
+    def _save(self, state: TrainState) -> None:
+        with self._progress.paused():
+            meta = {**self._setup.identity(), "config": self._setup.config.to_dict()}
+            self._checkpoints.save(state, meta, self._metrics)
+            self._metrics = {}
+
+    def _finish(self, state: TrainState, stop: _StopFlag) -> None:
+        rows = read_rows(self._workdir, until=int(state.step))
+        curves(rows, self._workdir / "curves.png", str(self._workdir))
+        self._checkpoints.wait()
+        where = self._workdir
+        if stop.asked and int(state.step) < self._setup.total_steps:
+            log.info("stopped at step %d, saved; the same command goes on", int(state.step))
+            return
+        for name in self._setup.config.evals:
+            result = evals.run(name, self._setup, state)
+            self._writer.scalars(int(state.step), result.scalars)
+            log.info(result.text)
+            result.save(where / "evals", int(state.step))
+        log.info("done: checkpoints in %s, curves in %s, pictures in %s", *(where / p for p in _OUTPUTS))
+
+
+_OUTPUTS = ("checkpoints", "curves.png", "pictures")
+
+
+def _log_overview(setup: Setup, state: TrainState) -> None:
+    from clu import parameter_overview
+
+    logging.getLogger("parameters").info("\n%s", parameter_overview.get_parameter_overview(state.params))
+    log.info("%s", console.table(list(setup.derived().items())))
+
+
+class _StopFlag:
+    """Set by SIGTERM or SIGINT, read at step boundaries; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Progress:
+    """Rates between two log lines, evaluation and saving left out."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._batch_size, self._total = setup.config.batch_size, setup.total_steps
+        self._waited = self._pause = 0.0
+        self._first = self._last = (time.perf_counter(), 0)
+
+    def start(self, step: int) -> None:
+        """Begins counting at a step."""
+        self._first = self._last = (time.perf_counter(), step)
+        self._waited = self._pause = 0.0
+
+    def waiting(self, get: Callable[[], Any], figures: dict[str, jax.Array]) -> Any:
+        """Calls `get`; counts its time as waiting for data if the device had run out of work by its end."""
+        begin = time.perf_counter()
+        batch = get()
+        if all(value.is_ready() for value in figures.values()):
+            self._waited += time.perf_counter() - begin
+        return batch
+
+    def paused(self) -> _Pause:
+        """A context whose time does not count."""
+        return _Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        """Leaves `seconds` out of the current interval."""
+        self._pause += seconds
+
+    def interval(self, step: int) -> dict[str, float]:
+        """Figures since the last call, then begins anew."""
+        now = time.perf_counter()
+        seconds = max(now - self._last[0] - self._pause, 1e-9)
+        count = step - self._last[1]
+        rate = {
+            "examples_per_second": count * self._batch_size / seconds,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+            "seconds_per_step": seconds / max(count, 1),
+        }
+        self._last, self._waited, self._pause = (now, step), 0.0, 0.0
+        return rate
+
+    def line(self, step: int, values: dict[str, float], timing: dict[str, float]) -> str:
+        """The one line on the console."""
+        left = console.duration(timing["seconds_per_step"] * (self._total - step))
+        terms = " ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith("loss") or k.endswith("accuracy"))
+        replaced = f" | replaced {values['replaced_examples']:.0f}" if values["replaced_examples"] else ""
+        return (
+            f"step {step}/{self._total} {step / self._total:4.0%} | ETA {left} | "
+            f"{timing['examples_per_second']:.1f} ex/s | {terms} | data wait {timing['data_wait_share']:.0%}{replaced}"
+        )
+
+
+class _Pause:
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.skip(time.perf_counter() - self._begin)

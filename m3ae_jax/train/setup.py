@@ -1,0 +1,162 @@
+"""What a run is made of, put together once: config, data, tokenizer, objective, mesh, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m3ae_jax import evals
+from m3ae_jax.config import resolve, steps, to_json
+from m3ae_jax.data.order import ORDER_VERSION
+from m3ae_jax.data.pipeline import Batches, View, eval_view, train_view
+from m3ae_jax.data.sources import build_source
+from m3ae_jax.data.sources.base import Source
+from m3ae_jax.data.text import Tokenizer, load_tokenizer
+from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import Objective, build
+from m3ae_jax.parallel.mesh import local_rows, make_mesh
+from m3ae_jax.train.optimizer import optimizer, schedule
+from m3ae_jax.train.step import TrainState, abstract_state, init_state
+
+
+@dataclasses.dataclass
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        config: resolved.
+        tokenizer: None without text.
+        total_steps: steps of the whole run.
+        learning_rate: the schedule, of a step.
+    """
+
+    config: ConfigDict
+    train_source: Source
+    val_source: Source
+    tokenizer: Tokenizer | None
+    objective: Objective
+    mesh: Mesh
+    total_steps: int
+    learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    def steps(self, name: str) -> int:
+        """A duration field of the config (``eval.every``) in steps, at least 1."""
+        text = functools.reduce(lambda group, part: group[part], name.split("."), self.config)
+        return max(1, steps(name, text, self.config.batch_size, len(self.train_source)))
+
+    def train_batches(self, start_step: int) -> Batches:
+        """The training batches of this process from a step on."""
+        view = train_view(self.config, self.train_source)
+        return self._batches(self.train_source, view, self.config.batch_size, start_step, self.total_steps)
+
+    @functools.cached_property
+    def val_batches(self) -> Batches:
+        """The fixed validation batches: the same examples, pixels and masks each time."""
+        return self.eval_batches(self.val_source, self.config.eval.examples)
+
+    def eval_batches(self, source: Source, examples: int) -> Batches:
+        """The first `examples` of a source, in order, unaugmented, the last batch padded with invalid examples."""
+        devices = self.mesh.devices.size
+        size = -(-min(self.config.eval.batch_size, examples) // devices) * devices
+        view = eval_view(self.config, source, examples)
+        return self._batches(source, view, size, 0, -(-view.end // size))
+
+    def _batches(self, source: Source, view: View, size: int, start: int, stop: int) -> Batches:
+        return Batches(
+            self.config,
+            self.objective.groups,
+            source,
+            self.tokenizer,
+            view,
+            batch_size=size,
+            rows=local_rows(self.mesh, size),
+            start_step=start,
+            stop_step=stop,
+        )
+
+    def init_state(self) -> TrainState:
+        """A fresh state on the mesh."""
+        return init_state(self.objective, self.optimizer, self.mesh, self.config.seed)
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes and shardings."""
+        return abstract_state(self.objective, self.optimizer, self.mesh, self.config.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the numbers of a run what they are, beside its config."""
+        return {
+            "order_version": ORDER_VERSION,
+            "train_data": self.train_source.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
+        }
+
+    def derived(self) -> dict[str, Any]:
+        """Values that follow from the config, for people to read."""
+        config, boxed = self.config, jax.eval_shape(self.objective.init, jax.random.key(0))
+        return {
+            "steps": self.total_steps,
+            "warmup_steps": steps(
+                "optimizer.warmup", config.optimizer.warmup, config.batch_size, len(self.train_source)
+            ),
+            "peak_learning_rate": config.optimizer.learning_rate * config.batch_size / 256,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(boxed)),
+            "vocab_size": self.tokenizer.vocab_size if self.tokenizer else 0,
+            "tokens (visible, target)": {group.name: group.budget for group in self.objective.groups},
+            "training examples": len(self.train_source),
+            "validation examples": len(self.val_source),
+            "devices": self.mesh.devices.size,
+            **self.identity(),
+        }
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Opens the data and builds the parts that a resolved config names.
+
+    Raises:
+        UserError: the data or the tokenizer is missing, or does not fit the config.
+    """
+    evals.check(tuple(config.evals))
+    train_source, val_source = build_source(config, "train"), build_source(config, "val")
+    tokenizer = None
+    if "text" in config.data.modalities:
+        if not config.data.tokenizer:
+            raise UserError(
+                "data.tokenizer is empty; it takes FILE.model (SentencePiece), a BERT vocab.txt or 'scenes'. To train "
+                f"one: python -m m3ae_jax.data.train_tokenizer --source={config.data.train.source} "
+                f"--path={config.data.train.path or 'DIR'} --output=tokenizer.model"
+            )
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = make_mesh()
+    if config.batch_size % mesh.devices.size:
+        raise UserError(f"batch_size={config.batch_size} is not divisible by the {mesh.devices.size} devices here")
+    examples = len(train_source)
+    total = max(1, steps("duration", config.duration, config.batch_size, examples))
+    learning_rate = schedule(config, total, examples)
+    return Setup(
+        config=config,
+        train_source=train_source,
+        val_source=val_source,
+        tokenizer=tokenizer,
+        objective=build(config, tokenizer.vocab_size if tokenizer else 0),
+        mesh=mesh,
+        total_steps=total,
+        learning_rate=learning_rate,
+        optimizer=optimizer(config, learning_rate),
+    )
+
+
+def describe(config: ConfigDict) -> str:
+    """``--mode=print_config``: the resolved config and what follows from it, as far as its data can be opened."""
+    resolved = resolve(config)
+    try:
+        derived = "\n".join(f"  {name} = {value}" for name, value in prepare(resolved).derived().items())
+    except UserError as error:
+        derived = f"  not known yet: {error}"
+    return f"{to_json(resolved)}\nderived:\n{derived}"

@@ -1,0 +1,57 @@
+"""Packaging of m3ae_jax: dependencies come from requirements.txt, the version from m3ae_jax/__init__.py."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def _requirements() -> list[str]:
+    """The lines of requirements.txt that name a package."""
+    lines = (line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _version() -> str:
+    """`m3ae_jax.__version__`, read as text: importing the package would need its dependencies."""
+    source = (ROOT / "m3ae_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('m3ae_jax/__init__.py has no line __version__ = "..."')
+    return match.group(1)
+
+
+WORDPIECE = ["tokenizers>=0.22,<0.24"]
+
+setup(
+    name="m3ae_jax",
+    version=_version(),
+    description="Multimodal masked pretraining (M3AE and relatives) in JAX, Flax and tf.data",
+    author="The m3ae_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["m3ae_jax", "m3ae_jax.*"]),
+    package_data={"m3ae_jax": ["data/*.model"]},
+    install_requires=_requirements(),
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "wordpiece": WORDPIECE,
+        "dev": [
+            *WORDPIECE,
+            "pytest>=8.4,<10",
+            "pytest-xdist>=3.8,<4",
+            "hypothesis>=6.140,<7",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

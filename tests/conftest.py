@@ -1,0 +1,96 @@
+"""What all tests share: eight CPU devices, golden files, the folder of reference data."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+# Read when the libraries start, so set before either is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+TESTS = Path(__file__).resolve().parent
+
+
+class Golden(Protocol):
+    """Compares `obj` (JSON-able) with `tests/golden/<name>`; see the fixture `golden`."""
+
+    def __call__(self, name: str, obj: Any, *, rtol: float | None = None) -> None: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the files of tests/golden instead of comparing"
+    )
+
+
+def _differences(want: Any, got: Any, rtol: float | None, at: str = "") -> Iterator[str]:
+    """Where two JSON values differ, one line each; numbers may differ by `rtol` of the larger one."""
+    if isinstance(want, dict) and isinstance(got, dict):
+        for key in [*want, *(key for key in got if key not in want)]:
+            if key not in got or key not in want:
+                yield f"{at}.{key}: {'missing' if key in want else 'not in the golden file'}"
+            else:
+                yield from _differences(want[key], got[key], rtol, f"{at}.{key}")
+    elif isinstance(want, list) and isinstance(got, list):
+        if len(want) != len(got):
+            yield f"{at}: {len(got)} items, the golden file has {len(want)}"
+        for i, (w, g) in enumerate(zip(want, got, strict=False)):
+            yield from _differences(w, g, rtol, f"{at}[{i}]")
+    elif not _same(want, got, rtol):
+        yield f"{at}: {got!r}, the golden file has {want!r}"
+
+
+def _same(want: Any, got: Any, rtol: float | None) -> bool:
+    """Whether two JSON leaves are equal, NaN to NaN included."""
+    if isinstance(want, float) and isinstance(got, float) and math.isnan(want) and math.isnan(got):
+        return True
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (want, got))
+    if rtol is not None and numbers:
+        return math.isclose(want, got, rel_tol=rtol)
+    return type(want) is type(got) and bool(want == got)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden(name, obj, rtol=None)` fails unless `obj` equals the JSON file `tests/golden/<name>`.
+
+    Tuples count as lists. With `rtol`, numbers may differ by that share of the larger one. With the flag
+    `--update-golden` the file is rewritten instead.
+    """
+    update = request.config.getoption("--update-golden")
+
+    def compare(name: str, obj: Any, *, rtol: float | None = None) -> None:
+        path = TESTS / "golden" / name
+        got = json.loads(json.dumps(obj))
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(obj, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            return
+        hint = "if it should be so, run pytest with --update-golden and commit the file"
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name} does not exist; {hint}", pytrace=False)
+        lines = list(_differences(json.loads(path.read_text(encoding="utf-8")), got, rtol))
+        if lines:
+            more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+            head = f"tests/golden/{name} differs in {len(lines)} places; {hint}"
+            pytest.fail("\n  ".join([head, *lines[:10], *more]), pytrace=False)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the repository; a test that asks for it is skipped without."""
+    path = TESTS.parent.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the reference data of ../shared, which is not here")
+    return path
