@@ -1,13 +1,16 @@
 """What all tests share: eight CPU devices, golden files, the folder of reference data."""
 
+import io
 import json
 import math
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from PIL import Image
 
 # Read when the libraries start, so set before either is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -93,4 +96,20 @@ def shared() -> Path:
     path = TESTS.parent.parent / "shared"
     if not path.is_dir():
         pytest.skip("needs the reference data of ../shared, which is not here")
+    return path
+
+
+@pytest.fixture
+def tar_shard(tmp_path: Path) -> Path:
+    """A WebDataset shard of 40 small pictures of one colour, each captioned with its number."""
+    path = tmp_path / "shards" / "00000.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for i in range(40):
+            picture = io.BytesIO()
+            Image.new("RGB", (24, 16), (i * 6, 255 - i * 6, i * 3)).save(picture, "PNG")
+            for suffix, data in (("png", picture.getvalue()), ("txt", f"a red circle {i}".encode())):
+                member = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     return path

@@ -11,20 +11,39 @@ def decode(encoded: Any) -> Any:
     """Decodes JPEG, PNG, WebP, GIF (first frame) or BMP to `[h, w, 3] uint8`.
 
     Grey, CMYK and 16-bit pictures become RGB; alpha is dropped; EXIF orientation is not applied, in
-    training and evaluation alike.
+    training and evaluation alike. An animated WebP counts as broken.
 
     Raises:
         tf.errors.InvalidArgumentError: (when the graph runs) the bytes are not a whole picture.
     """
     import tensorflow as tf
 
-    is_webp = tf.strings.regex_full_match(tf.strings.substr(encoded, 0, 16), r"(?s)RIFF.{4}WEBP.*")
+    # \C is any byte; a dot would be a UTF-8 character, which half of all sizes are not.
+    is_webp = tf.strings.regex_full_match(tf.strings.substr(encoded, 0, 16), r"RIFF\C{4}WEBP\C*")
     image = tf.cond(
         is_webp,
-        lambda: tf.image.decode_webp(encoded, channels=3)[0],
+        lambda: _decode_webp(encoded),
         lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
     )
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_webp(encoded: Any) -> Any:
+    """Decodes a WebP still, without its alpha; TensorFlow wants the number of channels that the file has.
+
+    An animation is refused: TensorFlow would decode all its frames, and with ``channels=0`` writes past its buffer.
+    """
+    import tensorflow as tf
+
+    kind = tf.strings.substr(encoded, 12, 4)
+    head = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, 0, 25), tf.uint8), tf.int32)
+    flags = head[20]  # of VP8X: 0x10 alpha, 0x02 animation
+    alpha = ((kind == "VP8X") & (flags & 0x12 == 0x10)) | ((kind == "VP8L") & (head[24] & 0x10 > 0))
+    return tf.cond(
+        alpha,
+        lambda: tf.image.decode_webp(encoded, channels=4)[0, :, :, :3],
+        lambda: tf.image.decode_webp(encoded, channels=3)[0],
+    )
 
 
 def random_resized_crop(

@@ -209,7 +209,8 @@ class _Stages:
 
     def _read_patiently(self, indices: np.ndarray) -> list[Record]:
         """Retries a failing storage, then stops the run: skipping would make two runs differ."""
-        for attempt in range(_READ_TRIES):
+        # Once given up, every candidate of every example under way would be as patient again.
+        for attempt in range(0 if self.failure else _READ_TRIES):
             try:
                 return self._source.read(indices)
             except OSError as error:

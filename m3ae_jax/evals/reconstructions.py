@@ -1,7 +1,8 @@
-"""Pictures of what the model restores: the same validation examples, with the same masks, each time."""
+"""Pictures of what the model restores: the same (validation) examples with the same masks, each time."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ class Reconstructions:
         if not count:
             return None
         if self._batch is None:
-            self._batch = next(iter(self._setup.eval_batches(self._setup.val_source, count)))
+            source = self._setup.val_source or self._setup.train_source
+            with contextlib.closing(iter(self._setup.eval_batches(source, count))) as batches:
+                self._batch = next(batches)
         guesses = jax.device_get(self._reconstruct(state.params, put_batch(self._batch, self._setup.mesh)))
         rows = [self._row(example, guesses) for example in np.flatnonzero(self._batch["example"]["valid"])]
         step = int(state.step)

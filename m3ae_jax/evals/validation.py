@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -29,8 +30,10 @@ class Validation:
         self._step = jax.jit(eval_step(setup.objective))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Loss terms, metrics and the total, as ``val/<name>``."""
+        """Loss terms, metrics and the total, as ``val/<name>``; nothing without validation data."""
         sums: dict[str, Any] = {}
+        if self._setup.val_batches is None:
+            return {}
         for batch in self._setup.val_batches:
             terms = jax.device_get(self._step(state, put_batch(batch, self._setup.mesh)))
             for name, term in terms.items():
@@ -49,15 +52,19 @@ def priors(setup: Setup) -> dict[str, float]:
     batches and the loss's own averages over tokens.
 
     Returns:
-        ``prior/text_loss`` and ``prior/image_loss``, as far as the modality is trained.
+        ``prior/text_loss`` and ``prior/image_loss``, as far as the modality is trained; nothing without
+        validation data.
     """
+    if setup.val_batches is None:
+        return {}
     targets = jax.jit(setup.objective.targets)
     statistics: dict[str, _Statistics] = {}
-    for batch in itertools.islice(setup.train_batches(0), _PRIOR_BATCHES):
-        for name, (value, position, valid) in _targets(targets, batch).items():
-            if name not in statistics:
-                statistics[name] = _Statistics(value, setup)
-            statistics[name].count(value, position, valid)
+    with contextlib.closing(iter(setup.train_batches(0))) as batches:
+        for batch in itertools.islice(batches, _PRIOR_BATCHES):
+            for name, (value, position, valid) in _targets(targets, batch).items():
+                if name not in statistics:
+                    statistics[name] = _Statistics(value, setup)
+                statistics[name].count(value, position, valid)
     sums = {name: np.zeros(2) for name in statistics}
     for batch in setup.val_batches:
         for name, (value, position, valid) in _targets(targets, batch).items():

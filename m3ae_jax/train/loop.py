@@ -182,6 +182,8 @@ class _Loop:
             picture = self._draw(state)
             if picture is not None:
                 self._writer.image(step, "reconstructions", picture)
+            if not self._metrics:
+                return
             shown = " ".join(
                 f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items() if "targets" not in k
             )

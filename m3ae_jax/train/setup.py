@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3ae_jax import evals
+from m3ae_jax import console, evals
 from m3ae_jax.config import resolve, steps, to_json
 from m3ae_jax.data.order import ORDER_VERSION
 from m3ae_jax.data.pipeline import Batches, View, eval_view, train_view
@@ -31,6 +31,7 @@ class Setup:
 
     Attributes:
         config: resolved.
+        val_source: None if no validation data was named.
         tokenizer: None without text.
         total_steps: steps of the whole run.
         learning_rate: the schedule, of a step.
@@ -38,7 +39,7 @@ class Setup:
 
     config: ConfigDict
     train_source: Source
-    val_source: Source
+    val_source: Source | None
     tokenizer: Tokenizer | None
     objective: Objective
     mesh: Mesh
@@ -57,8 +58,10 @@ class Setup:
         return self._batches(self.train_source, view, self.config.batch_size, start_step, self.total_steps)
 
     @functools.cached_property
-    def val_batches(self) -> Batches:
+    def val_batches(self) -> Batches | None:
         """The fixed validation batches: the same examples, pixels and masks each time."""
+        if self.val_source is None:
+            return None
         return self.eval_batches(self.val_source, self.config.eval.examples)
 
     def eval_batches(self, source: Source, examples: int) -> Batches:
@@ -98,22 +101,30 @@ class Setup:
         }
 
     def derived(self) -> dict[str, Any]:
-        """Values that follow from the config, for people to read."""
-        config, boxed = self.config, jax.eval_shape(self.objective.init, jax.random.key(0))
+        """Values that follow from the config and its data, for people to read."""
+        config = self.config
+        warmup = steps("optimizer.warmup", config.optimizer.warmup, config.batch_size, len(self.train_source))
         return {
+            **derived(config, self.tokenizer.vocab_size if self.tokenizer else 0),
             "steps": self.total_steps,
-            "warmup_steps": steps(
-                "optimizer.warmup", config.optimizer.warmup, config.batch_size, len(self.train_source)
-            ),
-            "peak_learning_rate": config.optimizer.learning_rate * config.batch_size / 256,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(boxed)),
-            "vocab_size": self.tokenizer.vocab_size if self.tokenizer else 0,
-            "tokens (visible, target)": {group.name: group.budget for group in self.objective.groups},
+            "warmup_steps": warmup,
             "training examples": len(self.train_source),
-            "validation examples": len(self.val_source),
+            "validation examples": len(self.val_source) if self.val_source else "none: data.val.path is empty",
             "devices": self.mesh.devices.size,
             **self.identity(),
         }
+
+
+def derived(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+    """Values that follow from a resolved config alone."""
+    objective = build(config, vocab_size)
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    return {
+        "peak_learning_rate": config.optimizer.learning_rate * config.batch_size / 256,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "vocab_size": vocab_size,
+        "tokens (visible, target)": {group.name: group.budget for group in objective.groups},
+    }
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -123,7 +134,9 @@ def prepare(config: ConfigDict) -> Setup:
         UserError: the data or the tokenizer is missing, or does not fit the config.
     """
     evals.check(tuple(config.evals))
-    train_source, val_source = build_source(config, "train"), build_source(config, "val")
+    train_source = build_source(config, "train")
+    has_val = config.data.val.path or config.data.val.source == "scenes"
+    val_source = build_source(config, "val") if has_val else None
     tokenizer = None
     if "text" in config.data.modalities:
         if not config.data.tokenizer:
@@ -152,11 +165,15 @@ def prepare(config: ConfigDict) -> Setup:
     )
 
 
+_BERT_VOCABULARY = 30_522
+
+
 def describe(config: ConfigDict) -> str:
     """``--mode=print_config``: the resolved config and what follows from it, as far as its data can be opened."""
     resolved = resolve(config)
     try:
-        derived = "\n".join(f"  {name} = {value}" for name, value in prepare(resolved).derived().items())
+        values = prepare(resolved).derived()
     except UserError as error:
-        derived = f"  not known yet: {error}"
-    return f"{to_json(resolved)}\nderived:\n{derived}"
+        vocabulary = _BERT_VOCABULARY if "text" in resolved.data.modalities else 0
+        values = {**derived(resolved, vocabulary), "not known yet": error}
+    return f"{to_json(resolved)}\nderived:\n{console.table(list(values.items()))}"

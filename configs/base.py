@@ -1,0 +1,19 @@
+r"""M3AE base: the paper's recipe (256 px, patch 16, 64 text tokens, batch 4096) on your own image-text pairs.
+
+    python -m m3ae_jax.main --config=configs/base.py --workdir=DIR --config.data.train.path=SHARDS \
+        --config.data.val.path=SHARDS --config.data.tokenizer=FILE.model
+
+Encoder width / depth / heads 768 / 12 / 12, decoder 512 / 8 / 16; 151 million parameters with BERT's vocabulary.
+Meant for: TPU v5e-64 or 16 GPUs or more; a smaller --config.batch_size fits less. Result: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.config import default
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    c = default()
+    c.model.size = "base"
+    return c

@@ -1,0 +1,19 @@
+r"""MAE large: the image-only twin of ``large.py``, for pictures whose captions are left aside.
+
+    python -m m3ae_jax.main --config=configs/mae_large.py --workdir=DIR --config.data.train.path=SHARDS \
+        --config.data.val.path=SHARDS
+
+Encoder width / depth / heads 1024 / 24 / 16, decoder 512 / 8 / 16; 329 million parameters.
+Meant for: TPU v5e-256 or more; a smaller --config.batch_size fits less. Result: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.config import default, image_only
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    c = default()
+    c.model.size = "large"
+    return image_only(c)

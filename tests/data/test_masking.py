@@ -1,0 +1,111 @@
+"""Masks: exact counts, a partition of the real tokens, padding in neither part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3ae_jax.data.masking import TokenSet, random_subset, split, take
+from m3ae_jax.data.order import hidden_count, token_budget
+
+L = 20
+RATIOS = [k / 20 for k in range(20)]
+
+
+def noise(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((rows, L), np.float32)
+
+
+def prefixes() -> np.ndarray:
+    """`[L + 1, L] bool`: captions of every length, none included."""
+    return np.arange(L) < np.arange(L + 1)[:, None]
+
+
+def positions(tokens: TokenSet) -> list[list[int]]:
+    """The positions in the valid slots of each row."""
+    return [list(p[v]) for p, v in zip(np.asarray(tokens["position"]), np.asarray(tokens["valid"]), strict=True)]
+
+
+def check_partition(real: np.ndarray, hidden: np.ndarray, ratio: float) -> None:
+    """Splits ids that tell their place and checks all that must hold."""
+    rows = len(real)
+    value = 1 + np.arange(rows * L, dtype=np.int32).reshape(rows, L)
+    budget = token_budget(L, ratio)
+    parts = split(value, real, hidden, budget)
+    counts = hidden_count(real.sum(1), ratio)
+    for name, slots, chosen in (("visible", budget[0], real & ~hidden), ("target", budget[1], real & hidden)):
+        part = {key: np.asarray(array) for key, array in parts[name].items()}
+        assert part["value"].shape == part["position"].shape == part["valid"].shape == (rows, slots)
+        assert (part["value"].dtype, part["position"].dtype, part["valid"].dtype) == (np.int32, np.int32, np.bool_)
+        assert positions(parts[name]) == [list(np.flatnonzero(row)) for row in chosen]
+        want = np.take_along_axis(value, part["position"], axis=1)
+        np.testing.assert_array_equal(part["value"], np.where(part["valid"], want, 0))
+        assert not part["position"][~part["valid"]].any()
+    np.testing.assert_array_equal(np.asarray(parts["target"]["valid"]).sum(1), counts)
+    np.testing.assert_array_equal(np.asarray(parts["visible"]["valid"]).sum(1), real.sum(1) - counts)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_every_caption_length_splits_into_a_partition(ratio: float) -> None:
+    real = prefixes()
+    hidden = random_subset(noise(L + 1), real, ratio).numpy()
+    np.testing.assert_array_equal(hidden.sum(1), hidden_count(np.arange(L + 1), ratio))
+    assert not (hidden & ~real).any()
+    check_partition(real, hidden, ratio)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    real=st.lists(st.lists(st.booleans(), min_size=L, max_size=L), min_size=1, max_size=4),
+    ratio=st.sampled_from(RATIOS),
+    ties=st.integers(1, 5),
+)
+def test_any_real_tokens_and_equal_noise(real: list[list[bool]], ratio: float, ties: int) -> None:
+    """Real tokens need not come first, and equal noise may not change a count."""
+    mask = np.array(real)
+    coarse = np.floor(noise(len(real)) * ties).astype(np.float32) / ties
+    check_partition(mask, random_subset(coarse, mask, ratio).numpy(), ratio)
+
+
+def test_patches_go_with_their_positions() -> None:
+    value = np.random.default_rng(1).integers(0, 256, (3, L, 2, 5), np.uint8)
+    chosen = np.random.default_rng(2).random((3, L)) < 0.3
+    tokens = {key: np.asarray(array) for key, array in take(value, chosen, L).items()}
+    assert tokens["value"].dtype == np.uint8 and tokens["value"].shape == (3, L, 2, 5)
+    for row in range(3):
+        count = chosen[row].sum()
+        np.testing.assert_array_equal(tokens["value"][row, :count], value[row, chosen[row]])
+        assert not tokens["value"][row, count:].any() and not tokens["valid"][row, count:].any()
+
+
+def test_ratio_zero_hides_nothing() -> None:
+    assert token_budget(L, 0.0) == (L, 0)
+    real = prefixes()
+    parts = split(np.ones((L + 1, L), np.int32), real, random_subset(noise(L + 1), real, 0.0), (L, 0))
+    assert np.asarray(parts["target"]["value"]).shape == (L + 1, 0)
+    np.testing.assert_array_equal(parts["visible"]["valid"], real)
+
+
+def test_rows_without_a_token_are_empty_in_both_parts() -> None:
+    real = np.zeros((2, L), bool)
+    hidden = random_subset(noise(2), real, 0.75)
+    assert not np.asarray(hidden).any()
+    for part in split(np.ones((2, L), np.int32), real, hidden, token_budget(L, 0.75)).values():
+        assert not any(np.asarray(array).any() for array in part.values())
+
+
+def test_masks_differ_between_examples_and_follow_the_noise() -> None:
+    real = np.ones((64, L), bool)
+    masks = random_subset(noise(64), real, 0.5).numpy()
+    assert len({mask.tobytes() for mask in masks}) > 60
+    np.testing.assert_array_equal(random_subset(noise(64), real, 0.5), masks)
+    assert (random_subset(noise(64, seed=1), real, 0.5).numpy() != masks).any()
+
+
+def test_every_real_token_is_hidden_equally_often() -> None:
+    real = np.arange(L) < np.full((8000, 1), 12)
+    share = random_subset(noise(8000), real, 0.25).numpy().mean(0)
+    np.testing.assert_allclose(share[:12], 0.25, atol=5 * (0.25 * 0.75 / 8000) ** 0.5)
+    assert not share[12:].any()

@@ -1,0 +1,302 @@
+"""The transformer and the autoencoder on it: what must not change the numbers, and what must."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from m3ae_jax import config as configs
+from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
+from m3ae_jax.models.transformer import OutputHead, Transformer, TransformerOptions
+from m3ae_jax.objectives.m3ae import M3AE
+
+LOGICAL_AXES = {"layers", "embed", "heads", "head_dim", "mlp", "vocab", "patch"}
+OPTIONS = TransformerOptions(width=16, depth=3, heads=2)
+BATCH, TOKENS = 4, 6
+X = np.random.default_rng(0).normal(size=(BATCH, TOKENS, OPTIONS.width)).astype(np.float32)
+VALID = np.arange(TOKENS) < np.array([[6], [4], [1], [5]])
+RATES = ("dropout", "attention_dropout", "drop_path")
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Of `OPTIONS`; random, so that no bias and no residual branch is idle."""
+    return randomised(Transformer(OPTIONS), X, VALID)
+
+
+def randomised(module: nn.Module, *inputs: Any) -> Any:
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+    generator = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * generator.normal(size=x.shape), jnp.float32), shapes)
+
+
+def apply(options: TransformerOptions, params: Any, x: Any = X, valid: Any = VALID, seed: int | None = None) -> Any:
+    """With `seed`, as in training."""
+    rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
+    return Transformer(options).apply({"params": params}, x, valid, deterministic=seed is None, rngs=rngs)
+
+
+# --- loop or unrolled ---------------------------------------------------------------------------------------
+
+
+def test_unroll_changes_neither_parameters_nor_numbers(params: Any) -> None:
+    unrolled = dataclasses.replace(OPTIONS, unroll=True)
+    boxed = [jax.eval_shape(Transformer(o).init, jax.random.key(0), X, VALID) for o in (OPTIONS, unrolled)]
+    assert jax.tree.structure(boxed[0]) == jax.tree.structure(boxed[1])
+    assert [leaf.shape for leaf in jax.tree.leaves(boxed[0])] == [leaf.shape for leaf in jax.tree.leaves(boxed[1])]
+    np.testing.assert_allclose(apply(unrolled, params), apply(OPTIONS, params), atol=1e-5)
+
+
+def test_unroll_compiles_no_loop(params: Any) -> None:
+    def has_loop(options: TransformerOptions) -> bool:
+        return "stablehlo.while" in jax.jit(lambda p: apply(options, p)).lower(params).as_text()
+
+    assert has_loop(OPTIONS)
+    assert not has_loop(dataclasses.replace(OPTIONS, unroll=True))
+
+
+def test_layers_start_different() -> None:
+    fresh = nn.unbox(Transformer(OPTIONS).init(jax.random.key(0), X, VALID)["params"])
+    kernel = fresh["blocks"]["mlp_in"]["kernel"]
+    assert kernel.shape == (3, 16, 64)
+    assert len({layer.tobytes() for layer in np.asarray(kernel)}) == 3
+
+
+# --- dropout ------------------------------------------------------------------------------------------------
+
+
+def test_without_dropout_nothing_is_drawn(params: Any) -> None:
+    """With a random key at hand, as the training step gives it."""
+
+    def train(params: Any, key: jax.Array) -> jax.Array:
+        model = Transformer(OPTIONS)
+        return model.apply({"params": params}, X, VALID, deterministic=False, rngs={"dropout": key})
+
+    traced = jax.jit(train).trace(params, jax.random.key(0))
+    assert "random_bits" not in str(traced.jaxpr)
+    compiled = traced.lower().compile()
+    assert not {word for word in ("threefry", "rng", "xor") if word in compiled.as_text()}
+    assert np.array_equal(compiled(params, jax.random.key(0)), jax.jit(lambda p: apply(OPTIONS, p))(params))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_rate_draws_in_training_alone(params: Any, rate: str) -> None:
+    options = dataclasses.replace(OPTIONS, **{rate: 0.5})
+    assert "random_bits" in str(jax.make_jaxpr(lambda p: apply(options, p, seed=0))(params))
+    assert "random_bits" not in str(jax.make_jaxpr(lambda p: apply(options, p))(params))
+    plain = apply(OPTIONS, params)
+    assert np.array_equal(apply(options, params), plain)
+    first = apply(options, params, seed=0)
+    assert np.array_equal(first, apply(options, params, seed=0))
+    assert not np.allclose(first, apply(options, params, seed=1))
+    assert not np.allclose(first, plain)
+    assert np.isfinite(first).all()
+
+
+# --- padding ------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_invisible(params: Any) -> None:
+    other = np.where(VALID[..., None], X, 100.0 + X[:, ::-1])
+    run = jax.jit(lambda x: apply(OPTIONS, params, x))
+    assert np.array_equal(run(X)[VALID], run(other)[VALID])
+    seen = jax.jit(lambda x: apply(OPTIONS, params, x, np.ones_like(VALID)))
+    assert not np.allclose(seen(X)[VALID], seen(other)[VALID])
+
+
+def test_padding_equals_absence(params: Any) -> None:
+    padded = apply(OPTIONS, params)
+    short = apply(OPTIONS, params, X[1:2, :4], np.ones((1, 4), bool))
+    np.testing.assert_allclose(padded[1:2, :4], short, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_gets_no_gradient(params: Any) -> None:
+    def real_outputs(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(apply(OPTIONS, params, x)) * VALID[..., None])
+
+    gradient = jax.jit(jax.grad(real_outputs))(X)
+    assert not np.any(gradient[~VALID])
+    assert np.any(gradient[VALID])
+
+
+# --- attention and the head ---------------------------------------------------------------------------------
+
+
+def test_attention_maps_on_request(params: Any) -> None:
+    _, state = Transformer(OPTIONS).apply({"params": params}, X, VALID, mutable=["intermediates"])
+    (maps,) = state["intermediates"]["blocks"]["attention"]["attention"]
+    assert maps.shape == (3, BATCH, 2, TOKENS, TOKENS)
+    np.testing.assert_allclose(maps.sum(-1), 1.0, atol=1e-5)
+    assert not np.any(np.moveaxis(maps, -1, 2)[:, ~VALID])  # as keys
+
+
+def test_bfloat16_keeps_float32_parameters() -> None:
+    half = dataclasses.replace(OPTIONS, dtype=jnp.bfloat16)
+    model = Transformer(half)
+    outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), X, VALID)
+    assert outputs.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
+
+
+def test_fresh_kernels_are_xavier_uniform() -> None:
+    """On the flat (inputs, outputs) shape, as the reference's, whatever axes a kernel is stored with."""
+    fresh = nn.unbox(Transformer(OPTIONS).init(jax.random.key(0), X, VALID)["params"])["blocks"]
+    kernels = {"qkv": (16, 48), "out": (16, 16)}
+    leaves = [(fresh["attention"][name]["kernel"], fans) for name, fans in kernels.items()]
+    leaves += [(fresh["mlp_in"]["kernel"], (16, 64)), (fresh["mlp_out"]["kernel"], (64, 16))]
+    for kernel, fans in leaves:
+        limit = np.sqrt(6 / sum(fans))
+        for layer in np.asarray(kernel):
+            assert 0.9 * limit < np.abs(layer).max() <= limit
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_output_head(depth: int) -> None:
+    head = OutputHead(10, depth, "vocab", jnp.bfloat16)
+    outputs, variables = jax.eval_shape(head.init_with_output, jax.random.key(0), X)
+    assert outputs.shape == (BATCH, TOKENS, 10)
+    assert outputs.dtype == jnp.float32
+    hidden = {f"hidden_{n}" for n in range(depth)} | ({f"norm_{n}" for n in range(depth + 1)} if depth else set())
+    assert set(variables["params"]) == {"output"} | hidden
+
+
+# --- the autoencoder ----------------------------------------------------------------------------------------
+
+GRID = (2, 5)
+AUTOENCODER = AutoencoderOptions(
+    encoder=OPTIONS,
+    decoder=TransformerOptions(width=8, depth=2, heads=2),
+    modalities=("image", "text"),
+    grid=GRID,
+    patch_values=12,
+    text_tokens=7,
+    vocab_size=11,
+    output_head_depth=1,
+)
+
+
+def token_sets(image: int, text: int, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    """Random sets of two examples; the second one's last two words are padding."""
+    generator = np.random.default_rng(seed)
+    positions = {
+        m: np.stack([generator.permutation(n)[:k] for _ in range(2)]).astype(np.int32)
+        for m, n, k in (("image", GRID[0] * GRID[1], image), ("text", 7, text))
+    }
+    words = np.arange(text) < np.array([[text], [text - 2]])
+    return {
+        "image": {
+            "value": generator.normal(size=(2, image, 12)).astype(np.float32),
+            "position": positions["image"],
+            "valid": np.ones((2, image), bool),
+        },
+        "text": {
+            "value": generator.integers(11, size=(2, text)).astype(np.int32),
+            "position": positions["text"],
+            "valid": words,
+        },
+    }
+
+
+VISIBLE, TARGET = token_sets(4, 3, seed=2), token_sets(6, 4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def restore() -> Any:
+    """The compiled autoencoder: (visible, target) to what it restores."""
+    model = MaskedAutoencoder(AUTOENCODER)
+    params = randomised(model, VISIBLE, TARGET)
+    return jax.jit(lambda visible, target: model.apply({"params": params}, visible, target))
+
+
+def changed(sets: dict[str, dict[str, np.ndarray]], **change: Any) -> dict[str, dict[str, np.ndarray]]:
+    """The sets with other texts."""
+    return {**sets, "text": {**sets["text"], **change}}
+
+
+def test_grid_need_not_be_square(restore: Any) -> None:
+    restored = restore(VISIBLE, TARGET)
+    assert {m: x.shape for m, x in restored.items()} == {"image": (2, 6, 12), "text": (2, 4, 11)}
+    assert all(np.isfinite(x).all() for x in restored.values())
+
+
+@pytest.mark.parametrize("sets", [VISIBLE, TARGET], ids=["visible", "target"])
+def test_padded_slots_of_a_set_are_invisible(restore: Any, sets: dict[str, dict[str, np.ndarray]]) -> None:
+    text = sets["text"]
+    other = changed(
+        sets,
+        value=np.where(text["valid"], text["value"], 9).astype(np.int32),
+        position=np.where(text["valid"], text["position"], 6).astype(np.int32),
+    )
+    assert any(not np.array_equal(other["text"][name], text[name]) for name in ("value", "position"))
+    want = restore(VISIBLE, TARGET)
+    got = restore(other, TARGET) if sets is VISIBLE else restore(VISIBLE, other)
+    real = TARGET["text"]["valid"]
+    assert np.array_equal(got["image"], want["image"])
+    assert np.array_equal(got["text"][real], want["text"][real])
+
+
+def test_order_of_a_set_means_nothing(restore: Any) -> None:
+    reverse = {m: {name: x[:, ::-1] for name, x in s.items()} for m, s in VISIBLE.items()}
+    want, got = restore(VISIBLE, TARGET), restore(reverse, TARGET)
+    for m in want:
+        real = TARGET[m]["valid"]
+        np.testing.assert_allclose(got[m][real], want[m][real], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_values_are_not_looked_at(restore: Any) -> None:
+    other = changed(TARGET, value=(TARGET["text"]["value"] + 1) % 11)
+    want, got = restore(VISIBLE, TARGET), restore(VISIBLE, other)
+    assert all(np.array_equal(got[m], want[m]) for m in want)
+    elsewhere = changed(TARGET, position=TARGET["text"]["position"][:, ::-1])
+    assert not np.allclose(restore(VISIBLE, elsewhere)["text"], want["text"])
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text")])
+@pytest.mark.parametrize("use_type_embedding", [True, False])
+def test_every_parameter_names_its_axes(modalities: tuple[str, ...], use_type_embedding: bool) -> None:
+    options = dataclasses.replace(AUTOENCODER, modalities=modalities, use_type_embedding=use_type_embedding)
+    visible, target = ({m: sets[m] for m in modalities} for sets in (VISIBLE, TARGET))
+    boxed = jax.eval_shape(MaskedAutoencoder(options).init, jax.random.key(0), visible, target)["params"]
+    flat = flatten_dict(boxed, sep="/")
+    for path, leaf in flat.items():
+        assert isinstance(leaf, nn.LogicallyPartitioned), path
+        assert len(leaf.names) == leaf.value.ndim, path
+        assert set(leaf.names) - {None} <= LOGICAL_AXES, path
+        assert any(leaf.names) or path == "decoder_projection/bias", path
+        assert ("layers" in leaf.names) == ("/blocks/" in path), path
+    assert not [path for path in flat if "type_embedding" in path] or use_type_embedding
+    absent = {"image", "text"} - set(modalities)
+    assert not [path for path in flat if path.split("_")[0] in absent]
+
+
+# --- published sizes ----------------------------------------------------------------------------------------
+
+VOCABULARY = 30_522
+COUNTS = {
+    "small": (74_782_266, 47_402_624),
+    "base": (150_757_434, 111_656_960),
+    "large": (376_155_194, 329_240_832),
+    "huge": (711_666_746, 656_938_496),
+}
+
+
+def count(config: Any, vocab_size: int) -> int:
+    objective = M3AE(configs.resolve(config), vocab_size)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(objective.init, jax.random.key(0))))
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts_of_the_reference(size: str) -> None:
+    config = configs.default()
+    config.model.size = size
+    got = count(config, VOCABULARY)
+    config.data.modalities = ("image",)
+    assert (got, count(config, 0)) == COUNTS[size]
+    # The figures of MAE are with type embeddings, one vector in the encoder and one in the decoder.
+    width = configs.SIZES[size][0]
+    assert count(configs.image_only(config), 0) == COUNTS[size][1] - width - 512

@@ -1,0 +1,200 @@
+"""The step: the loss does not depend on devices or padding; nothing is ever NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from m3ae_jax import config as config_lib
+from m3ae_jax.objectives.base import build, total_loss
+from m3ae_jax.parallel.mesh import make_mesh, put_batch
+from m3ae_jax.train.optimizer import decay_mask, optimizer, schedule
+from m3ae_jax.train.step import abstract_state, init_state, train_step
+
+VOCABULARY = 40
+
+
+def config(**changes):
+    c = config_lib.default()
+    c.batch_size = 16
+    c.model.width, c.model.depth, c.model.heads = 32, 2, 2
+    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 16, 1, 2
+    c.data.image_size, c.data.patch_size, c.data.max_text_tokens = 16, 4, 12
+    pairs = [(name, str(value)) for name, value in changes.items()]
+    config_lib.apply_overrides(c, pairs)
+    return config_lib.resolve(c)
+
+
+def token_set(rng, rows, slots, total, real, value):
+    """`real[b]` random tokens of `total` in `slots` slots."""
+    position = np.stack([rng.permutation(total)[:slots] for _ in range(rows)]).astype(np.int32)
+    return {"value": value, "position": position, "valid": np.arange(slots) < np.asarray(real)[:, None]}
+
+
+def batch(rows=16, seed=0, text_lengths=None):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 13, rows) if text_lengths is None else np.asarray(text_lengths)
+
+    def patches(slots):
+        return rng.integers(0, 256, (rows, slots, 48), dtype=np.uint8)
+
+    def words(slots):
+        return rng.integers(0, VOCABULARY, (rows, slots), dtype=np.int32)
+
+    hidden = (lengths * 3 + 2) // 4
+    groups = {
+        "image": {
+            "visible": token_set(rng, rows, 4, 16, [4] * rows, patches(4)),
+            "target": token_set(rng, rows, 12, 16, [12] * rows, patches(12)),
+        },
+        "text": {
+            "visible": token_set(rng, rows, 3, 12, lengths - hidden, words(3)),
+            "target": token_set(rng, rows, 9, 12, hidden, words(9)),
+        },
+    }
+    return {"groups": groups, "example": {"position": np.arange(rows)}, "aux": {}}
+
+
+def loss_and_gradients(objective, params, data):
+    def loss(p):
+        output = objective.loss(p, {}, data, None, jnp.int32(0))
+        return total_loss(output.terms, objective.term_weights)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_close(a, b, tolerance=1e-5):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        name = jax.tree_util.keystr(path)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if name.endswith("['qkv']['bias']"):
+            # A key's bias shifts all of a query's logits alike: its true gradient is zero.
+            assert np.abs(x[:, 1]).max() < 1e-6
+            x, y = np.delete(x, 1, axis=1), np.delete(y, 1, axis=1)
+        assert np.linalg.norm(x - y) <= tolerance * max(np.linalg.norm(x), 1e-12), name
+
+
+def fresh(objective, c):
+    return init_state(objective, optimizer(c, schedule(c, 10, 100)), make_mesh(jax.devices()[:1]), 0).params
+
+
+@pytest.mark.parametrize("average", ["example", "token"])
+def test_loss_is_the_same_on_one_and_eight_devices(average):
+    c = config(**{"loss.text_average": average, "optimizer.warmup": "0 steps"})
+    objective, data = build(c, VOCABULARY), batch()
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = make_mesh(devices)
+        opt = optimizer(c, schedule(c, 10, 100))
+        state = init_state(objective, opt, mesh, 0)
+        value, gradients = loss_and_gradients(objective, state.params, put_batch(data, mesh))
+        _, figures = jax.jit(train_step(objective, opt, 0))(state, put_batch(data, mesh))
+        results.append((value, gradients, figures["loss"]))
+    assert len(jax.devices()) == 8
+    assert np.isclose(results[0][0], results[1][0], rtol=1e-5)
+    assert np.isclose(results[0][2], results[1][2], rtol=1e-5)
+    assert_close(results[0][1], results[1][1])
+
+
+def test_loss_is_the_same_with_more_padding():
+    c = config()
+    objective, data = build(c, VOCABULARY), batch()
+    params = fresh(objective, c)
+
+    def padded(tokens):
+        def more(x, fill):
+            width = [(0, 0), (0, 5)] + [(0, 0)] * (x.ndim - 2)
+            return np.pad(x, width, constant_values=fill)
+
+        # Garbage in the padding must not matter.
+        return {"value": more(tokens["value"], 7), "position": more(tokens["position"], 3), "valid": more(tokens["valid"], 0)}
+
+    more = {**data, "groups": {n: {k: padded(t) for k, t in g.items()} for n, g in data["groups"].items()}}
+    value, gradients = loss_and_gradients(objective, params, data)
+    value_padded, gradients_padded = loss_and_gradients(objective, params, more)
+    assert np.isclose(value, value_padded, rtol=1e-5)
+    assert_close(gradients, gradients_padded)
+
+
+def test_an_empty_caption_has_no_text_weight():
+    objective = build(config(), VOCABULARY)
+    params = fresh(objective, config())
+    lengths = [0, 12, 5, 0] * 4
+    output = objective.loss(params, {}, batch(text_lengths=lengths), None, 0)
+    assert output.terms["text_loss"][1] == 8
+    assert output.terms["image_loss"][1] == 16
+    value, gradients = loss_and_gradients(objective, params, batch(text_lengths=[0] * 16))
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert not np.asarray(gradients["text_output"]["output"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("missing", ["image", "text"])
+def test_a_batch_of_one_modality(missing):
+    objective = build(config(), VOCABULARY)
+    data = batch(text_lengths=[12] * 16)
+    del data["groups"][missing]
+    value, gradients = loss_and_gradients(objective, fresh(objective, config()), data)
+    assert np.isfinite(value) and value > 0
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradients[f"{missing}_embedding"]))
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_model_of_one_modality(modality):
+    c = config(**{"data.modalities": modality})
+    objective, data = build(c, VOCABULARY), batch()
+    other = {"image": "text", "text": "image"}[modality]
+    del data["groups"][other]
+    params = fresh(objective, c)
+    assert not any(other in name for name in params)
+    value, _ = loss_and_gradients(objective, params, data)
+    assert np.isfinite(value)
+
+
+def test_patch_normalised_targets_survive_a_constant_picture():
+    objective = build(config(**{"loss.normalize_patches": "true"}), VOCABULARY)
+    data = batch()
+    data["groups"]["image"]["target"]["value"][:] = 255
+    target = objective.targets(data)["image"]
+    assert np.allclose(target, 0.0, atol=1e-3)
+    value, _ = loss_and_gradients(objective, fresh(objective, config()), data)
+    assert np.isfinite(value)
+    target = np.asarray(objective.targets(batch())["image"])
+    assert np.allclose(target.mean(-1), 0, atol=1e-5) and np.allclose(target.std(-1, ddof=1), 1, atol=1e-3)
+
+
+def test_decay_by_name_and_schedule():
+    c = config(**{"optimizer.warmup": "2 steps", "batch_size": "512"})
+    objective = build(c, VOCABULARY)
+    mask = decay_mask(fresh(objective, c), tuple(c.optimizer.no_decay))
+    by_name = {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(mask)}
+    assert all(value == name.endswith("kernel") for name, value in by_name.items())
+    rate = schedule(c, 10, 10**6)
+    assert np.allclose([rate(0), rate(1), rate(2)], [0.0, 1.5e-4, 3e-4])
+    assert np.isclose(rate(10), 0.0, atol=1e-9)
+    assert np.isclose(rate(6), 1.5e-4)
+    flat = schedule(config(**{"optimizer.warmup": "0 steps"}), 10, 100)
+    assert np.isclose(flat(0), 1.5e-4 * 16 / 256)
+
+
+def test_abstract_state_is_the_states_shape():
+    c = config()
+    objective, opt, mesh = build(c, VOCABULARY), optax.adam(1e-3), make_mesh()
+    abstract, state = abstract_state(objective, opt, mesh, 0), init_state(objective, opt, mesh, 0)
+    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+
+
+def test_the_step_lowers_the_loss():
+    c = config(**{"optimizer.learning_rate": "0.02", "optimizer.warmup": "0 steps"})
+    objective, mesh = build(c, VOCABULARY), make_mesh()
+    opt = optimizer(c, schedule(c, 60, 100))
+    state, data = init_state(objective, opt, mesh, 0), put_batch(batch(), mesh)
+    step = jax.jit(train_step(objective, opt, 0))
+    first = None
+    for _ in range(30):
+        state, figures = step(state, data)
+        first = figures if first is None else first
+    assert figures["loss"] < 0.8 * first["loss"]
+    assert int(state.step) == 30
