@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """Entry point."""
+    console.use_huge_pages()
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:

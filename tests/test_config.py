@@ -75,7 +75,10 @@ def test_override_with_its_value_apart():
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("--config.model.text_mask_ration=0.9", ["model.text_mask_ration", "did you mean --config.model.text_mask_ratio"]),
+        (
+            "--config.model.text_mask_ration=0.9",
+            ["model.text_mask_ration", "did you mean --config.model.text_mask_ratio"],
+        ),
         ("--config.text_mask_ratio=0.9", ["did you mean --config.model.text_mask_ratio"]),
         ("--config.model=0.9", ["group", "model.width"]),
         ("--config.batch_size=many", ["batch_size", "'many'", "an integer", "4096"]),

@@ -4,7 +4,7 @@ Within a source of ``n`` examples draw ``p`` has epoch ``p // n`` and index ``pe
 Everything here is a pure function of (seed, draw), so resuming is starting at a draw: no state to save,
 and the same answer on any number of hosts.
 
-The permutation is TensorFlow's ``RandomIndexShuffle`` (a cycle-walking Simon block cipher) with 8 rounds;
+The permutation is TensorFlow's ``RandomIndexShuffle`` (a cycle-walking Simon block cipher) with 12 rounds;
 the 4 rounds of ``tf.random.experimental.index_shuffle`` let batch-mates meet again across epochs.
 """
 
@@ -22,7 +22,7 @@ ORDER_VERSION = 1
 ATTEMPTS = 8
 """Candidates for one draw: the first that decodes is used."""
 
-_ROUNDS = 8
+_ROUNDS = 12
 
 
 def fold_seed(*parts: object) -> int:

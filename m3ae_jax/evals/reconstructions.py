@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from m3ae_jax.data.images import unpatchify
@@ -44,7 +45,7 @@ class Reconstructions:
             with contextlib.closing(iter(self._setup.eval_batches(source, count))) as batches:
                 self._batch = next(batches)
         guesses = jax.device_get(self._reconstruct(state.params, put_batch(self._batch, self._setup.mesh)))
-        rows = [self._row(example, guesses) for example in np.flatnonzero(self._batch["example"]["valid"])]
+        rows = [self._row(int(example), guesses) for example in np.flatnonzero(self._batch["example"]["valid"])]
         step = int(state.step)
         sheet = reconstruction_sheet(rows, f"step {step}")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +57,13 @@ class Reconstructions:
             name: {part: {k: v[example] for k, v in tokens.items()} for part, tokens in group.items()}
             for name, group in self._batch["groups"].items()
         }
-        pictures: tuple[np.ndarray | None, ...] = (None, None, None)
+        original = masked = restored = None
         if "image" in groups:
-            pictures = self._pictures(groups["image"], guesses["image"][example])
+            original, masked, restored = self._pictures(groups["image"], guesses["image"][example])
         words: tuple[Word, ...] = ()
         if "text" in groups and self._setup.tokenizer:
             words = _words(groups["text"], guesses["text"][example], self._setup.tokenizer)
-        return Reconstruction(*pictures, words=words)
+        return Reconstruction(original, masked, restored, words)
 
     def _pictures(self, group: dict[str, Any], guess: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config = self._setup.config
@@ -81,7 +82,7 @@ class Reconstructions:
 
         masked = filled(visible, visible, patches)
         original = filled(target, target, masked)
-        restored = filled({"value": np.asarray(denormalize_pixels(guess, config))}, target, masked)
+        restored = filled({"value": np.asarray(denormalize_pixels(jnp.asarray(guess), config))}, target, masked)
         whole = unpatchify(np.stack([original, masked, restored]), config.data.patch_size, (rows, columns))
         return whole[0], whole[1], whole[2]
 

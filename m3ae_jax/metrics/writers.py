@@ -72,5 +72,6 @@ def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]
         except json.JSONDecodeError:
             continue  # a kill can cut the last line
         if until is None or row["step"] <= until:
-            rows.setdefault(row["step"], {}).update(row)
+            values = {name: math.nan if value is None else value for name, value in row.items()}
+            rows.setdefault(row["step"], {}).update(values)
     return [rows[step] for step in sorted(rows)]

@@ -91,13 +91,16 @@ class M3AE:
 
     def encode(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """``{"cls": [B, D], "image": [B, V, D], "text": [B, V, D]}`` of what is visible."""
-        encoded = self.model.apply({"params": params}, self._visible(batch), method=MaskedAutoencoder.encode)
+        encoded: Any = self.model.apply({"params": params}, self._visible(batch), method=MaskedAutoencoder.encode)
         return {"cls": encoded.cls, **encoded.tokens}
 
     def _restore(self, params: Params, batch: Batch, rng: jax.Array | None) -> dict[str, jax.Array]:
         target = {name: group["target"] for name, group in batch["groups"].items()}
         rngs = {} if rng is None else {"dropout": rng}
-        return self.model.apply({"params": params}, self._visible(batch), target, deterministic=rng is None, rngs=rngs)
+        restored: Any = self.model.apply(
+            {"params": params}, self._visible(batch), target, deterministic=rng is None, rngs=rngs
+        )
+        return restored
 
     def _visible(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
         visible = {name: dict(group["visible"]) for name, group in batch["groups"].items()}

@@ -42,7 +42,7 @@ def param_shardings(boxed: Any, mesh: Mesh, preset: str = "dp") -> Any:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Rows of the global batch that this process reads, `[b] int`."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = {row for (index,) in indices.values() for row in range(*index.indices(batch_size))}
+    rows = {row for index in indices.values() if index for row in range(*index[0].indices(batch_size))}
     return np.array(sorted(rows))
 
 

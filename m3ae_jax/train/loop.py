@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from m3ae_jax import config as config_lib
 from m3ae_jax import console, evals
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.data.order import ATTEMPTS
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.reconstructions import Reconstructions
 from m3ae_jax.evals.validation import Validation, priors
@@ -148,7 +150,7 @@ class _Loop:
             params, matched = take_weights(state.params, setup.config.init_from)
             for line in matched.lines():
                 log.info(line)
-            state = state.replace(params=params, extra=setup.objective.init_extra(params))
+            state = dataclasses.replace(state, params=params, extra=setup.objective.init_extra(params))
         return state
 
     def _check_identity(self, meta: dict[str, Any]) -> None:
@@ -168,11 +170,8 @@ class _Loop:
         self._writer.scalars(step, {f"train/{k}": v for k, v in {**values, **timing}.items()} | self._priors)
         self._priors = {}
         log.info(self._progress.line(step, values, timing))
-        if (tried >= 1).all():
-            log.warning(
-                "not one picture of the last %d could be read at the first try: is the data right?",
-                tried.size,
-            )
+        if (tried == ATTEMPTS).all():
+            raise UserError(f"not one of the last {tried.size} draws gave a picture that decodes: is data.train right?")
 
     def _evaluate(self, state: TrainState) -> None:
         with self._progress.paused():
@@ -244,14 +243,16 @@ class _Progress:
     def __init__(self, setup: Setup) -> None:
         self._batch_size, self._total = setup.config.batch_size, setup.total_steps
         self._waited = self._pause = 0.0
-        self._first = self._last = (time.perf_counter(), 0)
+        self._first_step = 0
+        self._last = (time.perf_counter(), 0)
 
     def start(self, step: int) -> None:
         """Begins counting at a step."""
-        self._first = self._last = (time.perf_counter(), step)
+        self._first_step = step
+        self._last = (time.perf_counter(), step)
         self._waited = self._pause = 0.0
 
-    def waiting(self, get: Callable[[], Any], figures: dict[str, jax.Array]) -> Any:
+    def waiting(self, get: Callable[[], Any], figures: dict[str, Any]) -> Any:
         """Calls `get`; counts its time as waiting for data if the device had run out of work by its end."""
         begin = time.perf_counter()
         batch = get()
@@ -259,13 +260,12 @@ class _Progress:
             self._waited += time.perf_counter() - begin
         return batch
 
-    def paused(self) -> _Pause:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """A context whose time does not count."""
-        return _Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        """Leaves `seconds` out of the current interval."""
-        self._pause += seconds
+        begin = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - begin
 
     def interval(self, step: int) -> dict[str, float]:
         """Figures since the last call, then begins anew."""
@@ -282,21 +282,12 @@ class _Progress:
 
     def line(self, step: int, values: dict[str, float], timing: dict[str, float]) -> str:
         """The one line on the console."""
-        left = console.duration(timing["seconds_per_step"] * (self._total - step))
+        left = "ETA " + console.duration(timing["seconds_per_step"] * (self._total - step))
+        if step == self._first_step + 1:  # its time is the compiler's
+            left = f"compiled in {console.duration(timing['seconds_per_step'])}"
         terms = " ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith("loss") or k.endswith("accuracy"))
         replaced = f" | replaced {values['replaced_examples']:.0f}" if values["replaced_examples"] else ""
         return (
-            f"step {step}/{self._total} {step / self._total:4.0%} | ETA {left} | "
+            f"step {step}/{self._total} {step / self._total:4.0%} | {left} | "
             f"{timing['examples_per_second']:.1f} ex/s | {terms} | data wait {timing['data_wait_share']:.0%}{replaced}"
         )
-
-
-class _Pause:
-    def __init__(self, progress: _Progress) -> None:
-        self._progress = progress
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.skip(time.perf_counter() - self._begin)

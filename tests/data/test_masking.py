@@ -38,7 +38,7 @@ def check_partition(real: np.ndarray, hidden: np.ndarray, ratio: float) -> None:
     for name, slots, chosen in (("visible", budget[0], real & ~hidden), ("target", budget[1], real & hidden)):
         part = {key: np.asarray(array) for key, array in parts[name].items()}
         assert part["value"].shape == part["position"].shape == part["valid"].shape == (rows, slots)
-        assert (part["value"].dtype, part["position"].dtype, part["valid"].dtype) == (np.int32, np.int32, np.bool_)
+        assert [str(array.dtype) for array in part.values()] == ["int32", "int32", "bool"]
         assert positions(parts[name]) == [list(np.flatnonzero(row)) for row in chosen]
         want = np.take_along_axis(value, part["position"], axis=1)
         np.testing.assert_array_equal(part["value"], np.where(part["valid"], want, 0))

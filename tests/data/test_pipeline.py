@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-import time
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m3ae_jax.config import default
-from m3ae_jax.data import images
+from m3ae_jax.data import images, pipeline
 from m3ae_jax.data.order import ATTEMPTS, Order
 from m3ae_jax.data.pipeline import Batches, Group, View, eval_view, grid, token_slots, train_view
 from m3ae_jax.data.sources import build_source
@@ -259,7 +259,7 @@ def test_where_nothing_decodes_nothing_is_valid() -> None:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that were to be slept."""
     slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(sleep=slept.append))
     return slept
 
 

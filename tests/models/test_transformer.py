@@ -29,27 +29,38 @@ def params() -> Any:
     return randomised(Transformer(OPTIONS), X, VALID)
 
 
+@pytest.fixture(scope="module")
+def plain(params: Any) -> jax.Array:
+    """What the stack of `OPTIONS` says of `X`."""
+    return jax.jit(lambda p: apply(OPTIONS, p))(params)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Any:
+    """The layers of `OPTIONS` as they are initialised."""
+    return nn.unbox(jax.jit(Transformer(OPTIONS).init)(jax.random.key(0), X, VALID)["params"])["blocks"]
+
+
 def randomised(module: nn.Module, *inputs: Any) -> Any:
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
     generator = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * generator.normal(size=x.shape), jnp.float32), shapes)
 
 
-def apply(options: TransformerOptions, params: Any, x: Any = X, valid: Any = VALID, seed: int | None = None) -> Any:
-    """With `seed`, as in training."""
-    rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
-    return Transformer(options).apply({"params": params}, x, valid, deterministic=seed is None, rngs=rngs)
+def apply(options: TransformerOptions, params: Any, x: Any = X, valid: Any = VALID, rng: Any = None) -> Any:
+    """With `rng`, as in training."""
+    rngs = {} if rng is None else {"dropout": rng}
+    return Transformer(options).apply({"params": params}, x, valid, deterministic=rng is None, rngs=rngs)
 
 
 # --- loop or unrolled ---------------------------------------------------------------------------------------
 
 
-def test_unroll_changes_neither_parameters_nor_numbers(params: Any) -> None:
+def test_unroll_changes_neither_parameters_nor_numbers(params: Any, plain: jax.Array) -> None:
     unrolled = dataclasses.replace(OPTIONS, unroll=True)
-    boxed = [jax.eval_shape(Transformer(o).init, jax.random.key(0), X, VALID) for o in (OPTIONS, unrolled)]
-    assert jax.tree.structure(boxed[0]) == jax.tree.structure(boxed[1])
-    assert [leaf.shape for leaf in jax.tree.leaves(boxed[0])] == [leaf.shape for leaf in jax.tree.leaves(boxed[1])]
-    np.testing.assert_allclose(apply(unrolled, params), apply(OPTIONS, params), atol=1e-5)
+    boxed: list[Any] = [jax.eval_shape(Transformer(o).init, jax.random.key(0), X, VALID) for o in (OPTIONS, unrolled)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, *boxed))
+    np.testing.assert_allclose(jax.jit(lambda p: apply(unrolled, p))(params), plain, atol=1e-5)
 
 
 def test_unroll_compiles_no_loop(params: Any) -> None:
@@ -60,9 +71,8 @@ def test_unroll_compiles_no_loop(params: Any) -> None:
     assert not has_loop(dataclasses.replace(OPTIONS, unroll=True))
 
 
-def test_layers_start_different() -> None:
-    fresh = nn.unbox(Transformer(OPTIONS).init(jax.random.key(0), X, VALID)["params"])
-    kernel = fresh["blocks"]["mlp_in"]["kernel"]
+def test_layers_start_different(fresh: Any) -> None:
+    kernel = fresh["mlp_in"]["kernel"]
     assert kernel.shape == (3, 16, 64)
     assert len({layer.tobytes() for layer in np.asarray(kernel)}) == 3
 
@@ -70,32 +80,46 @@ def test_layers_start_different() -> None:
 # --- dropout ------------------------------------------------------------------------------------------------
 
 
-def test_without_dropout_nothing_is_drawn(params: Any) -> None:
+def test_without_dropout_nothing_is_drawn(params: Any, plain: jax.Array) -> None:
     """With a random key at hand, as the training step gives it."""
-
-    def train(params: Any, key: jax.Array) -> jax.Array:
-        model = Transformer(OPTIONS)
-        return model.apply({"params": params}, X, VALID, deterministic=False, rngs={"dropout": key})
-
-    traced = jax.jit(train).trace(params, jax.random.key(0))
+    traced = jax.jit(lambda p, key: apply(OPTIONS, p, rng=key)).trace(params, jax.random.key(0))
     assert "random_bits" not in str(traced.jaxpr)
     compiled = traced.lower().compile()
-    assert not {word for word in ("threefry", "rng", "xor") if word in compiled.as_text()}
-    assert np.array_equal(compiled(params, jax.random.key(0)), jax.jit(lambda p: apply(OPTIONS, p))(params))
+    words = ("threefry", "rng", "xor")  # a CPU's threefry is inlined, as shifts and xor
+    assert not {word for word in words if word in compiled.as_text()}
+    assert np.array_equal(compiled(params, jax.random.key(0)), plain)
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_each_rate_draws_in_training_alone(params: Any, rate: str) -> None:
-    options = dataclasses.replace(OPTIONS, **{rate: 0.5})
-    assert "random_bits" in str(jax.make_jaxpr(lambda p: apply(options, p, seed=0))(params))
+def test_each_rate_draws_in_training_alone(params: Any, plain: jax.Array, rate: str) -> None:
+    changes: dict[str, Any] = {rate: 0.5}
+    options = dataclasses.replace(OPTIONS, **changes)
     assert "random_bits" not in str(jax.make_jaxpr(lambda p: apply(options, p))(params))
-    plain = apply(OPTIONS, params)
-    assert np.array_equal(apply(options, params), plain)
-    first = apply(options, params, seed=0)
-    assert np.array_equal(first, apply(options, params, seed=0))
-    assert not np.allclose(first, apply(options, params, seed=1))
+    train = jax.jit(lambda key: apply(options, params, rng=key))
+    first = train(jax.random.key(0))
+    assert np.array_equal(first, train(jax.random.key(0)))
+    assert not np.allclose(first, train(jax.random.key(1)))
     assert not np.allclose(first, plain)
     assert np.isfinite(first).all()
+
+
+def test_drop_path_drops_whole_branches(params: Any) -> None:
+    """A branch is kept and scaled up, or it is absent; earlier layers lose fewer, the first none."""
+    branches = jax.tree.map(jnp.zeros_like, params)
+    branches["norm"]["scale"] += 1.0
+    branches["blocks"]["mlp_out"]["bias"] += jnp.eye(3, OPTIONS.width)  # layer n adds 1 to channel n
+    options = dataclasses.replace(OPTIONS, drop_path=0.5)
+    run = jax.jit(lambda key: apply(options, branches, np.tile(np.eye(1, 16, 15) * 10, (4, 6, 1)), rng=key))
+    outputs = np.concatenate([run(jax.random.key(seed)) for seed in range(100)])
+    assert np.array_equal(outputs, np.repeat(outputs[:, :1], TOKENS, axis=1))  # one draw an example
+    # LayerNorm's shift and scale go: channel 3 is always 0, channel 15 always 10.
+    added = 10 * (outputs[:, 0, :3] - outputs[:, 0, 3:4]) / (outputs[:, 0, 15:] - outputs[:, 0, 3:4])
+    np.testing.assert_allclose(added[:, 0], 1.0, atol=1e-4)
+    for layer, rate in ((1, 0.25), (2, 0.5)):
+        kept = added[:, layer] > 0.5
+        np.testing.assert_allclose(added[kept, layer], 1 / (1 - rate), atol=1e-3)
+        np.testing.assert_allclose(added[~kept, layer], 0.0, atol=1e-3)
+        assert abs(kept.mean() - (1 - rate)) < 0.1
 
 
 # --- padding ------------------------------------------------------------------------------------------------
@@ -109,10 +133,9 @@ def test_padding_is_invisible(params: Any) -> None:
     assert not np.allclose(seen(X)[VALID], seen(other)[VALID])
 
 
-def test_padding_equals_absence(params: Any) -> None:
-    padded = apply(OPTIONS, params)
-    short = apply(OPTIONS, params, X[1:2, :4], np.ones((1, 4), bool))
-    np.testing.assert_allclose(padded[1:2, :4], short, rtol=1e-4, atol=1e-5)
+def test_padding_equals_absence(params: Any, plain: jax.Array) -> None:
+    short = jax.jit(lambda p: apply(OPTIONS, p, X[1:2, :4], np.ones((1, 4), bool)))(params)
+    np.testing.assert_allclose(plain[1:2, :4], short, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_gets_no_gradient(params: Any) -> None:
@@ -143,9 +166,8 @@ def test_bfloat16_keeps_float32_parameters() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
 
-def test_fresh_kernels_are_xavier_uniform() -> None:
+def test_fresh_kernels_are_xavier_uniform(fresh: Any) -> None:
     """On the flat (inputs, outputs) shape, as the reference's, whatever axes a kernel is stored with."""
-    fresh = nn.unbox(Transformer(OPTIONS).init(jax.random.key(0), X, VALID)["params"])["blocks"]
     kernels = {"qkv": (16, 48), "out": (16, 16)}
     leaves = [(fresh["attention"][name]["kernel"], fans) for name, fans in kernels.items()]
     leaves += [(fresh["mlp_in"]["kernel"], (16, 64)), (fresh["mlp_out"]["kernel"], (64, 16))]

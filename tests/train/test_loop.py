@@ -114,7 +114,9 @@ def test_other_data_or_config_is_refused_by_name(tmp_path):
 def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     scores = iter([9.0, 5.0, 1.0, 7.0, 8.0, 6.0])
     monkeypatch.setattr(loop.Validation, "__call__", lambda self, state: {"val/loss": next(scores)})
-    config = shrunk(duration="5 steps", **{"checkpoint.every": "1 steps", "eval.every": "1 steps", "checkpoint.keep": 2})
+    config = shrunk(
+        duration="5 steps", **{"checkpoint.every": "1 steps", "eval.every": "1 steps", "checkpoint.keep": 2}
+    )
     loop.train(config, tmp_path)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4, 5]
 
@@ -136,7 +138,9 @@ def test_init_from_tells_what_matched(tmp_path, caplog, monkeypatch):
         loop.train(shrunk(init_from=str(tmp_path / "nothing")), tmp_path / "other")
     caplog.clear()
     with caplog.at_level("INFO", logger="m3ae_jax"):
-        loop.train(shrunk(init_from=str(tmp_path / "mae" / "checkpoints" / "2"), **{"data.patch_size": 16}), tmp_path / "p")
+        loop.train(
+            shrunk(init_from=str(tmp_path / "mae" / "checkpoints" / "2"), **{"data.patch_size": 16}), tmp_path / "p"
+        )
     assert "other shape, left fresh" in caplog.text
 
 

@@ -108,7 +108,11 @@ def test_loss_is_the_same_with_more_padding():
             return np.pad(x, width, constant_values=fill)
 
         # Garbage in the padding must not matter.
-        return {"value": more(tokens["value"], 7), "position": more(tokens["position"], 3), "valid": more(tokens["valid"], 0)}
+        return {
+            "value": more(tokens["value"], 7),
+            "position": more(tokens["position"], 3),
+            "valid": more(tokens["valid"], 0),
+        }
 
     more = {**data, "groups": {n: {k: padded(t) for k, t in g.items()} for n, g in data["groups"].items()}}
     value, gradients = loss_and_gradients(objective, params, data)
@@ -168,7 +172,9 @@ def test_decay_by_name_and_schedule():
     c = config(**{"optimizer.warmup": "2 steps", "batch_size": "512"})
     objective = build(c, VOCABULARY)
     mask = decay_mask(fresh(objective, c), tuple(c.optimizer.no_decay))
-    by_name = {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(mask)}
+    by_name = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(mask)
+    }
     assert all(value == name.endswith("kernel") for name, value in by_name.items())
     rate = schedule(c, 10, 10**6)
     assert np.allclose([rate(0), rate(1), rate(2)], [0.0, 1.5e-4, 3e-4])
