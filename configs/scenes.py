@@ -13,28 +13,29 @@ from m3ae_jax.config import default
 def get_config() -> ConfigDict:
     """The config."""
     c = default()
-    c.batch_size = 64
-    c.duration = "9000 steps"
+    c.batch_size = 32
+    c.duration = "10000 steps"
     c.model.width, c.model.depth, c.model.heads = 128, 4, 4
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 2, 2
     c.model.unroll = True  # faster on a CPU
-    c.model.image_mask_ratio = 0.5
+    c.model.image_mask_ratio = 0.25  # a shape is told by its whole outline
     c.model.text_mask_ratio = 0.5
-    c.loss.image_weight = 5.0  # or the words' larger loss hides the pictures'
+    c.loss.image_weight = 2.0  # or the words' larger loss hides the pictures'
     c.loss.text_weight = 1.0
-    c.optimizer.learning_rate = 4e-3
+    c.optimizer.learning_rate = 8e-3
     c.optimizer.warmup = "300 steps"
     c.data.train.source = c.data.val.source = "scenes"
-    c.data.scenes.max_objects = 2
+    c.data.scenes.max_objects = 1
     c.data.tokenizer = "scenes"
     c.data.max_text_tokens = 16
     c.data.scenes.image_size = c.data.image_size = 48
     c.data.patch_size = 8
+    c.data.image_mean, c.data.image_std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
     c.data.crop_scale = (0.7, 1.0)
     c.data.flip = False  # captions speak of left and right
-    c.log_every = "100 steps"
-    c.checkpoint.every = "1000 steps"
-    c.eval.every = "1000 steps"
+    c.log_every = "200 steps"
+    c.checkpoint.every = "2000 steps"
+    c.eval.every = "2000 steps"
     c.eval.examples = 512
     c.evals = ("grounding",)
     return c

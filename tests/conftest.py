@@ -15,6 +15,8 @@ from PIL import Image
 # Read when the libraries start, so set before either is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: XLA's optimiser would take most of their time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 

@@ -1,6 +1,7 @@
 """Configs: loading, overriding, checking, saving."""
 
 import glob
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ def test_every_config_loads_resolves_and_survives_json(path):
 
 @pytest.mark.parametrize("path", ALL)
 def test_every_config_names_its_command_and_its_result(path):
-    docstring = open(path, encoding="utf-8").read().split('"""')[1]
+    docstring = Path(path).read_text(encoding="utf-8").split('"""')[1]
     assert f"--config={path}" in docstring
     assert "Result:" in docstring
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--config=configs/tiny.py",
     "--config.batch_size=8",

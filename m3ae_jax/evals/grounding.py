@@ -105,7 +105,10 @@ class _Asker:
 
     def _patches(self, scenes: Sequence[Scene]) -> np.ndarray:
         data = self._setup.config.data
-        pictures = np.stack([np.asarray(images.center_crop(s.image, data.image_size)) for s in scenes])
+        same = scenes[0].image.shape[0] == data.image_size
+        pictures = np.stack(
+            [s.image if same else np.asarray(images.center_crop(s.image, data.image_size)) for s in scenes]
+        )
         return images.patchify(pictures, data.patch_size)
 
     def _word_questions(self, scenes: Sequence[Scene]) -> list[_Question]:

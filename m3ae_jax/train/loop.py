@@ -198,7 +198,7 @@ class _Loop:
 
     def _finish(self, state: TrainState, stop: _StopFlag) -> None:
         rows = read_rows(self._workdir, until=int(state.step))
-        curves(rows, self._workdir / "curves.png", str(self._workdir))
+        curves(rows, self._workdir / "curves.png", self._workdir.name)
         self._checkpoints.wait()
         where = self._workdir
         if stop.asked and int(state.step) < self._setup.total_steps:

@@ -36,9 +36,9 @@ def most_batch_mates(n: int, batch: int, seed: int) -> int:
 
 
 def chance(n: int, batch: int) -> float:
-    """What `most_batch_mates` of true shuffles stays below: six standard deviations over the mean."""
+    """What `most_batch_mates` of true shuffles stays below: 8 standard deviations (Poisson, over many pairs)."""
     mean = batch * batch / n
-    return mean + 6 * mean**0.5
+    return mean + 8 * mean**0.5
 
 
 # -- the permutation

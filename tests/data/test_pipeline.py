@@ -413,8 +413,9 @@ from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.text import load_tokenizer
 
 c = get_config()
+side = c.data.image_size // c.data.patch_size
 source = build_source(c, "train")
-groups = (Group("image", "image", 64, 0.5), Group("text", "text", 16, 0.5))
+groups = (Group("image", "image", side * side, 0.5), Group("text", "text", 16, 0.5))
 batches = Batches(c, groups, source, load_tokenizer("scenes"), train_view(c, source), batch_size=8)
 with contextlib.closing(iter(batches)) as endless:
     print(sorted(next(endless)))

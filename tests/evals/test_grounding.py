@@ -30,6 +30,10 @@ def scenes(setup):
     return [source.scene(i) for i in range(24)]
 
 
+def not_asked(params, batch):
+    raise AssertionError("these questions are posed without the model")
+
+
 def asker(setup, reconstruct):
     objective = M3AE(setup.config, setup.tokenizer.vocab_size)
     objective.reconstruct = reconstruct
@@ -38,7 +42,7 @@ def asker(setup, reconstruct):
 
 
 def test_one_word_is_hidden_and_it_is_the_one_asked_for(setup, scenes):
-    ask = asker(setup, None)
+    ask = asker(setup, not_asked)
     questions = ask._word_questions(scenes)
     assert {q.attribute for q in questions} == {"color", "shape"}
     for question in questions:
@@ -50,7 +54,7 @@ def test_one_word_is_hidden_and_it_is_the_one_asked_for(setup, scenes):
 
 def test_every_pixel_of_the_object_is_hidden(setup, scenes):
     data = setup.config.data
-    for question in asker(setup, None)._object_questions(scenes):
+    for question in asker(setup, not_asked)._object_questions(scenes):
         shown = np.repeat(~question.hidden[:, None], 3 * data.patch_size**2, 1).astype(np.uint8)
         side = data.image_size // data.patch_size
         shown = images.unpatchify(shown[None], data.patch_size, (side, side))[0, ..., 0]
@@ -83,7 +87,7 @@ def test_a_model_that_knows_all_and_one_that_knows_nothing(setup, scenes):
 def test_a_model_that_looks_at_the_picture_is_told_from_one_that_does_not(setup, scenes):
     """The stub answers right only if the picture is the caption's own."""
     vocabulary = setup.tokenizer.vocab_size
-    ask = asker(setup, None)
+    ask = asker(setup, not_asked)
     own = {ask._patches([s])[0].tobytes(): i for i, s in enumerate(scenes)}
     captions = [s.caption for s in scenes]
 

@@ -26,7 +26,8 @@ def test_validation_repeats_and_counts_each_example_once(setup):
     first = validate(state)
     assert first == validate(state)
     assert set(first) >= {"val/loss", "val/image_loss", "val/text_loss", "val/text_accuracy"}
-    total = 5 * first["val/image_loss"] + first["val/text_loss"]
+    weights = setup.config.loss
+    total = weights.image_weight * first["val/image_loss"] + weights.text_weight * first["val/text_loss"]
     assert math.isclose(first["val/loss"], total, rel_tol=1e-5)
     examples = sum(batch["example"]["valid"].sum() for batch in setup.val_batches)
     assert examples == 20

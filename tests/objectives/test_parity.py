@@ -298,6 +298,7 @@ def test_outputs_at_hidden_tokens(case: Case) -> None:
     assert_outputs_close(case, forward(case, "main").outputs, case.batch(), "out")
 
 
+@pytest.mark.slow
 @variants(*VARIANTS)
 def test_losses_and_gradients(case: Case) -> None:
     batch = case.batch()
