@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """The config."""
     c = default()
     c.batch_size = 32
-    c.duration = "10000 steps"
+    c.duration = "6000 steps"
     c.model.width, c.model.depth, c.model.heads = 128, 4, 4
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 2, 2
     c.model.unroll = True  # faster on a CPU
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.data.scenes.image_size = c.data.image_size = 48
     c.data.patch_size = 8
     c.data.image_mean, c.data.image_std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
-    c.data.crop_scale = (0.7, 1.0)
+    c.data.crop_scale = c.data.crop_ratio = (1.0, 1.0)  # endless data needs no crops, and they blur
     c.data.flip = False  # captions speak of left and right
     c.log_every = "200 steps"
     c.checkpoint.every = "2000 steps"
