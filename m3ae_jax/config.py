@@ -95,6 +95,7 @@ def default() -> ConfigDict:
     c.data.scenes.min_objects = 1
     c.data.scenes.max_objects = 3
     c.data.scenes.clutter = 0
+    c.data.scenes.num_examples = 2**31  # an epoch; more than any run draws
     c.data.image_size = 256
     c.data.patch_size = 16
     c.data.image_mean = CC12M_MEAN
@@ -261,7 +262,9 @@ def load(path: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path!r} has no function get_config()")
-    return module.get_config()
+    config = default()
+    _merge(config, module.get_config().to_dict(), "")
+    return config
 
 
 def to_json(config: ConfigDict) -> str:
@@ -289,14 +292,18 @@ def from_json(text: str) -> ConfigDict:
 def _merge(config: ConfigDict, stored: dict[str, Any], prefix: str) -> None:
     for key, value in stored.items():
         if key not in config:
-            near = _nearest(prefix + key, [name for name, _ in _leaves(config)])
+            near = _nearest(prefix + key, [prefix + name for name, _ in _leaves(config)])
             raise UserError(f"the config's field {prefix}{key} is unknown here; did you mean {near}?")
         if isinstance(config[key], ConfigDict):
             if not isinstance(value, dict):
                 raise UserError(f"the config's {prefix}{key}={value!r} should be a group of fields")
             _merge(config[key], value, f"{prefix}{key}.")
         else:
-            config[key] = tuple(value) if isinstance(value, list) else value
+            try:
+                config[key] = tuple(value) if isinstance(value, list) else value
+            except TypeError:
+                kind = type(config[key]).__name__
+                raise UserError(f"the config's field {prefix}{key}={value!r} is not of type {kind}") from None
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
@@ -394,7 +401,8 @@ def _check_values(c: ConfigDict) -> None:
         ("data.image_std", 3),
     ):
         value = _get(c, name)
-        if len(value) != length or not all(v > 0 or name.endswith("mean") for v in value):
+        numbers = all(isinstance(v, (int, float)) and (v > 0 or name.endswith("mean")) for v in value)
+        if len(value) != length or not numbers:
             raise UserError(f"{name}={value!r}: {length} positive numbers")
     for name in ("data.crop_scale", "data.crop_ratio"):
         if _get(c, name)[0] > _get(c, name)[1] or (name.endswith("scale") and _get(c, name)[1] > 1):

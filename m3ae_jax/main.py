@@ -31,7 +31,13 @@ _overrides: list[tuple[str, str]] = []
 def _parse(argv: list[str]) -> list[str]:
     overrides, rest = config_lib.split_overrides(argv)
     _overrides[:] = overrides
-    return flags.FLAGS(rest)
+    try:
+        rest = flags.FLAGS(rest)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if rest[1:]:
+        raise UserError(f"unknown argument {rest[1]!r}; a field of the config is set as --config.NAME=VALUE")
+    return rest
 
 
 def _run() -> None:
@@ -66,6 +72,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def cli() -> None:

@@ -155,3 +155,23 @@ def test_image_only_is_mae():
     config = config_lib.resolve(config_lib.load("configs/mae_large.py"))
     assert config.data.modalities == ("image",)
     assert not config.model.use_type_embedding
+
+
+def test_a_config_file_with_a_mistake_is_told_in_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    for line, match in (
+        (
+            "c.model.text_mask_ration = 0.9",
+            r"model\.text_mask_ration is unknown here; did you mean model\.text_mask_ratio",
+        ),
+        ("c.batch = 3", "batch is unknown here; did you mean batch_size"),
+    ):
+        file.write_text(
+            f"from m3ae_jax.config import default\ndef get_config():\n    c = default()\n    {line}\n    return c\n"
+        )
+        with pytest.raises(UserError, match=match):
+            config_lib.load(str(file))
+    saved = tmp_path / "config.json"
+    saved.write_text('{"batch_size": "many"}')
+    with pytest.raises(UserError, match=r"batch_size='many' is not of type int"):
+        config_lib.load(str(saved))

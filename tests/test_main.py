@@ -41,6 +41,10 @@ def main(*arguments, timeout=240):
         (["--config=configs/large.py"], ["data.train.path", "img2dataset", "--config=configs/tiny.py"]),
         (["--config=configs/lage.py"], ["no such file", "did you mean configs/large.py"]),
         (["--config=configs/tiny.py", "--config.modle.size=base"], ["modle.size", "model.size"]),
+        (["--config=configs/tiny.py", "--wrkdir=x"], ["wrkdir", "workdir"]),
+        (["--config=configs/tiny.py", "model.text_mask_ratio=0.9"], ["unknown argument", "--config.NAME"]),
+        ([], ["--config"]),
+        (["--config=configs/tiny.py", "--config.data.modalities=image"], ["grounding", "--config.evals="]),
         (["--config=configs/tiny.py", "--mode=trian"], ["--mode='trian'", "did you mean 'train'"]),
         (["--config=configs/tiny.py", "--config.evals=groundng"], ["did you mean 'grounding'"]),
         (["--config=configs/tiny.py", "--config.objective=m4ae"], ["objective='m4ae'", "did you mean 'm3ae'"]),
@@ -96,6 +100,10 @@ def test_train_go_on_and_repeat_from_the_saved_config(tmp_path):
         return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
     assert losses(repeated) == losses(workdir)
+
+    other = main(*TINY, f"--workdir={workdir}", "--mode=eval", "--config.model.width=64")
+    assert other.returncode == 2
+    assert "model.width=64 (the checkpoint has 32)" in other.stderr
 
     evaluated = main(*TINY, f"--workdir={workdir}", "--mode=eval", "--config.evals=grounding")
     assert evaluated.returncode == 0, evaluated.stderr

@@ -24,21 +24,21 @@ class Checkpoints:
     Args:
         folder: made if missing.
         keep: how many of the newest to keep; the one with the least validation loss is kept besides.
+        read_only: touches nothing, not even what a running save has not finished.
     """
 
-    def __init__(self, folder: str | Path, keep: int) -> None:
+    def __init__(self, folder: str | Path, keep: int, *, read_only: bool = False) -> None:
         path = Path(folder).resolve()  # a relative path would fail late, in orbax's background thread
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[BEST_METRIC],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                cleanup_tmp_directories=True,
+                # Without best_fn orbax writes no metrics, and forgets after a restart which one is best.
+                best_fn=_score,
+                best_mode="min",
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 
@@ -81,6 +81,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and stops the background threads."""
         self._manager.close()
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
 
 
 def find(path: str) -> tuple[Path, int]:

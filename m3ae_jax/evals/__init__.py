@@ -39,16 +39,45 @@ class Result:
     def save(self, folder: Path, step: int) -> None:
         """Writes ``<name>_<step>.json`` and ``.md``."""
         folder.mkdir(parents=True, exist_ok=True)
-        place = folder / f"{self.name}_{step}"
-        place.with_suffix(".json").write_text(json.dumps({"step": step, **self.scalars}, indent=2) + "\n")
-        place.with_suffix(".md").write_text(self.text + "\n")
+        file = place(folder, self.name, step)
+        file.with_suffix(".md").write_text(self.text + "\n")
+        file.write_text(json.dumps({"step": step, **self.scalars}, indent=2) + "\n")
 
 
-def check(names: tuple[str, ...]) -> None:
-    """Raises `UserError` for a name that is no evaluation; called before a run begins, not at its end."""
-    for name in names:
+def place(folder: Path, name: str, step: int) -> Path:
+    """The JSON file of an evaluation's result."""
+    return folder / f"{name}_{step}.json"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` for an evaluation that is unknown or cannot work; before a run begins, not at its end."""
+    for name in config.evals:
         if name not in NAMES:
             raise UserError(one_of("evals", name, NAMES))
+        if name == "grounding" and set(config.data.modalities) != {"image", "text"}:
+            raise UserError(
+                f"evals=('grounding',) needs data.modalities=('image', 'text'), not {tuple(config.data.modalities)!r}; "
+                "add --config.evals="
+            )
+
+
+def _check_fits(meta: dict[str, Any], setup: Setup, run: Path) -> None:
+    """Refuses a config under which a checkpoint's parameters would mean something else."""
+    from m3ae_jax.config import difference, from_json
+
+    fields = ("model.", "data.modalities", "data.image_size", "data.patch_size", "data.max_text_tokens")
+    stored = from_json(json.dumps(meta["config"]))
+    changed = [
+        f"{name}={new!r} (the checkpoint has {old!r})"
+        for name, old, new in difference(stored, setup.config)
+        if name.startswith(fields) and name not in ("model.unroll", "model.compute_dtype")
+    ]
+    if meta["tokenizer"] != setup.identity()["tokenizer"]:
+        changed.append("data.tokenizer names another tokenizer than the run's")
+    if changed:
+        raise UserError(
+            f"the checkpoint was made under another config: {'; '.join(changed)}. Use --config={run}/config.json"
+        )
 
 
 def run(name: str, setup: Setup, state: TrainState) -> Result:
@@ -71,7 +100,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     setup = prepare(resolve(config))
     folder, step = find(str(workdir))
-    checkpoints = Checkpoints(folder, keep=10**9)
+    checkpoints = Checkpoints(folder, keep=1, read_only=True)
+    _check_fits(checkpoints.meta(step), setup, folder.parent)
     state = checkpoints.restore(step, setup.abstract_state())
     checkpoints.close()
     log.info("step %d of %s", step, workdir)

@@ -19,8 +19,7 @@ from m3ae_jax.data import images, masking
 from m3ae_jax.data.pipeline import token_slots
 from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource
 from m3ae_jax.data.text import encode_batch
-from m3ae_jax.errors import UserError
-from m3ae_jax.evals import Result
+from m3ae_jax.evals import Result, check
 from m3ae_jax.parallel.mesh import put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -43,10 +42,9 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Asks on the first scenes of ``val`` and of ``val_novel`` (attribute pairs never seen in training).
 
     Raises:
-        UserError: the model has not both modalities.
+        UserError: the model has not both modalities (`evals.check`).
     """
-    if set(setup.config.data.modalities) != {"image", "text"}:
-        raise UserError("evals: grounding needs data.modalities=('image', 'text')")
+    check(setup.config)
     scalars: dict[str, float] = {}
     lines = [
         "| split | hidden | n | other modality true | shuffled | prior | true - shuffled, 95 % interval |",
@@ -90,6 +88,8 @@ class _Asker:
         words = self._word_questions(scenes)
         for attribute in ("color", "shape"):
             asked = [q for q in words if q.attribute == attribute]
+            if not asked:
+                continue
             true = self._answers(asked, data, "text", lambda i: (i, i))
             shuffled = self._answers(asked, data, "text", lambda i: (other[i], i))
             names = [ids[q.scene][q.hidden].tobytes() for q in asked]
@@ -98,6 +98,8 @@ class _Asker:
                 "prior": max(names.count(name) for name in set(names)) / len(names),
             }
         asked = self._object_questions(scenes)
+        if not asked:
+            return results
         true = self._answers(asked, data, "image", lambda i: (i, i))
         shuffled = self._answers(asked, data, "image", lambda i: (i, other[i]))
         results["object"] = _compare(asked, true, shuffled)
@@ -123,17 +125,25 @@ class _Asker:
         return questions
 
     def _object_questions(self, scenes: Sequence[Scene]) -> list[_Question]:
-        data, questions = self._setup.config.data, []
+        questions = []
         for i, scene in enumerate(scenes):
             for number in sorted({mention.object for mention in scene.mentions}):
-                inside = (scene.segmentation == number + 1).astype(np.uint8)[..., None]
-                # Enlarged or reduced to the model's picture without losing a pixel: any touched patch is hidden.
-                index = np.arange(data.image_size) * inside.shape[0] // data.image_size
-                cells = images.patchify(inside[index][:, index][None], data.patch_size)
-                hidden = cells[0].any(axis=-1)
+                hidden = self._touched(scene.segmentation == number + 1)
                 if hidden.any() and not hidden.all():
                     questions.append(_Question(i, "object", hidden))
         return questions
+
+    def _touched(self, inside: np.ndarray) -> np.ndarray:
+        """Which patches of the model's picture a region of the scene's (`[S, S] bool`) touches, `[L] bool`."""
+        data = self._setup.config.data
+        side, scale = data.image_size // data.patch_size, data.image_size / inside.shape[0]
+        rows, columns = np.nonzero(inside)
+        hidden = np.zeros((side, side), bool)
+        for dy in (0.0, 1.0 - 1e-9):  # both ends of a pixel: enlarged, it may span two patches
+            for dx in (0.0, 1.0 - 1e-9):
+                y, x = (rows + dy) * scale // data.patch_size, (columns + dx) * scale // data.patch_size
+                hidden[y.astype(int), x.astype(int)] = True
+        return hidden.ravel()
 
     def _answers(
         self,
@@ -143,7 +153,9 @@ class _Asker:
         context: Callable[[int], tuple[int, int]],
     ) -> np.ndarray:
         """1.0 for a right word, or an object's mean squared error; `context` gives (picture, caption) of a scene."""
-        answers = [self._answer(chunk, data, asked, context) for chunk in _chunks(questions)]
+        devices = self._setup.mesh.devices.size
+        size = -(-_BATCH // devices) * devices
+        answers = [self._answer(chunk, data, asked, context) for chunk in _chunks(questions, size)]
         return np.concatenate(answers)[: len(questions)]
 
     def _answer(
@@ -174,11 +186,11 @@ class _Asker:
         return np.where(valid, error, 0.0).sum(axis=-1) / valid.sum(axis=-1)
 
 
-def _chunks(questions: Sequence[_Question]) -> Iterator[list[_Question]]:
+def _chunks(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
     """Equal chunks, one compiled shape: the last is filled up with its first question."""
-    for start in range(0, len(questions), _BATCH):
-        chunk = list(questions[start : start + _BATCH])
-        yield chunk + chunk[:1] * (_BATCH - len(chunk))
+    for start in range(0, len(questions), size):
+        chunk = list(questions[start : start + size])
+        yield chunk + chunk[:1] * (size - len(chunk))
 
 
 def _compare(questions: Sequence[_Question], true: np.ndarray, shuffled: np.ndarray) -> dict[str, float]:

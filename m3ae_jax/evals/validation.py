@@ -15,7 +15,7 @@ from m3ae_jax.parallel.mesh import put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState, eval_step
 
-_PRIOR_BATCHES = 20
+_PRIOR_EXAMPLES = 2048
 
 
 class Validation:
@@ -47,9 +47,9 @@ class Validation:
 def priors(setup: Setup) -> dict[str, float]:
     """What a predictor that ignores the other tokens reaches on the validation targets.
 
-    Words: cross-entropy of the training targets' unigram frequencies (add-one smoothed), nats per token. Pictures:
+    Words: cross-entropy of the training words' unigram frequencies, nats per token. Pictures:
     squared error of the training targets' mean at each position, per pixel value. Both use the first training
-    batches and the loss's own averages over tokens.
+    batches, their visible tokens too, and the average (over examples or tokens) that the loss takes.
 
     Returns:
         ``prior/text_loss`` and ``prior/image_loss``, as far as the modality is trained; nothing without
@@ -60,15 +60,23 @@ def priors(setup: Setup) -> dict[str, float]:
     targets = jax.jit(setup.objective.targets)
     statistics: dict[str, _Statistics] = {}
     with contextlib.closing(iter(setup.train_batches(0))) as batches:
-        for batch in itertools.islice(batches, _PRIOR_BATCHES):
+        for batch in itertools.islice(batches, -(-_PRIOR_EXAMPLES // setup.config.batch_size)):
             for name, (value, position, valid) in _targets(targets, batch).items():
                 if name not in statistics:
                     statistics[name] = _Statistics(value, setup)
                 statistics[name].count(value, position, valid)
+                if name == "text":
+                    seen = batch["groups"][name]["visible"]
+                    statistics[name].count(seen["value"], seen["position"], seen["valid"])
     sums = {name: np.zeros(2) for name in statistics}
     for batch in setup.val_batches:
         for name, (value, position, valid) in _targets(targets, batch).items():
-            sums[name] += [statistics[name].error(value, position)[valid].sum(), valid.sum()]
+            error = np.where(valid, statistics[name].error(value, position), 0.0).sum(axis=-1)
+            count = valid.sum(axis=-1)
+            if name == "text" and setup.config.loss.text_average == "token":
+                sums[name] += [error.sum(), count.sum()]
+            else:
+                sums[name] += [(error / np.maximum(count, 1)).sum(), (count > 0).sum()]
     return {f"prior/{name}_loss": float(s / w) for name, (s, w) in sums.items() if w}
 
 
@@ -85,7 +93,8 @@ class _Statistics:
         self._words = value.ndim == 2
         if self._words:
             assert setup.tokenizer is not None
-            self._counts = np.ones(setup.tokenizer.vocab_size)
+            # One count in all, spread over the vocabulary: unseen words stay possible, seen ones undisturbed.
+            self._counts = np.full(setup.tokenizer.vocab_size, 1.0 / setup.tokenizer.vocab_size)
         else:
             slots = max(group.tokens for group in setup.objective.groups if group.modality == "image")
             self._sum, self._weight = np.zeros((slots, value.shape[-1])), np.full((slots, 1), 1e-9)

@@ -27,7 +27,10 @@ class MetricWriter:
         if enabled:
             from clu import metric_writers
 
-            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+            path = workdir / "metrics.jsonl"
+            cut = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+            self._file = path.open("a", encoding="utf-8")
+            self._file.write("\n" if cut else "")
             board = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
             self._writers = metric_writers.MultiWriter([board, metric_writers.LoggingWriter()])
 

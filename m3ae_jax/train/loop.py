@@ -85,7 +85,9 @@ def _open_workdir(workdir: Path, config: ConfigDict) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config_lib.to_json(config), encoding="utf-8")
+        fresh = saved.with_suffix(".json.tmp")  # a kill while writing must not leave half a config
+        fresh.write_text(config_lib.to_json(config), encoding="utf-8")
+        fresh.replace(saved)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
 
@@ -106,6 +108,7 @@ class _Loop:
         start, total = int(state.step), setup.total_steps
         if start >= total:
             log.info("the run has all its %d steps; nothing to train", total)
+            self._finish(state)
             return state
         step_fn = jax.jit(train_step(setup.objective, setup.optimizer, setup.config.seed), donate_argnums=0)
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
@@ -119,6 +122,7 @@ class _Loop:
         attempts: list[np.ndarray] = []
         with contextlib.closing(iter(setup.train_batches(start))) as batches:
             for step in range(start + 1, total + 1):
+                self._metrics = {}
                 batch = self._progress.waiting(lambda: next(batches), figures)
                 attempts.append(batch["example"]["attempt"])
                 state, figures = step_fn(state, put_batch(batch, setup.mesh))
@@ -132,7 +136,11 @@ class _Loop:
                     self._save(state)
                 if last:
                     break
-        self._finish(state, stop)
+        if stop.asked and int(state.step) < total:
+            self._checkpoints.wait()
+            log.info("stopped at step %d, saved; the same command goes on", int(state.step))
+        else:
+            self._finish(state)
         return state
 
     def _first_state(self) -> TrainState:
@@ -194,17 +202,15 @@ class _Loop:
         with self._progress.paused():
             meta = {**self._setup.identity(), "config": self._setup.config.to_dict()}
             self._checkpoints.save(state, meta, self._metrics)
-            self._metrics = {}
 
-    def _finish(self, state: TrainState, stop: _StopFlag) -> None:
+    def _finish(self, state: TrainState) -> None:
         rows = read_rows(self._workdir, until=int(state.step))
         curves(rows, self._workdir / "curves.png", self._workdir.name)
         self._checkpoints.wait()
         where = self._workdir
-        if stop.asked and int(state.step) < self._setup.total_steps:
-            log.info("stopped at step %d, saved; the same command goes on", int(state.step))
-            return
         for name in self._setup.config.evals:
+            if evals.place(where / "evals", name, int(state.step)).exists():
+                continue
             result = evals.run(name, self._setup, state)
             self._writer.scalars(int(state.step), result.scalars)
             log.info(result.text)

@@ -133,7 +133,7 @@ def prepare(config: ConfigDict) -> Setup:
     Raises:
         UserError: the data or the tokenizer is missing, or does not fit the config.
     """
-    evals.check(tuple(config.evals))
+    evals.check(config)
     train_source = build_source(config, "train")
     has_val = config.data.val.path or config.data.val.source == "scenes"
     val_source = build_source(config, "val") if has_val else None

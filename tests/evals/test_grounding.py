@@ -124,9 +124,11 @@ def test_no_difference_has_zero_in_its_interval():
 
 def test_wrong_use_is_told(setup, tmp_path):
     with pytest.raises(UserError, match="did you mean 'grounding'"):
-        check(("groundin",))
+        wrong = config_lib.default()
+        wrong.evals = ("groundin",)
+        check(wrong)
     image_only = dataclasses.replace(setup, config=config_lib.image_only(setup.config.copy_and_resolve_references()))
-    with pytest.raises(UserError, match="grounding needs"):
+    with pytest.raises(UserError, match=r"needs data.modalities"):
         grounding.evaluate(image_only, None)
     Result("name", {"name/a": 1.0}, "| table |").save(tmp_path, 7)
     assert (tmp_path / "name_7.json").exists() and (tmp_path / "name_7.md").read_text() == "| table |\n"

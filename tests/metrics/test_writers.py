@@ -19,10 +19,12 @@ def test_rows_are_read_back_once_a_step_and_nan_is_null(tmp_path):
     again.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/lo')
-    assert read_rows(tmp_path) == [
-        {"step": 1, "train/loss": 2.0, "val/loss": 3.0},
-        {"step": 2, "train/loss": 1.5},
-    ]
+    rows = [{"step": 1, "train/loss": 2.0, "val/loss": 3.0}, {"step": 2, "train/loss": 1.5}]
+    assert read_rows(tmp_path) == rows
+    resumed = MetricWriter(tmp_path)
+    resumed.scalars(4, {"train/loss": 1.0})
+    resumed.close()
+    assert read_rows(tmp_path) == [*rows, {"step": 4, "train/loss": 1.0}]
     assert read_rows(tmp_path, until=1) == [{"step": 1, "train/loss": 2.0, "val/loss": 3.0}]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])["train/loss"] is None
     assert list((tmp_path / "tensorboard").glob("events.*"))

@@ -38,5 +38,8 @@ def build_source(config: ConfigDict, part: str) -> Source:
             )
         from m3ae_jax.data.sources.webdataset import WebDatasetSource
 
-        return WebDatasetSource(spec.path, caption_key=spec.caption_key)
+        try:
+            return WebDatasetSource(spec.path, caption_key=spec.caption_key)
+        except OSError as error:
+            raise UserError(f"{field}.path={spec.path!r} cannot be read: {error}") from error
     raise UserError(one_of(f"{field}.source", spec.source, NAMES))

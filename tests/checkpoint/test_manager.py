@@ -1,0 +1,65 @@
+"""Checkpoints survive restarts: the newest and the best are kept, and readers disturb nobody."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
+from m3ae_jax.errors import UserError
+from m3ae_jax.train.step import TrainState
+
+
+def state(step):
+    params = {"layer": {"kernel": jnp.full((2, 3), float(step)), "bias": jnp.zeros(3)}}
+    return TrainState(jnp.int32(step), params, (), {})
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+
+
+def steps(folder):
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def test_the_best_is_kept_over_a_restart(tmp_path):
+    first = Checkpoints(tmp_path, keep=2)
+    for step, loss in ((1, 9.0), (2, 1.0), (3, 5.0)):
+        first.save(state(step), {"step": step}, {"val/loss": loss})
+    first.close()
+    second = Checkpoints(tmp_path, keep=2)
+    for step in (4, 5, 6):
+        second.save(state(step), {"step": step}, {} if step == 5 else {"val/loss": 7.0})
+    second.wait()
+    assert second.best() == 2
+    assert second.latest() == 6
+    assert second.meta(6) == {"step": 6}
+    second.close()
+    assert steps(tmp_path) == [2, 5, 6]
+
+
+def test_restore_find_and_read_only(tmp_path):
+    run = tmp_path / "run"
+    writer = Checkpoints(run / "checkpoints", keep=3)
+    for step in (10, 20):
+        writer.save(state(step), {}, {})
+    writer.save(state(20), {}, {})  # again: nothing happens
+    writer.wait()
+    unfinished = run / "checkpoints" / "30.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    reader = Checkpoints(run / "checkpoints", keep=1, read_only=True)
+    restored = reader.restore(10, abstract())
+    assert int(restored.step) == 10
+    assert np.array_equal(restored.params["layer"]["kernel"], np.full((2, 3), 10.0))
+    reader.close()
+    writer.close()
+    assert unfinished.exists()
+    assert steps(run / "checkpoints") == [10, 20]
+
+    for path in (run, run / "checkpoints"):
+        assert find(str(path)) == (run / "checkpoints", 20)
+    assert find(str(run / "checkpoints" / "10")) == (run / "checkpoints", 10)
+    assert np.array_equal(load_params(str(run / "checkpoints" / "10"))["layer"]["kernel"], np.full((2, 3), 10.0))
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find(str(tmp_path / "nothing"))
