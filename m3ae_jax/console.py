@@ -23,8 +23,8 @@ def quiet_environment() -> None:
 def use_huge_pages() -> None:
     """Starts the program anew with glibc's malloc on huge pages, unless the user has set its tunables.
 
-    XLA's CPU back end takes and returns one large buffer a step; its page faults cost 30 % of a small model's step
-    (2 cores, scenes config). glibc reads the setting only when a process starts.
+    XLA's CPU back end takes and returns one large buffer a step; its page faults are a
+    good part of a small model's step. glibc reads the setting only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

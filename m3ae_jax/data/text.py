@@ -4,8 +4,7 @@ SentencePiece models run through the `sentencepiece` package's batch encoder: C+
 released, called once per batch from a `tf.numpy_function`. It is a required package already; tensorflow-text
 would do the same in the graph, but is one more package, pinned to tensorflow's version. BERT's WordPiece
 vocabularies run through the `tokenizers` package (a batch encoder in Rust), the optional extra
-`m3ae_jax[wordpiece]`, imported only when such a vocabulary is loaded. Measured with cleaning and padding, in
-captions of 40 characters per second: SentencePiece 190k on one core, WordPiece 32k on two.
+`m3ae_jax[wordpiece]`, imported only when such a vocabulary is loaded.
 
 What holds for both:
 

@@ -65,8 +65,8 @@ def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
 class Linear(nn.Dense):
     """A linear layer over the last axis, as one matrix product over all tokens.
 
-    XLA's CPU back end takes 2.8 times as long for the gradient of the same product with the batch and token
-    axes apart (width 128, 2 cores); elsewhere the reshape costs nothing.
+    XLA's CPU back end is slower at the gradient of the same product with the batch and token axes apart;
+    elsewhere the reshape costs nothing.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
             name="qkv",
         )(x.reshape(-1, o.width))  # one product over all tokens: see Linear
-        # Heads before tokens: the batched products are then plain (2.5 times as fast on a CPU).
+        # Heads before tokens: the batched products are then plain (faster on a CPU).
         query, key, value = jnp.transpose(qkv.reshape(batch, tokens, 3, o.heads, head_dim), (2, 0, 3, 1, 4))
         logits = jnp.einsum("bhqd,bhkd->bhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32)
         logits = jnp.where(valid[:, None, None, :], logits, -1e7)
