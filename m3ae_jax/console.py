@@ -43,6 +43,11 @@ def start_logging() -> None:
     root.handlers = [logging.NullHandler()]
 
 
+def only_errors() -> None:
+    """Keeps the project's lines to itself: another process of the run prints them."""
+    log.setLevel(logging.ERROR)
+
+
 def log_to(path: Path) -> None:
     """Appends everything, the libraries' lines too, to a file."""
     handler = logging.FileHandler(path)

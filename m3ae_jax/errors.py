@@ -10,6 +10,15 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line: what, where, the value, what is allowed."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop before its end; its state is saved, and the same command goes on."""
+
+
+STOPPED = (
+    75  # exit code of such a run: "try again later" (EX_TEMPFAIL), so that a launcher tells it from a finished one
+)
+
+
 def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     """Says that `value` of field `name` is not allowed, what is, and the nearest valid one.
 

@@ -12,9 +12,9 @@ console.quiet_environment()
 from absl import app, flags  # noqa: E402
 
 from m3ae_jax import config as config_lib  # noqa: E402
-from m3ae_jax.errors import UserError, one_of  # noqa: E402
+from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
 
-MODES = ("train", "eval", "print_config")
+MODES = ("train", "eval", "plan", "print_config")
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -24,6 +24,22 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
+
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes; TPU pods, Slurm, Kubernetes and MPI say which."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster says it.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "Processes of the run, where no cluster says it.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "This process, from 0, where no cluster says it.")
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes, an attempt.")
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "v5e:2x4,v5e:4x4,v5e:16x16,v4:4x4x4,v5p:4x4x4,v6e:8x8",
+    "For --mode=plan: TPU slices, GENERATION:AxB[xC], with *N for N slices.",
+)
+_PRICE = flags.DEFINE_float("price", 0.0, "For --mode=plan: of a chip-hour.")
+_SEARCH = flags.DEFINE_bool("search", False, "For --mode=plan: look for the best batch per chip, remat and mesh.")
 
 _overrides: list[tuple[str, str]] = []
 
@@ -49,10 +65,15 @@ def _run() -> None:
     default = config_file.parent if config_file.suffix == ".json" else Path("runs") / config_file.stem
     workdir = Path(_WORKDIR.value or default).expanduser().resolve()
     console.import_tensorflow()
+    _meet()
     if _MODE.value == "print_config":
         from m3ae_jax.train.setup import describe
 
         print(describe(config))
+    elif _MODE.value == "plan":
+        from m3ae_jax.plan import plan
+
+        plan(config, config_file.stem, workdir, _TOPOLOGY.value, _PRICE.value, search=_SEARCH.value)
     elif _MODE.value == "eval":
         from m3ae_jax.evals import evaluate
 
@@ -61,6 +82,14 @@ def _run() -> None:
         from m3ae_jax.train.loop import train
 
         train(config, workdir)
+
+
+def _meet() -> None:
+    if not (_DISTRIBUTED.value or _COORDINATOR.value or _PROCESS_COUNT.value or _PROCESS_INDEX.value >= 0):
+        return
+    from m3ae_jax.parallel.processes import Cluster, start
+
+    start(Cluster(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value, _START_TIMEOUT.value))
 
 
 def main(argv: list[str]) -> None:
@@ -72,6 +101,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        console.log.info("%s", stopped)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

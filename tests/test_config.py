@@ -38,7 +38,7 @@ def test_every_config_names_its_command_and_its_result(path):
 
 
 def test_the_papers_recipe(golden):
-    names = ("small", "base", "large", "huge", "mae_base")
+    names = ("small", "base", "large", "huge", "giant", "mae_base")
     golden("configs.json", {n: config_lib.resolve(config_lib.load(f"configs/{n}.py")).to_dict() for n in names})
 
 
@@ -102,7 +102,7 @@ def test_wrong_override_is_one_line_with_a_hint(override, parts):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model.size=bse", ["model.size='bse'", "base, huge, large, small", "did you mean 'base'"]),
+        ("model.size=bse", ["model.size='bse'", "base, enormous, giant, huge, large, small", "did you mean 'base'"]),
         ("model.text_mask_ratio=1.0", ["model.text_mask_ratio=1.0", "0.0 and 0.95"]),
         ("model.image_mask_ratio=-0.1", ["between"]),
         ("model.text_mask_ratio=nan", ["between"]),

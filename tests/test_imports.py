@@ -15,13 +15,14 @@ PACKAGE = ROOT / "m3ae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TENSORFLOW_FOLDERS = ("m3ae_jax.data", "m3ae_jax.metrics", "m3ae_jax.console")
 NOT_FOR = {
-    "models": ("objectives", "train", "evals", "data", "parallel", "checkpoint", "metrics", "report"),
-    "data": ("objectives", "train", "evals", "models", "parallel", "checkpoint", "metrics", "report"),
-    "objectives": ("train", "evals", "checkpoint", "metrics", "report"),
-    "parallel": ("objectives", "train", "evals", "data", "models", "checkpoint", "metrics", "report"),
-    "checkpoint": ("objectives", "train", "evals", "data", "models", "metrics", "report"),
-    "metrics": ("objectives", "train", "evals", "data", "models", "checkpoint"),
-    "report": ("objectives", "train", "evals", "data", "models", "checkpoint"),
+    "models": ("objectives", "train", "evals", "plan", "data", "parallel", "checkpoint", "metrics", "report"),
+    "data": ("objectives", "train", "evals", "plan", "models", "parallel", "checkpoint", "metrics", "report"),
+    "objectives": ("train", "evals", "plan", "checkpoint", "metrics", "report"),
+    "parallel": ("objectives", "train", "evals", "plan", "data", "checkpoint", "metrics", "report"),
+    "checkpoint": ("objectives", "train", "evals", "plan", "data", "models", "metrics", "report"),
+    "metrics": ("objectives", "train", "evals", "plan", "data", "models", "checkpoint"),
+    "plan": ("evals", "checkpoint", "metrics", "report"),
+    "report": ("objectives", "train", "evals", "plan", "data", "models", "checkpoint"),
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -135,7 +135,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         UserError: `path` is none of these, is missing or cannot be read as what its name says, or
             `tokenizers` is not installed.
     """
-    file = Path(__file__).with_name("scenes.model") if path == "scenes" else Path(path)
+    file = Path(__file__).with_name("scenes.model") if path == "scenes" else Path(path).expanduser()
     if file.suffix not in (".model", ".txt"):
         raise UserError(
             f"tokenizer={path!r} is neither 'scenes' nor a SentencePiece '*.model' nor a WordPiece "

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 from ml_collections import ConfigDict
 
 from m3ae_jax.errors import UserError, one_of
@@ -63,14 +64,14 @@ def check(config: ConfigDict) -> None:
 
 def _check_fits(meta: dict[str, Any], setup: Setup, run: Path) -> None:
     """Refuses a config under which a checkpoint's parameters would mean something else."""
-    from m3ae_jax.config import difference, from_json
+    from m3ae_jax.config import PROGRAM_FIELDS, difference, from_json, is_among
 
     fields = ("model.", "data.modalities", "data.image_size", "data.patch_size", "data.max_text_tokens")
     stored = from_json(json.dumps(meta["config"]))
     changed = [
         f"{name}={new!r} (the checkpoint has {old!r})"
         for name, old, new in difference(stored, setup.config)
-        if name.startswith(fields) and name not in ("model.unroll", "model.compute_dtype")
+        if name.startswith(fields) and not is_among(name, (*PROGRAM_FIELDS, "model.compute_dtype"))
     ]
     if meta["tokenizer"] != setup.identity()["tokenizer"]:
         changed.append("data.tokenizer names another tokenizer than the run's")
@@ -113,5 +114,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         results.append(run(name, setup, state))
         log.info(results[-1].text)
     for result in results:
-        result.save(folder.parent / "evals", step)
+        if jax.process_index() == 0:
+            result.save(folder.parent / "evals", step)
     return {key: value for result in results for key, value in result.scalars.items()}

@@ -20,7 +20,7 @@ from m3ae_jax.data.pipeline import token_slots
 from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource
 from m3ae_jax.data.text import encode_batch
 from m3ae_jax.evals import Result, check
-from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.parallel.mesh import batch_parts, fetch, put_whole_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
@@ -74,8 +74,8 @@ class _Asker:
         assert setup.tokenizer is not None
         self._setup, self._params, self._tokenizer = setup, state.params, setup.tokenizer
         self._slots = token_slots(setup.config)
-        self._reconstruct = jax.jit(setup.objective.reconstruct)
-        self._targets = jax.jit(setup.objective.targets)
+        self._reconstruct = setup.jit(setup.objective.reconstruct)
+        self._targets = setup.jit(setup.objective.targets)
 
     def __call__(self, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
         """Figures by what was hidden: ``color``, ``shape`` (accuracies) and ``object`` (squared error)."""
@@ -153,8 +153,8 @@ class _Asker:
         context: Callable[[int], tuple[int, int]],
     ) -> np.ndarray:
         """1.0 for a right word, or an object's mean squared error; `context` gives (picture, caption) of a scene."""
-        devices = self._setup.mesh.devices.size
-        size = -(-_BATCH // devices) * devices
+        parts = batch_parts(self._setup.mesh)
+        size = -(-_BATCH // parts) * parts
         answers = [self._answer(chunk, data, asked, context) for chunk in _chunks(questions, size)]
         return np.concatenate(answers)[: len(questions)]
 
@@ -176,9 +176,9 @@ class _Asker:
             "text": masking.split(ids, real, masks["text"], budget["text"]),
         }
         groups = jax.tree.map(np.asarray, groups)
-        batch: Any = put_batch({"groups": groups}, self._setup.mesh)
-        guess = np.asarray(self._reconstruct(self._params, batch)[asked])
-        target = np.asarray(self._targets(batch)[asked])
+        batch: Any = put_whole_batch({"groups": groups}, self._setup.mesh)
+        guess = fetch(self._reconstruct(self._params, batch)[asked])
+        target = fetch(self._targets(batch)[asked])
         valid = groups[asked]["target"]["valid"]
         if asked == "text":
             return ((np.argmax(guess, -1) == target) | ~valid).all(axis=-1).astype(np.float64)

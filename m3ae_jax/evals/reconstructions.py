@@ -14,7 +14,7 @@ from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.pipeline import grid
 from m3ae_jax.data.text import Tokenizer
 from m3ae_jax.objectives.m3ae import denormalize_pixels, normalize_pixels, patch_statistics
-from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.report.pictures import Reconstruction, Word, reconstruction_sheet
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -32,19 +32,23 @@ class Reconstructions:
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         self._setup, self._folder = setup, folder
+        self._on_device: Any = None
         self._batch: Any = None
-        self._reconstruct = jax.jit(setup.objective.reconstruct)
+        self._reconstruct = setup.jit(setup.objective.reconstruct)
 
     def __call__(self, state: TrainState) -> np.ndarray | None:
-        """Writes and returns one sheet (`[H, W, 3] uint8`); None if no picture is asked for."""
+        """Writes and returns one sheet (`[H, W, 3] uint8`); None if none is asked for, or another process does it."""
         count = self._setup.config.eval.pictures
         if not count:
             return None
         if self._batch is None:
             source = self._setup.val_source or self._setup.train_source
             with contextlib.closing(iter(self._setup.eval_batches(source, count))) as batches:
-                self._batch = next(batches)
-        guesses = jax.device_get(self._reconstruct(state.params, put_batch(self._batch, self._setup.mesh)))
+                self._on_device = put_batch(next(batches), self._setup.mesh)
+            self._batch = fetch(self._on_device)  # the rows of all processes
+        guesses = fetch(self._reconstruct(state.params, self._on_device))
+        if jax.process_index() > 0:
+            return None
         rows = [self._row(int(example), guesses) for example in np.flatnonzero(self._batch["example"]["valid"])]
         step = int(state.step)
         sheet = reconstruction_sheet(rows, f"step {step}")

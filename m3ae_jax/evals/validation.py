@@ -27,7 +27,7 @@ class Validation:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._step = jax.jit(eval_step(setup.objective))
+        self._step = setup.jit(eval_step(setup.objective))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Loss terms, metrics and the total, as ``val/<name>``; nothing without validation data."""
@@ -49,7 +49,8 @@ def priors(setup: Setup) -> dict[str, float]:
 
     Words: cross-entropy of the training words' unigram frequencies, nats per token. Pictures:
     squared error of the training targets' mean at each position, per pixel value. Both use the first training
-    batches, their visible tokens too, and the average (over examples or tokens) that the loss takes.
+    batches, their visible tokens too, and the average (over examples or tokens) that the loss takes. Of several
+    processes each looks at its own rows.
 
     Returns:
         ``prior/text_loss`` and ``prior/image_loss``, as far as the modality is trained; nothing without
@@ -57,7 +58,7 @@ def priors(setup: Setup) -> dict[str, float]:
     """
     if setup.val_batches is None:
         return {}
-    targets = jax.jit(setup.objective.targets)
+    targets = jax.jit(setup.objective.targets)  # of this process's rows alone, on its own device
     statistics: dict[str, _Statistics] = {}
     with contextlib.closing(iter(setup.train_batches(0))) as batches:
         for batch in itertools.islice(batches, -(-_PRIOR_EXAMPLES // setup.config.batch_size)):

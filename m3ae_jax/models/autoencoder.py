@@ -97,7 +97,7 @@ class MaskedAutoencoder(nn.Module):
         features = {"image": (o.patch_values, "patch"), "text": (o.vocab_size, "vocab")}
         for m in o.modalities:
             size, axis = features[m]
-            setattr(self, f"{m}_output", OutputHead(size, o.output_head_depth, axis, o.decoder.dtype))
+            setattr(self, f"{m}_output", OutputHead(o.decoder.width, size, o.output_head_depth, axis, o.decoder.dtype))
 
     def encode(self, visible: TokenSets, *, deterministic: bool = True) -> Encoded:
         """Encodes the visible tokens of one, or of both modalities.
@@ -120,7 +120,13 @@ class MaskedAutoencoder(nn.Module):
         return Encoded(cls=x[:, 0], tokens=dict(zip(present, _cut(x[:, 1:], parts), strict=True)))
 
     def decode(
-        self, encoded: Encoded, visible: TokenSets, target: TokenSets, *, deterministic: bool = True
+        self,
+        encoded: Encoded,
+        visible: TokenSets,
+        target: TokenSets,
+        *,
+        features_of: tuple[str, ...] = (),
+        deterministic: bool = True,
     ) -> dict[str, jax.Array]:
         """Restores the target tokens.
 
@@ -128,6 +134,8 @@ class MaskedAutoencoder(nn.Module):
             encoded: what `encode` made of `visible`.
             visible: the token sets that were encoded.
             target: token sets; their `value` is not looked at.
+            features_of: modalities of which not the prediction is returned but what its last layer reads,
+                `[B, K, E]`, for a loss that applies this layer itself.
             deterministic: as in `encode`.
 
         Returns:
@@ -143,12 +151,18 @@ class MaskedAutoencoder(nn.Module):
         valid = _with_cls([visible[m]["valid"] for m in present] + [target[m]["valid"] for m in present])
         x = self.decoder(x, valid, deterministic=deterministic)
         restored = _cut(x[:, context.shape[1] :], masks)
-        return {m: getattr(self, f"{m}_output")(part) for m, part in zip(present, restored, strict=True)}
+        heads = {m: getattr(self, f"{m}_output") for m in present}
+        return {
+            m: heads[m].features(part) if m in features_of else heads[m](part)
+            for m, part in zip(present, restored, strict=True)
+        }
 
-    def __call__(self, visible: TokenSets, target: TokenSets, *, deterministic: bool = True) -> dict[str, jax.Array]:
+    def __call__(
+        self, visible: TokenSets, target: TokenSets, *, features_of: tuple[str, ...] = (), deterministic: bool = True
+    ) -> dict[str, jax.Array]:
         """`encode`, then `decode`."""
         encoded = self.encode(visible, deterministic=deterministic)
-        return self.decode(encoded, visible, target, deterministic=deterministic)
+        return self.decode(encoded, visible, target, features_of=features_of, deterministic=deterministic)
 
     def _place(self, modality: str, stack: str, position: jax.Array) -> jax.Array:
         """Position (and type) embedding: `[B, K] int32` to `[B, K, D]`."""

@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3ae_jax.models import attention
+from m3ae_jax.models.placement import constrain
+
 Initializer = Callable[..., Any]
+
+REMAT: dict[str, Any] = {
+    # What a layer keeps for its backward pass besides its input.
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the matrix products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,9 @@ class TransformerOptions:
         attention_dropout: rate on the attention weights.
         drop_path: rate of the last layer's residual branches; earlier layers linearly less, the first 0.
         unroll: compile the layers one by one instead of as a loop.
+        remat: what the backward pass computes anew, a key of `REMAT`.
+        attention: a key of `attention.KERNELS`.
+        attention_head_groups: see `attention.attend`.
         dtype: of the matrix products; parameters are float32.
     """
 
@@ -43,6 +56,9 @@ class TransformerOptions:
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     unroll: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+    attention_head_groups: int = 1
     dtype: Any = jnp.float32
 
 
@@ -116,12 +132,20 @@ class Attention(nn.Module):
         )(x.reshape(-1, o.width))  # one product over all tokens: see Linear
         # Heads before tokens: the batched products are then plain (faster on a CPU).
         query, key, value = jnp.transpose(qkv.reshape(batch, tokens, 3, o.heads, head_dim), (2, 0, 3, 1, 4))
-        logits = jnp.einsum("bhqd,bhkd->bhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32)
-        logits = jnp.where(valid[:, None, None, :], logits, -1e7)
-        weights = jax.nn.softmax(logits, axis=-1)
-        self.sow("intermediates", "attention", weights)
-        weights = drop(weights, o.attention_dropout, self, deterministic).astype(o.dtype)
-        mixed = jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, value), 1, 2)
+        if self.is_mutable_collection("intermediates"):  # the maps are asked for
+            self.sow("intermediates", "attention", attention.weights(query, key, valid))
+        draws = o.attention_dropout > 0.0 and not deterministic
+        mixed = attention.attend(
+            query,
+            key,
+            value,
+            valid,
+            kernel=o.attention,
+            head_groups=o.attention_head_groups,
+            dropout=o.attention_dropout,
+            rng=self.make_rng("dropout") if draws else None,
+        )
+        mixed = jnp.swapaxes(mixed, 1, 2)
         return nn.DenseGeneral(
             o.width,
             axis=(-2, -1),
@@ -143,6 +167,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Maps `[B, N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None)."""
         o = self.options
+        x = constrain(x, "batch", None, None)
 
         def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
             branch = drop(branch, o.dropout, self, deterministic)
@@ -155,6 +180,7 @@ class Block(nn.Module):
         hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(
             layer_norm(o.dtype, "norm_mlp")(x)
         )
+        hidden = constrain(hidden, "batch", None, "mlp")
         hidden = drop(nn.gelu(hidden, approximate=True), o.dropout, self, deterministic)
         return residual(x, dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)), None
 
@@ -177,8 +203,12 @@ class Transformer(nn.Module):
             `[B, N, D]`.
         """
         o = self.options
+        block = Block
+        if o.remat != "none":
+            # In a loop nothing can be shared between the passes, so preventing it would only cost.
+            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=o.unroll, static_argnums=(4,))
         stack = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
@@ -197,19 +227,26 @@ class OutputHead(nn.Module):
     ``depth`` 0 is one linear layer; n > 0 is LayerNorm, n x (linear, GELU, LayerNorm; residual from the second on).
     """
 
-    features: int
+    width: int
+    outputs: int
     depth: int
     axis: str
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[B, K, D]` to `[B, K, features] float32`."""
-        width = x.shape[-1]
-        if self.depth:
-            x = layer_norm(self.dtype, "norm_0")(x)
+    def setup(self) -> None:
+        """Declares the layers."""
+        self.norm = [layer_norm(self.dtype) for _ in range(self.depth + 1 if self.depth else 0)]
+        self.hidden = [dense(self.width, ("embed", "mlp"), self.dtype) for _ in range(self.depth)]
+        self.output = dense(self.outputs, ("embed", self.axis), self.dtype)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        """What the last layer reads, `[B, K, D]`."""
+        x = self.norm[0](x) if self.depth else x
         for layer in range(self.depth):
-            hidden = nn.gelu(dense(width, ("embed", "mlp"), self.dtype, f"hidden_{layer}")(x), approximate=True)
-            hidden = layer_norm(self.dtype, f"norm_{layer + 1}")(hidden)
+            hidden = self.norm[layer + 1](nn.gelu(self.hidden[layer](x), approximate=True))
             x = x + hidden if layer else hidden
-        return dense(self.features, ("embed", self.axis), self.dtype, "output")(x).astype(jnp.float32)
+        return x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, K, D]` to `[B, K, outputs] float32`."""
+        return self.output(self.features(x)).astype(jnp.float32)

@@ -7,7 +7,7 @@ checkpointing contain no objective's name.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import flax.struct
@@ -37,7 +37,7 @@ class LossOutput:
     Attributes:
         terms: parts of the loss, each a sum and its weight, not yet divided.
         metrics: figures to report, in the same form.
-        aux: what `Objective.update_extra` needs.
+        aux: what `Objective.update_extra` needs, `[B, ...]` leaves.
     """
 
     terms: Terms
@@ -51,10 +51,13 @@ class Objective(Protocol):
     Attributes:
         groups: what the data pipeline must put into a batch.
         term_weights: factor of each loss term in the total.
+        couples_examples: whether an example's loss depends on the others of its batch (contrast, negatives); the
+            batch is then not cut into micro-batches.
     """
 
     groups: tuple[Group, ...]
     term_weights: dict[str, float]
+    couples_examples: bool
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, boxed with their logical axis names."""
@@ -100,6 +103,29 @@ def build(config: ConfigDict, vocab_size: int) -> Objective:
         if config.objective in _BUILT_IN:
             raise
         raise UserError(f"objective={config.objective!r} cannot be imported: {error}") from None
+
+
+def abstract_batch(groups: Iterable[Group], batch_size: int, patch_values: int) -> dict[str, Any]:
+    """Shapes and dtypes of a batch's groups, as `jax.ShapeDtypeStruct` leaves.
+
+    Args:
+        groups: of an objective.
+        batch_size: examples.
+        patch_values: numbers in a patch.
+    """
+
+    def token_set(group: Group, slots: int) -> dict[str, jax.ShapeDtypeStruct]:
+        image = group.modality == "image"
+        value = (batch_size, slots, patch_values) if image else (batch_size, slots)
+        return {
+            "value": jax.ShapeDtypeStruct(value, jnp.uint8 if image else jnp.int32),
+            "position": jax.ShapeDtypeStruct((batch_size, slots), jnp.int32),
+            "valid": jax.ShapeDtypeStruct((batch_size, slots), jnp.bool),
+        }
+
+    return {
+        "groups": {g.name: {"visible": token_set(g, g.budget[0]), "target": token_set(g, g.budget[1])} for g in groups}
+    }
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:

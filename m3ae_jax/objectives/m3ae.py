@@ -10,17 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from m3ae_jax.data.pipeline import Group, grid, token_slots
 from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
 from m3ae_jax.models.transformer import TransformerOptions
-from m3ae_jax.objectives.base import Batch, LossOutput, Params, Terms
+from m3ae_jax.models.vocabulary import cross_entropy
+from m3ae_jax.objectives.base import Batch, LossOutput, Params, Terms, abstract_batch
 
 
 class M3AE:
     """The objective; see `objectives.base.Objective` for the methods' contract."""
+
+    couples_examples = False
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
         self._config = config
@@ -33,19 +35,10 @@ class M3AE:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, boxed with their logical axis names."""
-
-        def sets(slots: int, group: Group) -> dict[str, jax.Array]:
-            shape = (1, slots, self.model.options.patch_values) if group.modality == "image" else (1, slots)
-            value = jnp.zeros(shape, jnp.float32 if group.modality == "image" else jnp.int32)
-            return {
-                "value": value,
-                "position": jnp.zeros((1, slots), jnp.int32),
-                "valid": jnp.ones((1, slots), bool),
-            }
-
-        visible = {g.name: sets(g.budget[0], g) for g in self.groups}
-        target = {g.name: sets(g.budget[1], g) for g in self.groups}
-        return self.model.init(rng, visible, target)["params"]
+        shapes = abstract_batch(self.groups, 1, self.model.options.patch_values)
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        target = {name: group["target"] for name, group in batch["groups"].items()}
+        return self.model.init(rng, self._visible(batch), target)["params"]
 
     def init_extra(self, params: Params) -> dict[str, Any]:
         """Nothing beside the parameters."""
@@ -60,7 +53,7 @@ class M3AE:
     def loss(self, params: Params, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
         """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
         del extra, step
-        restored = self._restore(params, batch, rng)
+        restored = self._restore(params, batch, rng, features_of=("text",))
         terms: Terms = {}
         metrics: Terms = {}
         for name, target in self.targets(batch).items():
@@ -69,10 +62,10 @@ class M3AE:
                 error = jnp.mean(jnp.square(restored[name] - target), axis=-1)
                 terms["image_loss"] = _average(error, valid, "example")
             else:
-                error = optax.softmax_cross_entropy_with_integer_labels(restored[name], target)
-                terms["text_loss"] = _average(error, valid, self._config.loss.text_average)
-                correct = jnp.argmax(restored[name], axis=-1) == target
-                metrics["text_accuracy"] = _average(correct, valid, "token")
+                head, blocks = params["text_output"]["output"], self._config.loss.vocabulary_blocks
+                words = cross_entropy(restored[name], head["kernel"], head["bias"], target, blocks)
+                terms["text_loss"] = _average(words.loss, valid, self._config.loss.text_average)
+                metrics["text_accuracy"] = _average(words.correct, valid, "token")
             metrics[f"{name}_targets"] = (jnp.sum(valid, dtype=jnp.float32), jnp.float32(valid.shape[0]))
         return LossOutput(terms, metrics)
 
@@ -94,11 +87,18 @@ class M3AE:
         encoded: Any = self.model.apply({"params": params}, self._visible(batch), method=MaskedAutoencoder.encode)
         return {"cls": encoded.cls, **encoded.tokens}
 
-    def _restore(self, params: Params, batch: Batch, rng: jax.Array | None) -> dict[str, jax.Array]:
+    def _restore(
+        self, params: Params, batch: Batch, rng: jax.Array | None, features_of: tuple[str, ...] = ()
+    ) -> dict[str, jax.Array]:
         target = {name: group["target"] for name, group in batch["groups"].items()}
         rngs = {} if rng is None else {"dropout": rng}
         restored: Any = self.model.apply(
-            {"params": params}, self._visible(batch), target, deterministic=rng is None, rngs=rngs
+            {"params": params},
+            self._visible(batch),
+            target,
+            features_of=features_of,
+            deterministic=rng is None,
+            rngs=rngs,
         )
         return restored
 
@@ -117,7 +117,18 @@ def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptio
 
     def stack(width: int, depth: int, heads: int) -> TransformerOptions:
         return TransformerOptions(
-            width, depth, heads, m.mlp_ratio, m.dropout, m.attention_dropout, m.drop_path, m.unroll, dtype
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=m.mlp_ratio,
+            dropout=m.dropout,
+            attention_dropout=m.attention_dropout,
+            drop_path=m.drop_path,
+            unroll=m.unroll,
+            remat=m.remat,
+            attention=m.attention,
+            attention_head_groups=m.attention_head_groups,
+            dtype=dtype,
         )
 
     return AutoencoderOptions(

@@ -1,31 +1,129 @@
-"""The device mesh and where arrays lie on it. Models name logical axes; only this file knows the mesh."""
+"""The device mesh and where arrays lie on it. Models name logical axes; only this file knows the mesh.
+
+Mesh axes: ``data`` (examples; it alone spans slices), ``fsdp`` (examples, and the parameters' shards), ``tensor``
+(heads and MLP channels of one example).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.models.placement import placed_by
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES: dict[str, tuple[tuple[str, str | None], ...]] = {
-    # Which mesh axis a logical axis is split over; one not named here is kept whole.
-    "dp": (),
+PRESETS: dict[str, tuple[int, int]] = {
+    # Most devices along `fsdp`, and devices along `tensor`; `data` takes the rest.
+    "dp": (1, 1),
+    "fsdp": (16, 1),
+    "fsdp_tp": (16, 2),
 }
+"""Shards over 16 chips are small enough for a model of 4 billion parameters, and traffic and memory of a chip then
+stay the same however many chips there are."""
+
+Rules = Mapping[str, tuple[str, ...]]
+"""Which mesh axes a logical axis is split over; one not named is kept whole."""
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+LOGICAL_AXES = ("batch", "embed", "heads", "head_dim", "mlp", "vocab", "patch", "layers")
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A data-parallel mesh over all devices (axes ``data``, ``fsdp``, ``tensor``; the last two are 1)."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+def mesh_rules(config: ConfigDict) -> Rules:
+    """`RULES` as changed by ``mesh.rules``, items ``LOGICAL:MESH`` or ``LOGICAL:`` (kept whole).
+
+    Raises:
+        UserError: no such logical or mesh axis.
+    """
+    rules = dict(RULES)
+    for item in config.mesh.rules:
+        logical, separator, axis = str(item).partition(":")
+        if not separator:
+            raise UserError(f"mesh.rules: {item!r} is not LOGICAL:MESH, as vocab:tensor")
+        if logical not in LOGICAL_AXES or logical == "batch":
+            raise UserError(one_of(f"mesh.rules {item!r}: logical axis", logical, LOGICAL_AXES[1:]))
+        if axis and axis not in AXES:
+            raise UserError(one_of(f"mesh.rules {item!r}: mesh axis", axis, AXES))
+        rules[logical] = (axis,) if axis else ()
+    return rules
+
+
+def mesh_shape(config: ConfigDict, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor): those of the config, 0 filled in as its preset says.
+
+    Args:
+        config: resolved.
+        devices: in all.
+        slices: groups of devices with a fast network of their own; `data` spans them.
+
+    Raises:
+        UserError: the sizes do not make up the devices.
+    """
+    wanted = config.mesh
+    most, tensor = PRESETS[wanted.preset]
+    tensor = wanted.tensor or tensor
+    if wanted.data and most > 1:
+        fsdp = wanted.fsdp or max(1, devices // (wanted.data * tensor))
+    else:
+        fsdp = wanted.fsdp or math.gcd(max(1, devices // (tensor * slices)), most)
+    data = wanted.data or max(1, devices // (fsdp * tensor))
+    if data * fsdp * tensor != devices:
+        raise UserError(
+            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} = {data * fsdp * tensor} devices, but there are "
+            f"{devices}; mesh.data, mesh.fsdp and mesh.tensor must multiply to that (0: what remains)"
+        )
+    if data % slices:
+        raise UserError(f"mesh: data={data} is not divisible by the {slices} slices, which only this axis may span")
+    return data, fsdp, tensor
+
+
+def make_mesh(config: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a resolved config over `devices` (all there are); without a config, data parallel."""
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = mesh_shape(config, len(devices), slices) if config is not None else (len(devices), 1, 1)
+    # Axes of 16 or 2 chips need not be whole axes of a slice's torus.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, **split)
+    else:
+        inside = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def activations_on(mesh: Mesh, rules: Rules = RULES) -> contextlib.AbstractContextManager[None]:
+    """A context for tracing: the models' activations then lie on this mesh."""
+
+    def place(names: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(_entry(rules.get(name, ()) if name else ()) for name in names)))
+
+    return placed_by(place)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are split over ``data`` and ``fsdp``."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts examples are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -33,10 +131,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(boxed: Any, mesh: Mesh, preset: str = "dp") -> Any:
-    """Shardings of parameters boxed with their logical axes (a pytree like the unboxed parameters)."""
-    specs = nn.get_partition_spec(boxed)
-    return nn.logical_to_mesh_sharding(specs, mesh, RULES[preset])
+def param_shardings(boxed: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Shardings of parameters boxed with their logical axes (a pytree like the unboxed parameters).
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes it is split over.
+    """
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
+        axes = [rules.get(name, ()) if name else () for name in names]
+        if sum(name != "layers" for name in names) == 1:
+            # A bias or a scale is too small to be worth gathering.
+            axes = [tuple(axis for axis in split if axis != "fsdp") for split in axes]
+        taken: dict[str, str] = {}
+        for size, name, split in zip(leaf.shape, names, axes, strict=False):
+            for axis in split:
+                if axis in taken:
+                    both = f"both {taken[axis]!r} and {name!r}"
+                    raise UserError(f"mesh.rules: {_path(path)} would be split over {axis!r} along {both}")
+                taken[axis] = str(name)
+            parts = math.prod(mesh.shape[axis] for axis in split)
+            if size % parts:
+                raise UserError(
+                    f"mesh: {_path(path)} has {size} {name!r} entries, not "
+                    f"divisible by {' x '.join(f'{axis}={mesh.shape[axis]}' for axis in split)}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(_entry(split) for split in axes)))
+
+    return jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), nn.get_partition_spec(boxed))
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _entry(split: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return None if not split else split[0] if len(split) == 1 else split
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -50,3 +180,20 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Places a process's rows on its devices, as one global array a leaf."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
+    """As `put_batch`, of a batch that every process has whole."""
+    rows = local_rows(mesh, jax.tree.leaves(batch)[0].shape[0])
+    return put_batch(jax.tree.map(lambda x: x[rows], batch), mesh)
+
+
+def fetch(arrays: Any) -> Any:
+    """The whole arrays in every process's host memory; all processes must call it."""
+
+    def get(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(get, arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from m3ae_jax import config as config_lib
@@ -21,28 +23,30 @@ from m3ae_jax import console, evals
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.data.order import ATTEMPTS
-from m3ae_jax.errors import UserError
+from m3ae_jax.errors import Stopped, UserError
 from m3ae_jax.evals.reconstructions import Reconstructions
 from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.metrics.writers import MetricWriter, read_rows
 from m3ae_jax.parallel.mesh import put_batch
 from m3ae_jax.report.pictures import curves
 from m3ae_jax.train.setup import Setup, prepare
-from m3ae_jax.train.step import TrainState, train_step
+from m3ae_jax.train.step import TrainState
 
 log = logging.getLogger("m3ae_jax")
 
 FREE_FIELDS = (
+    *config_lib.PROGRAM_FIELDS,
     "log_every",
     "checkpoint.",
     "eval.",
     "evals",
-    "model.unroll",
     "data.train.path",
     "data.val.",
     "init_from",
 )
 """Fields that may change when a run goes on; any other makes it another run."""
+
+_CONFIG_FILE = "config.json"
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
@@ -54,11 +58,13 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
     Raises:
         UserError: the config, the data or the folder does not fit.
+        Stopped: a signal asked for it.
     """
     resolved = config_lib.resolve(config)
     setup = prepare(resolved)
     _open_workdir(workdir, resolved)
-    console.log_to(workdir / "log.txt")
+    if jax.process_index() == 0:
+        console.log_to(workdir / "log.txt")
     checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
     writer = MetricWriter(workdir, enabled=jax.process_index() == 0)
     try:
@@ -69,27 +75,28 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
 
 def _open_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder and saves the config; refuses a folder whose run has another config."""
-    saved = workdir / "config.json"
+    """Makes the folder; refuses one whose run has another config."""
+    saved = workdir / _CONFIG_FILE
     if saved.exists():
-        stored = config_lib.from_json(saved.read_text(encoding="utf-8"))
-        changed = [
-            f"{name}={new!r} (the run has {old!r})"
-            for name, old, new in config_lib.difference(stored, config)
-            if not name.startswith(FREE_FIELDS)
-        ]
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}. "
-                "Choose another --workdir, or start from its weights with --config.init_from"
-            )
+        _check_same_run(workdir, saved.read_text(encoding="utf-8"), config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        fresh = saved.with_suffix(".json.tmp")  # a kill while writing must not leave half a config
-        fresh.write_text(config_lib.to_json(config), encoding="utf-8")
-        fresh.replace(saved)
+        (workdir / "log.txt").touch()
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+
+
+def _check_same_run(workdir: Path, stored: str, config: ConfigDict) -> None:
+    changed = [
+        f"{name}={new!r} (the run has {old!r})"
+        for name, old, new in config_lib.difference(config_lib.from_json(stored), config)
+        if not config_lib.is_among(name, FREE_FIELDS)
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}. "
+            "Choose another --workdir, or start from its weights with --config.init_from"
+        )
 
 
 class _Loop:
@@ -110,23 +117,22 @@ class _Loop:
             log.info("the run has all its %d steps; nothing to train", total)
             self._finish(state)
             return state
-        step_fn = jax.jit(train_step(setup.objective, setup.optimizer, setup.config.seed), donate_argnums=0)
+        step_fn = setup.train_step()
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
         if start == 0:
             self._priors = priors(setup)
             self._evaluate(state)
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
-        stop = _StopFlag()
         figures: dict[str, jax.Array] = {}
         attempts: list[np.ndarray] = []
-        with contextlib.closing(iter(setup.train_batches(start))) as batches:
+        with _StopFlag() as stop, contextlib.closing(iter(setup.train_batches(start))) as batches:
             for step in range(start + 1, total + 1):
                 self._metrics = {}
                 batch = self._progress.waiting(lambda: next(batches), figures)
                 attempts.append(batch["example"]["attempt"])
                 state, figures = step_fn(state, put_batch(batch, setup.mesh))
-                last = step == total or stop.asked
+                last = step == total or stop.at(step)
                 if step % log_every == 0 or step == start + 1 or last:
                     self._log(step, figures, attempts)
                     attempts = []
@@ -135,12 +141,11 @@ class _Loop:
                 if step % save_every == 0 or last:
                     self._save(state)
                 if last:
+                    self._checkpoints.wait()  # inside, so that a second signal does not cut the save short
                     break
-        if stop.asked and int(state.step) < total:
-            self._checkpoints.wait()
-            log.info("stopped at step %d, saved; the same command goes on", int(state.step))
-        else:
-            self._finish(state)
+        if int(state.step) < total:
+            raise Stopped(f"stopped at step {int(state.step)}, saved; the same command goes on")
+        self._finish(state)
         return state
 
     def _first_state(self) -> TrainState:
@@ -149,9 +154,11 @@ class _Loop:
         step = self._checkpoints.latest()
         if step is not None:
             self._check_identity(self._checkpoints.meta(step))
+            self._save_config()
             state = self._checkpoints.restore(step, setup.abstract_state())
             log.info("going on from step %d of %s", step, self._workdir)
             return state
+        self._save_config()
         state = setup.init_state()
         _log_overview(setup, state)
         if setup.config.init_from:
@@ -161,7 +168,16 @@ class _Loop:
             state = dataclasses.replace(state, params=params, extra=setup.objective.init_extra(params))
         return state
 
+    def _save_config(self) -> None:
+        if jax.process_index() > 0:
+            return
+        fresh = self._workdir / (_CONFIG_FILE + ".tmp")  # a kill while writing must not leave half a config
+        fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
+        fresh.replace(self._workdir / _CONFIG_FILE)
+
     def _check_identity(self, meta: dict[str, Any]) -> None:
+        # The checkpoint's own copy: config.json may have been lost or edited.
+        _check_same_run(self._workdir, json.dumps(meta["config"]), self._setup.config)
         for name, now in self._setup.identity().items():
             if meta[name] != now:
                 raise UserError(
@@ -171,7 +187,8 @@ class _Loop:
 
     def _log(self, step: int, figures: dict[str, jax.Array], attempts: list[np.ndarray]) -> None:
         values = {name: float(value) for name, value in jax.device_get(figures).items()}
-        tried = np.concatenate(attempts)
+        # Of all processes: what is decided by it, all must decide alike.
+        tried = np.ravel(multihost_utils.process_allgather(np.concatenate(attempts)))
         values["replaced_examples"] = float(tried.sum())
         values["learning_rate"] = float(self._setup.learning_rate(step - 1))
         timing = self._progress.interval(step)
@@ -204,9 +221,9 @@ class _Loop:
             self._checkpoints.save(state, meta, self._metrics)
 
     def _finish(self, state: TrainState) -> None:
-        rows = read_rows(self._workdir, until=int(state.step))
-        curves(rows, self._workdir / "curves.png", self._workdir.name)
-        self._checkpoints.wait()
+        if jax.process_index() == 0:
+            rows = read_rows(self._workdir, until=int(state.step))
+            curves(rows, self._workdir / "curves.png", self._workdir.name)
         where = self._workdir
         for name in self._setup.config.evals:
             if evals.place(where / "evals", name, int(state.step)).exists():
@@ -214,7 +231,8 @@ class _Loop:
             result = evals.run(name, self._setup, state)
             self._writer.scalars(int(state.step), result.scalars)
             log.info(result.text)
-            result.save(where / "evals", int(state.step))
+            if jax.process_index() == 0:
+                result.save(where / "evals", int(state.step))
         log.info("done: checkpoints in %s, curves in %s, pictures in %s", *(where / p for p in _OUTPUTS))
 
 
@@ -224,17 +242,36 @@ _OUTPUTS = ("checkpoints", "curves.png", "pictures")
 def _log_overview(setup: Setup, state: TrainState) -> None:
     from clu import parameter_overview
 
-    logging.getLogger("parameters").info("\n%s", parameter_overview.get_parameter_overview(state.params))
+    logging.getLogger("parameters").info(
+        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    )
     log.info("%s", console.table(list(setup.derived().items())))
 
 
 class _StopFlag:
-    """Set by SIGTERM or SIGINT, read at step boundaries; a second SIGINT stops at once."""
+    """Inside the context, set by SIGTERM or SIGINT and read at step boundaries; a second SIGINT stops at once.
+
+    Of several processes all stop after the same step: JAX then watches for SIGTERM, and SIGINT stops at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._set)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopFlag:
+        if jax.process_count() == 1:
+            self._before = {n: signal.signal(n, self._set) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self.asked
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         del frame

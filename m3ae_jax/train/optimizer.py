@@ -49,7 +49,7 @@ def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gradie
     clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm > 0 else []
     return optax.chain(
         *clip,
-        optax.scale_by_adam(o.b1, o.b2, eps=1e-8),
+        optax.scale_by_adam(o.b1, o.b2, eps=1e-8, mu_dtype=o.first_moment_dtype),
         optax.add_decayed_weights(o.weight_decay, lambda params: decay_mask(params, tuple(o.no_decay))),
         optax.scale_by_learning_rate(learning_rate),
     )

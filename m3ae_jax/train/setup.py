@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -19,10 +21,13 @@ from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Source
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
 from m3ae_jax.errors import UserError
-from m3ae_jax.objectives.base import Objective, build
-from m3ae_jax.parallel.mesh import local_rows, make_mesh
+from m3ae_jax.models.attention import KERNELS
+from m3ae_jax.objectives.base import Batch, Objective, build
+from m3ae_jax.parallel.mesh import Rules, activations_on, batch_parts, local_rows, make_mesh, mesh_rules, replicated
 from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import TrainState, abstract_state, init_state
+from m3ae_jax.train.step import TrainState, abstract_state, init_state, train_step
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -43,6 +48,7 @@ class Setup:
     tokenizer: Tokenizer | None
     objective: Objective
     mesh: Mesh
+    rules: Rules
     total_steps: int
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -66,8 +72,8 @@ class Setup:
 
     def eval_batches(self, source: Source, examples: int) -> Batches:
         """The first `examples` of a source, in order, unaugmented, the last batch padded with invalid examples."""
-        devices = self.mesh.devices.size
-        size = -(-min(self.config.eval.batch_size, examples) // devices) * devices
+        parts = batch_parts(self.mesh)
+        size = -(-min(self.config.eval.batch_size, examples) // parts) * parts
         view = eval_view(self.config, source, examples)
         return self._batches(source, view, size, 0, -(-view.end // size))
 
@@ -86,11 +92,27 @@ class Setup:
 
     def init_state(self) -> TrainState:
         """A fresh state on the mesh."""
-        return init_state(self.objective, self.optimizer, self.mesh, self.config.seed)
+        return init_state(self.objective, self.optimizer, self.mesh, self.config.seed, self.rules)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes and shardings."""
-        return abstract_state(self.objective, self.optimizer, self.mesh, self.config.seed)
+        return abstract_state(self.objective, self.optimizer, self.mesh, self.config.seed, self.rules)
+
+    def jit(self, function: Callable[..., T], **options: Any) -> Callable[..., T]:
+        """`jax.jit` with the models' activations constrained to the mesh."""
+        jitted = jax.jit(function, **options)
+
+        def call(*arguments: Any) -> T:
+            with activations_on(self.mesh, self.rules):
+                return jitted(*arguments)
+
+        return call
+
+    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+        """The training step, jitted: the old state is given up, the new one lies where the old one lay."""
+        step = train_step(self.objective, self.optimizer, self.config.seed, self.config.micro_batches)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return self.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of a run what they are, beside its config."""
@@ -110,7 +132,7 @@ class Setup:
             "warmup_steps": warmup,
             "training examples": len(self.train_source),
             "validation examples": len(self.val_source) if self.val_source else "none: data.val.path is empty",
-            "devices": self.mesh.devices.size,
+            "mesh": ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
             **self.identity(),
         }
 
@@ -146,9 +168,10 @@ def prepare(config: ConfigDict) -> Setup:
                 f"--path={config.data.train.path or 'DIR'} --output=tokenizer.model"
             )
         tokenizer = load_tokenizer(config.data.tokenizer)
-    mesh = make_mesh()
-    if config.batch_size % mesh.devices.size:
-        raise UserError(f"batch_size={config.batch_size} is not divisible by the {mesh.devices.size} devices here")
+    mesh = make_mesh(config)
+    _check_device(config, batch_parts(mesh))
+    objective = build(config, tokenizer.vocab_size if tokenizer else 0)
+    check_micro_batches(config, objective)
     examples = len(train_source)
     total = max(1, steps("duration", config.duration, config.batch_size, examples))
     learning_rate = schedule(config, total, examples)
@@ -157,12 +180,47 @@ def prepare(config: ConfigDict) -> Setup:
         train_source=train_source,
         val_source=val_source,
         tokenizer=tokenizer,
-        objective=build(config, tokenizer.vocab_size if tokenizer else 0),
+        objective=objective,
         mesh=mesh,
+        rules=mesh_rules(config),
         total_steps=total,
         learning_rate=learning_rate,
         optimizer=optimizer(config, learning_rate),
     )
+
+
+def _check_device(config: ConfigDict, parts: int) -> None:
+    needs, backend = KERNELS[config.model.attention], jax.default_backend()
+    if needs not in (None, backend):
+        raise UserError(f"model.attention={config.model.attention!r} needs a {needs}, here is a {backend}: use xla")
+    if config.batch_size % (parts * config.micro_batches):
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {parts} (mesh: data x fsdp) x "
+            f"micro_batches={config.micro_batches}"
+        )
+
+
+def check_micro_batches(config: ConfigDict, objective: Objective) -> None:
+    """Refuses micro-batches for an objective whose examples look at each other.
+
+    Raises:
+        UserError: as said.
+    """
+    if config.micro_batches > 1 and objective.couples_examples:
+        raise UserError(
+            f"micro_batches={config.micro_batches}: objective={config.objective!r} compares the examples of a batch "
+            "with each other, so it cannot be cut: set micro_batches=1"
+        )
+
+
+def data_sizes(config: ConfigDict) -> tuple[int, int]:
+    """Words of the vocabulary and examples of an epoch of a resolved config; 0 for what cannot be opened."""
+    vocabulary = examples = 0
+    with contextlib.suppress(UserError):
+        vocabulary = load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else 0
+    with contextlib.suppress(UserError):
+        examples = len(build_source(config, "train"))
+    return vocabulary, examples
 
 
 _BERT_VOCABULARY = 30_522

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from m3ae_jax.objectives.base import Batch, Objective, Terms, mean, total_loss
-from m3ae_jax.parallel.mesh import param_shardings, replicated
+from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Terms, mean, total_loss
+from m3ae_jax.parallel.mesh import RULES, Rules, param_shardings, replicated
 
 
 @flax.struct.dataclass
@@ -33,10 +33,16 @@ class TrainState:
     extra: Any
 
 
-def abstract_state(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without making it (`jax.ShapeDtypeStruct` leaves)."""
+def abstract_state(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, rules: Rules = RULES
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it (`jax.ShapeDtypeStruct` leaves).
+
+    Raises:
+        UserError: a parameter cannot be split as the rules say.
+    """
     boxed = jax.eval_shape(objective.init, jax.random.key(seed))
-    shardings = param_shardings(boxed, mesh)
+    shardings = param_shardings(boxed, mesh, rules)
     state = jax.eval_shape(lambda: _fresh(objective, optimizer, seed))
 
     # Moments (and a teacher) have the parameters' shapes and lie where they do: matched by the path's end.
@@ -52,9 +58,11 @@ def abstract_state(objective: Objective, optimizer: optax.GradientTransformation
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def init_state(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def init_state(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, rules: Rules = RULES
+) -> TrainState:
     """A fresh state, born on the mesh with its shardings."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(objective, optimizer, mesh, seed))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(objective, optimizer, mesh, seed, rules))
     return jax.jit(lambda: _fresh(objective, optimizer, seed), out_shardings=shardings)()
 
 
@@ -64,28 +72,78 @@ def _fresh(objective: Objective, optimizer: optax.GradientTransformation, seed: 
 
 
 def train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, seed: int
+    objective: Objective, optimizer: optax.GradientTransformation, seed: int, micro_batches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step: (state, batch) to (state, figures). Pure; jit it with the state donated."""
+    """The step: (state, batch) to (state, figures). Pure; jit it with the state donated.
+
+    Args:
+        objective: its loss.
+        optimizer: its update.
+        seed: of dropout.
+        micro_batches: parts that a batch is cut into, computed one after the other; loss and gradient are the
+            whole batch's.
+    """
+    gradient = _gradient if micro_batches == 1 else _accumulated(micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         # One key a step: a resumed run draws what an unbroken one would have drawn.
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            output = objective.loss(params, state.extra, batch, rng, state.step)
-            return total_loss(output.terms, objective.term_weights), output
-
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, output), grads = gradient(state.params)
+        grads, output = gradient(objective, state, batch, rng)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extra = objective.update_extra(state.extra, params, output.aux, state.step)
         figures = {name: mean(*term) for name, term in {**output.terms, **output.metrics}.items()}
-        figures |= {"loss": value, "gradient_norm": optax.global_norm(grads)}
+        figures["loss"] = total_loss(output.terms, objective.term_weights)
+        figures["gradient_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, params, opt_state, extra), figures
 
     return step
+
+
+def _gradient(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Any, LossOutput]:
+    def loss(params: Any) -> tuple[jax.Array, LossOutput]:
+        output = objective.loss(params, state.extra, batch, rng, state.step)
+        return total_loss(output.terms, objective.term_weights), output
+
+    return jax.grad(loss, has_aux=True)(state.params)
+
+
+def _accumulated(parts: int) -> Callable[..., tuple[Any, LossOutput]]:
+    """`_gradient` over parts of the batch."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Every parts-th row: so each device cuts its own rows, and none travel.
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    def gradient(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Any, LossOutput]:
+        micro = jax.tree.map(cut, batch)
+
+        def weights_of(part: Batch) -> dict[str, jax.Array]:
+            terms = objective.loss(state.params, state.extra, part, None, state.step).terms
+            return {name: weight for name, (_, weight) in terms.items()}
+
+        # Weights depend on the batch alone, so the compiler drops the rest of the loss here.
+        weights = jax.tree.map(lambda x: x.sum(0), jax.lax.map(weights_of, micro))
+
+        def loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossOutput]:
+            output = objective.loss(params, state.extra, part, key, state.step)
+            share = {name: (total, weights[name]) for name, (total, _) in output.terms.items()}
+            return total_loss(share, objective.term_weights), output
+
+        def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, LossOutput]:
+            index, part = item
+            grads, output = jax.grad(loss, has_aux=True)(state.params, part, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, grads), output
+
+        start = jax.tree.map(jnp.zeros_like, state.params)
+        grads, output = jax.lax.scan(add, start, (jnp.arange(parts), micro))
+        terms, metrics = jax.tree.map(lambda x: x.sum(0), (output.terms, output.metrics))
+        return grads, LossOutput(terms, metrics, jax.tree.map(join, output.aux))
+
+    return gradient
 
 
 def eval_step(objective: Objective) -> Callable[[TrainState, Batch], Terms]:

@@ -179,7 +179,7 @@ def test_fresh_kernels_are_xavier_uniform(fresh: Any) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_output_head(depth: int) -> None:
-    head = OutputHead(10, depth, "vocab", jnp.bfloat16)
+    head = OutputHead(X.shape[-1], 10, depth, "vocab", jnp.bfloat16)
     outputs, variables = jax.eval_shape(head.init_with_output, jax.random.key(0), X)
     assert outputs.shape == (BATCH, TOKENS, 10)
     assert outputs.dtype == jnp.float32

@@ -8,7 +8,7 @@ import pytest
 
 from m3ae_jax import config as config_lib
 from m3ae_jax.checkpoint.manager import find, load_params
-from m3ae_jax.errors import UserError
+from m3ae_jax.errors import Stopped, UserError
 from m3ae_jax.metrics.writers import read_rows
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import loop, setup
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """A program for eight devices takes several times as long to compile; test_step compares the two."""
-    monkeypatch.setattr(setup, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 def shrunk(path="configs/tiny.py", **changes):
@@ -30,10 +30,10 @@ def shrunk(path="configs/tiny.py", **changes):
         "duration": "2 steps",
         "model.width": 32,
         "model.depth": 2,
-        "model.heads": 2,
+        "model.heads": 4,
         "model.decoder_width": 32,
         "model.decoder_depth": 1,
-        "model.decoder_heads": 2,
+        "model.decoder_heads": 4,
         "data.train.source": "scenes",
         "data.val.source": "scenes",
         "data.scenes.image_size": 32,
@@ -70,7 +70,7 @@ def different(a, b):
 
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/*.py")))
 def test_every_config_trains_two_steps_shrunk(path, tmp_path):
-    state = loop.train(shrunk(path), tmp_path)
+    state = loop.train(shrunk(path, **{"eval.pictures": 0}), tmp_path)
     assert int(state.step) == 2
     assert all(np.isfinite(value) for value in losses(tmp_path).values())
     assert (tmp_path / "curves.png").exists()
@@ -106,15 +106,18 @@ def test_a_stop_signal_saves_the_step(tmp_path, monkeypatch):
     config = shrunk(duration="6 steps")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_StopFlag", AskedAtOnce)
-        assert int(loop.train(config, tmp_path).step) == 1
+        with pytest.raises(Stopped, match="stopped at step 1, saved"):
+            loop.train(config, tmp_path)
     assert find(str(tmp_path))[1] == 1
     assert int(loop.train(config, tmp_path).step) == 6
 
 
 def test_other_data_or_config_is_refused_by_name(tmp_path):
     loop.train(shrunk(), tmp_path)
-    with pytest.raises(UserError, match=r"seed=1 \(the run has 42\)"):
-        loop.train(shrunk(seed=1), tmp_path)
+    for _ in ("config.json", "the checkpoints"):  # both know it
+        with pytest.raises(UserError, match=r"seed=1 \(the run has 42\)"):
+            loop.train(shrunk(seed=1), tmp_path)
+        (tmp_path / "config.json").unlink(missing_ok=True)
     free = shrunk(log_every="3 steps", **{"eval.examples": 8, "model.unroll": True})
     assert int(loop.train(free, tmp_path).step) == 2
 

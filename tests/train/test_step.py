@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from m3ae_jax import config as config_lib
+from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build, total_loss
-from m3ae_jax.parallel.mesh import make_mesh, put_batch, replicated
+from m3ae_jax.parallel.mesh import activations_on, make_mesh, mesh_rules, put_batch, replicated
 from m3ae_jax.train.optimizer import decay_mask, optimizer, schedule
+from m3ae_jax.train.setup import check_micro_batches
 from m3ae_jax.train.step import TrainState, abstract_state, init_state, train_step
 
 VOCABULARY = 40
@@ -58,12 +60,18 @@ def batch(rows=16, seed=0, text_lengths=None):
     return {"groups": groups, "example": {"position": np.arange(rows)}, "aux": {}}
 
 
-def loss_and_gradients(objective, params, data):
-    def loss(p):
-        output = objective.loss(p, {}, data, None, jnp.int32(0))
-        return total_loss(output.terms, objective.term_weights)
+@functools.cache
+def compiled(objective):
+    def loss(params, data):
+        output = objective.loss(params, {}, data, None, jnp.int32(0))
+        return total_loss(output.terms, objective.term_weights), output
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def loss_and_gradients(objective, params, data):
+    (value, _), gradients = compiled(objective)(params, data)
+    return value, gradients
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -82,15 +90,16 @@ def fresh(**changes):
     """The objective of a config, and its parameters on one device; made once for all tests."""
     c = config(**changes)
     objective = build(c, VOCABULARY)
-    return objective, init_state(objective, optax.sgd(1.0), make_mesh(jax.devices()[:1]), 0).params
+    return objective, init_state(objective, optax.sgd(1.0), make_mesh(devices=jax.devices()[:1]), 0).params
 
 
+@pytest.mark.slow
 def test_loss_is_the_same_on_one_and_eight_devices():
     c = config(**{"optimizer.warmup": "0 steps"})
     objective, data = build(c, VOCABULARY), batch()
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
-        mesh = make_mesh(devices)
+        mesh = make_mesh(devices=devices)
         opt = optimizer(c, schedule(c, 10, 100))
         params = jax.device_put(fresh()[1], replicated(mesh))
         state = TrainState(jnp.int32(0), params, opt.init(params), {})
@@ -129,14 +138,15 @@ def test_loss_is_the_same_with_more_padding():
 def test_text_average_over_tokens_weighs_every_word_the_same():
     objective, params = fresh(**{"loss.text_average": "token"})
     data = batch()
-    term = objective.loss(params, {}, data, None, 0).terms["text_loss"]
+    (_, output), _ = compiled(objective)(params, data)
+    term = output.terms["text_loss"]
     assert term[1] == data["groups"]["text"]["target"]["valid"].sum()
 
 
 def test_an_empty_caption_has_no_text_weight():
     objective, params = fresh()
     lengths = [0, 12, 5, 0] * 4
-    output = objective.loss(params, {}, batch(text_lengths=lengths), None, 0)
+    (_, output), _ = compiled(objective)(params, batch(text_lengths=lengths))
     assert output.terms["text_loss"][1] == 8
     assert output.terms["image_loss"][1] == 16
     value, gradients = loss_and_gradients(objective, params, batch(text_lengths=[0] * 16))
@@ -214,3 +224,80 @@ def test_the_step_lowers_the_loss():
         first = figures if first is None else first
     assert figures["loss"] < 0.8 * first["loss"]
     assert int(state.step) == 30
+
+
+def trained(devices, steps=5, **changes):
+    """Losses and final parameters of `steps` steps on fixed batches."""
+    c = config(**{"optimizer.warmup": "0 steps", "optimizer.learning_rate": "0.01", **changes})
+    mesh, rules = make_mesh(c, devices), mesh_rules(c)
+    objective, opt = build(c, VOCABULARY), optimizer(c, schedule(c, 10, 100))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(objective, opt, mesh, 0, rules))
+    step = jax.jit(train_step(objective, opt, 0, c.micro_batches), out_shardings=(shardings, replicated(mesh)))
+    losses = []
+    with activations_on(mesh, rules):
+        state = init_state(objective, opt, mesh, 0, rules)
+        for number in range(steps):
+            state, figures = step(state, put_batch(batch(seed=number), mesh))
+            losses.append(float(figures["loss"]))
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    return losses, jax.device_get(state.params)
+
+
+@functools.cache
+def trained_on_one_device():
+    return trained(jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("preset", ["dp", "fsdp", "fsdp_tp"])
+def test_every_mesh_trains_alike(preset, micro_batches):
+    losses, params = trained(jax.devices(), **{"mesh.preset": preset, "micro_batches": micro_batches})
+    assert np.allclose(losses, trained_on_one_device()[0], rtol=1e-5)
+    assert_params_close(params, trained_on_one_device()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batches": 4},
+        {"micro_batches": 16},
+        {"model.remat": "dots"},
+        {"model.remat": "full", "model.unroll": "true"},
+        {"model.attention_head_groups": 2, "loss.vocabulary_blocks": 3, "model.remat": "full"},
+        {"loss.text_average": "token", "micro_batches": 2},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_computed_changes_no_number(changes):
+    same = {name: value for name, value in changes.items() if name == "loss.text_average"}
+    losses, params = trained(jax.devices()[:1], **changes)
+    want = trained(jax.devices()[:1], **same) if same else trained_on_one_device()
+    assert np.allclose(losses, want[0], rtol=1e-5)
+    assert_params_close(params, want[1])
+
+
+def assert_params_close(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jax.tree_util.keystr(path).endswith("['qkv']['bias']"):
+            x, y = np.delete(x, 1, axis=1), np.delete(y, 1, axis=1)  # Adam blows up the noise of a zero gradient
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), path
+
+
+def test_micro_batches_are_refused_where_examples_are_compared():
+    c, objective = config(micro_batches="2"), fresh()[0]
+    check_micro_batches(c, objective)
+
+    class Contrast:
+        couples_examples = True
+
+    with pytest.raises(UserError, match=r"micro_batches=2: objective='m3ae' compares the examples"):
+        check_micro_batches(c, Contrast())
+
+
+def test_the_first_moment_may_be_half():
+    c = config(**{"optimizer.first_moment_dtype": "bfloat16"})
+    state = jax.eval_shape(optimizer(c, schedule(c, 10, 100)).init, fresh()[1])
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("float32")}

@@ -1,0 +1,125 @@
+"""Cross-entropy over a large vocabulary, a block of words at a time.
+
+Legend: ``B`` batch, ``K`` slots, ``E`` width, ``V`` words.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+_Three = tuple[jax.Array, jax.Array, jax.Array]
+_Four = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+_NEVER = -1e30  # logit of the columns that fill up the last block; finite, as (-inf) - (-inf) is NaN
+
+
+@flax.struct.dataclass
+class WordLoss:
+    """Of each slot.
+
+    Attributes:
+        loss: `[B, K] float32`, nats.
+        correct: `[B, K] bool`, whether the label has the largest logit.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+
+
+def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int = 1) -> WordLoss:
+    """Softmax cross-entropy of ``x @ kernel + bias``.
+
+    With several blocks the logits exist for one block of words at a time, forward and backward: the forward pass
+    keeps the logarithm of the running sum of exponentials, the backward pass computes each block's logits anew.
+
+    Args:
+        x: `[B, K, E]`; products are taken in its dtype, sums in float32.
+        kernel: `[E, V] float32`.
+        bias: `[V] float32`.
+        labels: `[B, K] int32`.
+        blocks: 1 keeps all logits.
+    """
+    if blocks == 1:
+        logits = _logits(x, kernel, bias)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return WordLoss(loss, jnp.argmax(logits, axis=-1) == labels)
+    return _blockwise(x, kernel, bias, labels, blocks)
+
+
+def _logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    product = jnp.einsum("bke,ev->bkv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product + bias.astype(jnp.float32)
+
+
+def _cut(kernel: jax.Array, bias: jax.Array, blocks: int) -> _Three:
+    """Kernel `[n, E, size]`, bias `[n, size]` and first word `[n]` of each block."""
+    words = bias.shape[0]
+    size = -(-words // blocks)
+    more = size * blocks - words
+    kernel = jnp.pad(kernel, ((0, 0), (0, more))).reshape(kernel.shape[0], blocks, size)
+    bias = jnp.pad(bias, (0, more), constant_values=_NEVER).reshape(blocks, size)
+    return jnp.moveaxis(kernel, 1, 0), bias, jnp.arange(blocks, dtype=jnp.int32) * size
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int
+) -> tuple[WordLoss, jax.Array]:
+    def block(carry: _Four, part: _Three) -> tuple[_Four, None]:
+        largest, total, of_label, best = carry
+        weight, offset, first = part
+        logits = _logits(x, weight, offset)
+        top = jnp.max(logits, axis=-1)
+        best = jnp.where(top > largest, first + jnp.argmax(logits, axis=-1).astype(jnp.int32), best)
+        new = jnp.maximum(largest, top)
+        total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
+        is_label = labels[..., None] == first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        of_label += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        return (new, total, of_label, best), None
+
+    zero = jnp.zeros(labels.shape, jnp.float32)
+    start = (zero + _NEVER, zero, zero, jnp.zeros(labels.shape, jnp.int32))
+    (largest, total, of_label, best), _ = jax.lax.scan(block, start, _cut(kernel, bias, blocks))
+    log_sum = largest + jnp.log(total)
+    return WordLoss(log_sum - of_label, best == labels), log_sum
+
+
+def _backward(blocks: int, saved: tuple[jax.Array, ...], gradient: WordLoss) -> tuple[Any, ...]:
+    x, kernel, bias, labels, log_sum = saved
+
+    def block(dx: jax.Array, part: _Three) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        weight, offset, first = part
+        probability = jnp.exp(_logits(x, weight, offset) - log_sum[..., None])
+        is_label = labels[..., None] == first + jnp.arange(offset.shape[0], dtype=jnp.int32)
+        error = (probability - is_label) * gradient.loss[..., None]
+        low = error.astype(x.dtype)
+        dx += jnp.einsum("bkv,ev->bke", low, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        dkernel = jnp.einsum("bke,bkv->ev", x, low, preferred_element_type=jnp.float32)
+        return dx, (dkernel, jnp.sum(error, axis=(0, 1)))
+
+    dx, (dkernel, dbias) = jax.lax.scan(block, jnp.zeros(x.shape, jnp.float32), _cut(kernel, bias, blocks))
+    width, words = kernel.shape
+    dkernel = jnp.moveaxis(dkernel, 0, 1).reshape(width, -1)[:, :words]
+    no_gradient = np.zeros(labels.shape, jax.dtypes.float0)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype), dbias.reshape(-1)[:words].astype(bias.dtype), no_gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int) -> WordLoss:
+    return _forward(x, kernel, bias, labels, blocks)[0]
+
+
+def _blockwise_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int
+) -> tuple[WordLoss, tuple[jax.Array, ...]]:
+    output, log_sum = _forward(x, kernel, bias, labels, blocks)
+    return output, (x, kernel, bias, labels, log_sum)
+
+
+_blockwise.defvjp(_blockwise_forward, _backward)

@@ -1,0 +1,147 @@
+"""Several processes as one run: how they meet, and one that tells."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import socket
+import time
+
+import jax
+
+from m3ae_jax import console
+from m3ae_jax.errors import UserError
+
+log = logging.getLogger("m3ae_jax")
+
+_RETRY = 0.5  # seconds between two tries to reach process 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """How the processes of a run find each other.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0; empty: found from the environment (Cloud TPU, Slurm, Kubernetes, MPI).
+        count: processes in all; 0: found likewise.
+        index: this process, from 0; -1: found likewise.
+        timeout: seconds until all must be there.
+    """
+
+    coordinator: str = ""
+    count: int = 0
+    index: int = -1
+    timeout: int = 300
+
+
+def start(cluster: Cluster) -> None:
+    """Meets the other processes; call once, before anything asks JAX for its devices.
+
+    Raises:
+        UserError: the settings are incomplete, or the others did not come.
+    """
+    _check(cluster)
+    if cluster.coordinator:
+        # JAX ends the process with a stack trace when somebody is missing, and does not say who.
+        meet(cluster)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator or None,
+            cluster.count or None,
+            cluster.index if cluster.index >= 0 else None,
+            initialization_timeout=cluster.timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: the processes did not meet ({str(error).splitlines()[0]}); where no cluster says who is "
+            "who, give --coordinator=HOST:PORT --process_count=N --process_index=I"
+        ) from None
+    if jax.process_index() > 0:
+        console.only_errors()  # process 0 tells
+    log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
+
+
+def _check(cluster: Cluster) -> None:
+    given = [bool(cluster.coordinator), cluster.count > 0, cluster.index >= 0]
+    if any(given) and not all(given):
+        raise UserError(
+            f"--coordinator={cluster.coordinator!r} --process_count={cluster.count} --process_index={cluster.index}: "
+            "give all three or none"
+        )
+    if not any(given):
+        return
+    host, _, port = cluster.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={cluster.coordinator!r} is not HOST:PORT")
+    if cluster.index >= cluster.count:
+        raise UserError(
+            f"--process_index={cluster.index} is not below --process_count={cluster.count}: they count from 0"
+        )
+
+
+def meet(cluster: Cluster) -> None:
+    """Returns when all processes have called it; process 0 listens, the others knock until it does.
+
+    Raises:
+        UserError: somebody did not come within the time, or came with other settings; it says who.
+    """
+    host, _, port = cluster.coordinator.rpartition(":")
+    deadline = time.monotonic() + cluster.timeout
+    if cluster.index == 0:
+        _receive(cluster, int(port), deadline)
+    else:
+        _knock(cluster, host, int(port), deadline)
+
+
+def _receive(cluster: Cluster, port: int, deadline: float) -> None:
+    """Process 0: collects one line ``INDEX COUNT`` from each other process, then tells all ``go``."""
+    visitors: list[socket.socket] = []
+    came: set[int] = set()
+    answer = "go"
+    try:
+        with contextlib.closing(socket.create_server(("", port))) as server:
+            while len(came) < cluster.count - 1 and answer == "go":
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                visitor, _ = server.accept()
+                visitors.append(visitor)
+                visitor.settimeout(max(deadline - time.monotonic(), 0.001))
+                index, count = map(int, visitor.makefile().readline().split())
+                if count != cluster.count:
+                    answer = f"process {index} has --process_count={count}, process 0 has {cluster.count}"
+                elif index in came:
+                    answer = f"two processes have --process_index={index}"
+                came.add(index)
+    except TimeoutError:
+        missing = ", ".join(str(i) for i in range(1, cluster.count) if i not in came)
+        answer = f"process {missing} of {cluster.count} did not come to {cluster.coordinator} in {cluster.timeout} s"
+    except OSError as error:
+        raise UserError(f"--coordinator={cluster.coordinator!r}: cannot listen there: {error.strerror}") from None
+    for visitor in visitors:
+        with contextlib.closing(visitor), contextlib.suppress(OSError):
+            visitor.sendall(f"{answer}\n".encode())
+            visitor.recv(1)  # its end first, so that JAX can take the port at once
+    if answer != "go":
+        raise UserError(answer)
+
+
+def _knock(cluster: Cluster, host: str, port: int, deadline: float) -> None:
+    """Another process: says who it is, again and again until process 0 is there, and waits for its answer."""
+    answer = ""
+    while not answer and time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)) as server:
+                server.sendall(f"{cluster.index} {cluster.count}\n".encode())
+                answer = server.makefile().readline().strip()
+        except OSError as error:
+            log.debug("process 0 is not there yet: %s", error)
+        if not answer:
+            time.sleep(_RETRY)
+    if not answer:
+        raise UserError(
+            f"process {cluster.index} did not reach process 0 at {cluster.coordinator} in {cluster.timeout} s: was it "
+            "started there, and can this machine reach that port?"
+        )
+    if answer != "go":
+        raise UserError(answer)

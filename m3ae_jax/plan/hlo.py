@@ -1,0 +1,319 @@
+"""Reads a compiled program's text (HLO): collectives, memory traffic, the largest arrays.
+
+XLA's own `cost_analysis` counts a loop's body once, and this code base keeps its layers in loops; here each
+instruction counts as often as the loops around it run.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
+_FREE = {
+    # Move nothing by themselves: names for other arrays, control flow, the second half of an asynchronous pair.
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "opt-barrier", "partition-id", "replica-id", "copy-done", "async-done", "all-gather-done", "all-reduce-done",
+    "collective-permute-done", "add-dependency", "domain",
+}  # fmt: skip
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A result in device memory: ``bf16[12,64]`` and its bytes (0 in on-chip memory)."""
+
+    shape: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of the program."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of all results."""
+        return sum(array.bytes for array in self.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Traffic of one kind of collective over one network, per step.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        crosses_slices: over the data-centre network.
+        count: executions.
+        bytes: that one chip receives, ring algorithms assumed: (n - 1) / n of what is gathered or scattered, twice
+            that of what is reduced to all.
+    """
+
+    kind: str
+    crosses_slices: bool
+    count: int
+    bytes: float
+
+
+class Program:
+    """A parsed program.
+
+    Args:
+        text: of `jax.stages.Compiled.as_text`.
+        partitions: in all; groups that are not listed have all of them.
+        slice_size: partitions in a slice; 0 for a single slice. Partitions of a slice are numbered on end.
+    """
+
+    def __init__(self, text: str, slice_size: int = 0, partitions: int = 0) -> None:
+        self._partitions = partitions
+        self._computations: dict[str, list[Instruction]] = {}
+        self._slice_size = slice_size
+        current: list[Instruction] = []
+        entry = ""
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header:
+                current = self._computations.setdefault(header[2], [])
+                entry = header[2] if header[1] else entry
+            else:
+                match = _INSTRUCTION.match(line)
+                if match:
+                    current.append(_instruction(match[2], match[3], bool(match[1])))
+        self._times: collections.Counter[str] = collections.Counter()
+        self._fused: set[str] = set()
+        self._visit(entry, 1, fused=False)
+
+    def _visit(self, name: str, times: int, *, fused: bool) -> None:
+        self._times[name] += times
+        if fused:
+            self._fused.add(name)
+        for instruction in self._computations.get(name, ()):
+            trips = self._trip_count(instruction) if instruction.opcode == "while" else 1
+            for role, called in _called(instruction.attributes):
+                # What a reduction applies to each pair of numbers is no program of its own.
+                if role != "to_apply" or instruction.opcode == "call":
+                    inside = fused or instruction.opcode == "fusion"
+                    self._visit(called, times * trips, fused=inside)
+
+    def _trip_count(self, loop: Instruction) -> int:
+        """From the compiler's note, or from the constant that the loop's condition compares with; else 1."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = dict(_called(loop.attributes)).get("condition", "")
+        constants = [
+            int(i.attributes)
+            for i in self._computations.get(condition, ())
+            if i.opcode == "constant" and i.attributes.isdigit()
+        ]
+        return max(constants, default=1)
+
+    def collectives(self) -> list[Collective]:
+        """Each kind over each network, the most bytes first."""
+        counts: collections.Counter[tuple[str, bool]] = collections.Counter()
+        total: dict[tuple[str, bool], float] = collections.defaultdict(float)
+        seen: set[str] = set()
+        for name, times in self._times.items():
+            for instruction in self._computations.get(name, ()):
+                kind = instruction.opcode.removesuffix("-start")
+                # The TPU compiler spreads one collective over several fusions; its channel stays the same.
+                channel = re.search(r"channel_id=\d+", instruction.attributes)
+                if kind not in COLLECTIVES or (channel and channel[0] in seen):
+                    continue
+                seen.update([channel[0]] if channel else ())
+                groups = replica_groups(instruction.attributes) or [list(range(max(1, self._partitions)))]
+                size = len(groups[0])
+                crosses = self._slice_size > 0 and any(
+                    len({member // self._slice_size for member in group}) > 1 for group in groups
+                )
+                received = _received(instruction, kind, size)
+                if name.startswith("all-reduce-scatter"):  # a fusion of an all-reduce and the slice that is kept
+                    kind, received = "reduce-scatter", received / 2
+                counts[kind, crosses] += times
+                total[kind, crosses] += times * received
+        found = [Collective(kind, crosses, counts[kind, crosses], b) for (kind, crosses), b in total.items()]
+        return sorted(found, key=lambda c: -c.bytes)
+
+    def memory_traffic(self) -> int:
+        """Bytes read from and written to device memory, per step: an estimate, as every fusion reads its operands."""
+        total = 0
+        for name, times in self._times.items():
+            if name not in self._fused:
+                results = {i.name: i for i in self._computations.get(name, ())}
+                total += times * sum(self._moved(i, results) for i in results.values())
+        return total
+
+    def largest_arrays(self, count: int = 5) -> list[Array]:
+        """The largest results, each shape once."""
+        arrays = {
+            array  # a shape may lie in HBM here and on the chip there
+            for name in self._times
+            if name not in self._fused
+            for instruction in self._computations.get(name, ())
+            if instruction.opcode not in _FREE
+            for array in instruction.results
+            if array.bytes
+        }
+        return sorted(arrays, key=lambda a: (-a.bytes, a.shape))[:count]
+
+    def _moved(self, instruction: Instruction, results: dict[str, Instruction]) -> int:
+        if instruction.opcode in _FREE:
+            return 0
+        operands = [results[name].bytes for name in instruction.operands if name in results]
+        if instruction.opcode == "dynamic-slice":
+            return 2 * instruction.bytes
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * (operands[1] if len(operands) > 1 else 0)
+        if instruction.opcode == "fusion":
+            called = [name for role, name in _called(instruction.attributes) if role == "calls"]
+            return self._moved_by_fusion(instruction, operands, called[0]) if called else 0
+        if instruction.opcode.endswith("-start"):
+            return sum(operands) * 2
+        return instruction.bytes + sum(operands)
+
+    def _moved_by_fusion(self, fusion: Instruction, operands: list[int], called: str) -> int:
+        """A fusion that reads or writes a slice of a stacked array moves the slice, not the stack."""
+        inside = self._computations.get(called, [])
+        by_name = {i.name: i for i in inside}
+        users: dict[str, list[Instruction]] = collections.defaultdict(list)
+        for instruction in inside:
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+        total = 0
+        for parameter in (i for i in inside if i.opcode == "parameter"):
+            number = int(re.match(r"\d+", parameter.attributes)[0])  # type: ignore[index]
+            whole = operands[number] if number < len(operands) else 0
+            uses = [_slice_moved(user, parameter.name, by_name) for user in users[parameter.name]]
+            sliced = bool(uses) and all(part is not None for part in uses)
+            total += min(whole, sum(part or 0 for part in uses)) if sliced else whole
+        root = next((i for i in inside if i.is_root), None)
+        if root is None:
+            return total + fusion.bytes
+        written = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return total + sum(_written(instruction, by_name) for instruction in written)
+
+
+def _written(instruction: Instruction, by_name: dict[str, Instruction]) -> int:
+    """Bytes that a fusion writes for one of its results: of an updated stack the slice alone."""
+    while instruction.opcode == "bitcast" and instruction.operands[0] in by_name:
+        instruction = by_name[instruction.operands[0]]
+    if instruction.opcode == "dynamic-update-slice":
+        return by_name[instruction.operands[1]].bytes
+    return 0 if instruction.opcode == "parameter" else instruction.bytes
+
+
+def _slice_moved(user: Instruction, operand: str, by_name: dict[str, Instruction]) -> int | None:
+    """Bytes that `user` reads of an operand of which it takes a slice; None if it takes all."""
+    if user.opcode == "dynamic-slice" and user.operands[0] == operand:
+        return user.bytes
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == operand:
+        return by_name[user.operands[1]].bytes
+    return None
+
+
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+    """Splits ``TYPE opcode(operands), attributes``."""
+    end = _end_of(rest, " ")  # the type may be a tuple with spaces in it
+    kind, (opcode, _, rest) = rest[:end], rest[end + 1 :].partition("(")
+    end = _end_of(rest, ")")
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    # A parameter's number and a constant's value stand where operands stand.
+    attributes = rest[:end] if opcode in ("parameter", "constant") else rest[end + 1 :]
+    return Instruction(name, opcode, tuple(_arrays(kind)), operands, attributes, is_root)
+
+
+def _end_of(text: str, stop: str) -> int:
+    """Where `stop` stands outside all brackets."""
+    depth = 0
+    for place, character in enumerate(text):
+        if depth == 0 and character == stop:
+            return place
+        depth += (character in "({[") - (character in ")}]")
+    return len(text)
+
+
+def _arrays(kind: str) -> Iterator[Array]:
+    for dtype, dims, layout in _SHAPE.findall(kind):
+        width = _BYTES.get(dtype)
+        if width is None:
+            digits = re.search(r"\d+", dtype)
+            width = max(1, int(digits[0]) // 8) if digits else 4
+        entries = math.prod(int(d) for d in dims.split(",") if d)
+        on_chip = "S(" in layout  # a memory space other than the default, HBM
+        yield Array(f"{dtype}[{dims}]", 0 if on_chip else entries * width)
+
+
+def _called(attributes: str) -> Iterator[tuple[str, str]]:
+    for role, names in _CALLED.findall(attributes):
+        for name in re.findall(r"%([\w.\-]+)", names):
+            yield role, name
+
+
+def replica_groups(attributes: str) -> list[list[int]]:
+    """The groups of partitions that a collective works in, from any of the notations of XLA's text.
+
+    ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` (rows of an iota, reshaped and transposed), ``mesh['a'=2,'b'=2] {'b'}`` (those
+    that differ in these axes alone), and the pairs of a permutation.
+    """
+    listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes)
+    if listed:
+        return [[int(x) for x in group.split(",") if x.strip()] for group in re.findall(r"\{([\d, ]*)\}", listed[1])]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, reshape = ([int(x) for x in part.split(",")] for part in (iota[1], iota[2]))
+        ids = np.arange(math.prod(reshape)).reshape(reshape)
+        if iota[3]:
+            ids = ids.transpose([int(x) for x in iota[3].split(",")])
+        return [list(map(int, row)) for row in ids.reshape(shape[0], -1)]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        axes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        inside = re.findall(r"'([^']+)'", named[2])
+        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        last = [list(axes).index(axis) for axis in inside]
+        order = [place for place in range(len(axes)) if place not in last] + last
+        members = math.prod(axes[axis] for axis in inside)
+        return [list(map(int, row)) for row in ids.transpose(order).reshape(-1, members)]
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
+    if pairs:
+        return [[int(x) for x in pair.split(",")] for pair in re.findall(r"\{([\d, ]*)\}", pairs[1])]
+    return []
+
+
+def _received(instruction: Instruction, kind: str, group: int) -> float:
+    """Bytes that one member receives."""
+    sizes = [_size(array) for array in instruction.results]
+    total, share = float(sum(sizes)), (group - 1) / group
+    starts = instruction.opcode.endswith("-start")
+    if kind == "collective-permute":
+        return float(sizes[0]) if sizes else 0.0
+    if kind == "all-gather":
+        # A start gives its operands too: parts of 1 / group of what is gathered.
+        return total * (group - 1) / (group + 1) if starts else total * share
+    if kind == "reduce-scatter":
+        return total / (group + 1) * (group - 1) if starts else total * (group - 1)
+    return total * share * (2 if kind == "all-reduce" else 1)
+
+
+def _size(array: Array) -> int:
+    """Bytes of an array wherever it lies."""
+    dtype, _, dims = array.shape.partition("[")
+    width = _BYTES.get(dtype) or max(1, int((re.search(r"\d+", dtype) or ["32"])[0]) // 8)
+    return width * math.prod(int(d) for d in dims.rstrip("]").split(",") if d)

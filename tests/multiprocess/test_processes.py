@@ -1,0 +1,130 @@
+"""Several processes over Gloo are one run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SHRUNK = [
+    "--config=configs/tiny.py",
+    *(
+        f"--config.{field}"
+        for field in (
+            "batch_size=8",
+            "duration=4 steps",
+            "log_every=1 steps",
+            "checkpoint.every=4 steps",
+            "eval.every=4 steps",
+            "eval.examples=8",
+            "eval.pictures=2",
+            "evals=",
+            "optimizer.warmup=1 steps",
+            "model.width=32",
+            "model.depth=2",
+            "model.decoder_width=16",
+            "mesh.preset=fsdp",
+        )
+    ),
+]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(*arguments, devices):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "m3ae_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes, timeout=300):
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    # Gloo, the CPU's stand-in for an interconnect, talks and cannot be asked not to.
+    outputs = ["".join(line for line in output.splitlines(True) if "[Gloo]" not in line) for output in outputs]
+    return [process.returncode for process in processes], outputs
+
+
+def start_two(*arguments):
+    port = free_port()
+    cluster = [f"--coordinator=localhost:{port}", "--process_count=2", "--start_timeout=120"]
+    return [start(*arguments, *cluster, f"--process_index={i}", devices=4) for i in range(2)]
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {r["step"]: r["train/loss"] for r in rows(workdir) if "train/loss" in r}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    codes, outputs = finish(start_two(*SHRUNK, f"--workdir={tmp_path / 'two'}"))
+    assert codes == [0, 0], outputs
+    assert "step 4/4" in outputs[0] and not outputs[1].strip()  # one process tells
+    codes, outputs = finish([start(*SHRUNK, f"--workdir={tmp_path / 'one'}", devices=8)])
+    assert codes == [0], outputs
+    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert list(two) == [1, 2, 3, 4]
+    assert np.allclose([two[s] for s in two], [one[s] for s in one], rtol=1e-5)
+    val = {name: [r["val/loss"] for r in rows(tmp_path / name) if "val/loss" in r] for name in ("two", "one")}
+    assert np.allclose(val["two"], val["one"], rtol=1e-5)
+    assert (tmp_path / "two" / "pictures" / "step_00000004.png").exists()
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on_from_their_checkpoint(tmp_path):
+    same = [*SHRUNK, "--config.duration=5000 steps", "--config.checkpoint.every=5000 steps", f"--workdir={tmp_path}"]
+    processes = start_two(*same)
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and len(log.read_text().splitlines()) > 4) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(processes)
+    assert codes == [75, 75], outputs
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(saved) == 1 and f"stopped at step {saved[0]}" in outputs[0]
+    # One process on one device, its parameters whole, goes on from what two wrote in eight parts.
+    log_before = len(rows(tmp_path))
+    alone = start(*same, "--config.mesh.preset=dp", devices=1)
+    deadline = time.monotonic() + 240
+    while len(rows(tmp_path)) < log_before + 3 and alone.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    alone.send_signal(signal.SIGTERM)
+    (code,), (output,) = finish([alone])
+    assert code == 75 and f"going on from step {saved[0]}" in output, output
+    assert next(r["step"] for r in rows(tmp_path)[log_before:]) == saved[0] + 1
+
+
+def test_who_does_not_come_is_named_in_one_line(tmp_path):
+    cluster = [f"--coordinator=localhost:{free_port()}", "--start_timeout=20", f"--workdir={tmp_path}"]
+    processes = [start(*SHRUNK, *cluster, "--process_count=3", f"--process_index={i}", devices=1) for i in (0, 2)]
+    codes, outputs = finish(processes)
+    assert codes == [2, 2]
+    for output in outputs:
+        assert output.strip().startswith("error: process 1 of 3 did not come to localhost"), output
+        assert len(output.strip().splitlines()) == 1
+
+
+def test_a_cluster_that_is_not_there_is_one_line():
+    (code,), (output,) = finish([start(*SHRUNK, "--distributed", devices=1)])
+    assert code == 2 and "--coordinator=HOST:PORT" in output and len(output.strip().splitlines()) == 1, output
