@@ -133,6 +133,8 @@ def _knock(cluster: Cluster, host: str, port: int, deadline: float) -> None:
         try:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)) as server:
                 server.sendall(f"{cluster.index} {cluster.count}\n".encode())
+                # Process 0 is there and answers when its own time is over, which may have begun later.
+                server.settimeout(2 * cluster.timeout)
                 answer = server.makefile().readline().strip()
         except OSError as error:
             log.debug("process 0 is not there yet: %s", error)
