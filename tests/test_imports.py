@@ -125,6 +125,7 @@ assert not [name for name, module in sys.modules.items() if name.split(".")[0] =
 """
 
 
+@pytest.mark.slow
 def test_a_train_step_runs_where_tensorflow_is_not_installed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TENSORFLOW], cwd=ROOT, capture_output=True, text=True, timeout=120

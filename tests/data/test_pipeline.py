@@ -422,6 +422,7 @@ with contextlib.closing(iter(batches)) as endless:
 """
 
 
+@pytest.mark.slow
 def test_the_process_can_end_while_batches_are_read_ahead() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", LEFT_EARLY], cwd=root, capture_output=True, text=True, timeout=90)

@@ -112,6 +112,7 @@ def test_loss_is_the_same_on_one_and_eight_devices():
     assert_close(results[0][1], results[1][1])
 
 
+@pytest.mark.slow
 def test_loss_is_the_same_with_more_padding():
     objective, params = fresh()
     data = batch()
@@ -212,6 +213,7 @@ def test_abstract_state_is_the_states_shape():
     assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
 
 
+@pytest.mark.slow
 def test_the_step_lowers_the_loss():
     c = config(**{"optimizer.learning_rate": "0.02", "optimizer.warmup": "0 steps"})
     objective, params = fresh()
