@@ -17,29 +17,7 @@ action=${1:-}
 [[ $# -eq 0 ]] || shift
 name="" image="" bucket="" accelerator=tpu-v5-lite-podslice topology=4x4 chips_per_host=4 slices=1 restarts=10
 service_account=default namespace=default
-main_arguments=()
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
-    --accelerator=*) accelerator=${1#*=} ;;
-    --topology=*) topology=${1#*=} ;;
-    --chips_per_host=*) chips_per_host=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
-    --service_account=*) service_account=${1#*=} ;;
-    --namespace=*) namespace=${1#*=} ;;
-    --dry_run) DRY_RUN=1 ;;
-    --)
-      shift
-      main_arguments=("$@")
-      break
-      ;;
-    *) die "unknown option $1; see the head of launch/gke.sh" ;;
-  esac
-  shift
-done
+read_options "name image bucket accelerator topology chips_per_host slices restarts service_account namespace" "" "$@"
 bucket=${bucket#gs://}
 bucket=${bucket%/}
 

@@ -22,6 +22,36 @@ need() {
   [[ -n $2 ]] || die "$1 is missing: give $3"
 }
 
+main_arguments=()
+
+# read_options NAMES SWITCHES ARGUMENT...: sets the variable of each --NAME=VALUE, 1 for each --SWITCH, DRY_RUN for
+# --dry_run, and main_arguments to what follows --; anything else ends the script.
+read_options() {
+  local names=" $1 " switches=" $2 " option
+  shift 2
+  while (($#)); do
+    option=${1#--}
+    case $1 in
+      --)
+        shift
+        # shellcheck disable=SC2034
+        main_arguments=("$@")
+        return
+        ;;
+      --dry_run) DRY_RUN=1 ;;
+      --*=*)
+        [[ $names == *" ${option%%=*} "* ]] || die "unknown option $1; see the head of launch/${0##*/}"
+        printf -v "${option%%=*}" %s "${option#*=}"
+        ;;
+      *)
+        [[ $1 == --* && $switches == *" $option "* ]] || die "unknown option $1; see the head of launch/${0##*/}"
+        printf -v "$option" 1
+        ;;
+    esac
+    shift
+  done
+}
+
 # quoted WORD...: the words as a shell would read them, on one line.
 quoted() {
   local word line=""

@@ -10,22 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 
 processes="" devices=1 port=12355
-main_arguments=()
-while (($#)); do
-  case $1 in
-    --processes=*) processes=${1#*=} ;;
-    --devices=*) devices=${1#*=} ;;
-    --port=*) port=${1#*=} ;;
-    --dry_run) DRY_RUN=1 ;;
-    --)
-      shift
-      main_arguments=("$@")
-      break
-      ;;
-    *) die "unknown option $1; see the head of launch/local.sh" ;;
-  esac
-  shift
-done
+read_options "processes devices port" "" "$@"
 need "the number of processes" "$processes" --processes=N
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes is not a number from 1"
 [[ $devices =~ ^[1-9][0-9]*$ ]] || die "--devices=$devices is not a number from 1"

@@ -15,27 +15,7 @@ source "$here/lib.sh"
 cd "$here/.."
 
 nodes="" gpus="" workdir="" name=m3ae_jax partition="" account="" time=24:00:00 python=.venv/bin/python
-main_arguments=()
-while (($#)); do
-  case $1 in
-    --nodes=*) nodes=${1#*=} ;;
-    --gpus=*) gpus=${1#*=} ;;
-    --workdir=*) workdir=${1#*=} ;;
-    --name=*) name=${1#*=} ;;
-    --partition=*) partition=${1#*=} ;;
-    --account=*) account=${1#*=} ;;
-    --time=*) time=${1#*=} ;;
-    --python=*) python=${1#*=} ;;
-    --dry_run) DRY_RUN=1 ;;
-    --)
-      shift
-      main_arguments=("$@")
-      break
-      ;;
-    *) die "unknown option $1; see the head of launch/slurm.sh" ;;
-  esac
-  shift
-done
+read_options "nodes gpus workdir name partition account time python" "" "$@"
 need "the number of nodes" "$nodes" --nodes=N
 need "the number of GPUs a node" "$gpus" --gpus=G
 need "the run's folder, which all nodes see," "$workdir" --workdir=DIR

@@ -18,28 +18,7 @@ cd "$here/.."
 action=${1:-}
 [[ $# -eq 0 ]] || shift
 name="" project="" zone="" bucket="" type=v5litepod-16 version="" spot="" queued="" poll=60
-main_arguments=()
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --poll=*) poll=${1#*=} ;;
-    --spot) spot=1 ;;
-    --queued) queued=1 ;;
-    --dry_run) DRY_RUN=1 ;;
-    --)
-      shift
-      main_arguments=("$@")
-      break
-      ;;
-    *) die "unknown option $1; see the head of launch/tpu_vm.sh" ;;
-  esac
-  shift
-done
+read_options "name project zone bucket type version poll" "spot queued" "$@"
 
 bucket=${bucket#gs://}
 bucket=${bucket%/}

@@ -126,6 +126,20 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses a batch that cannot be cut into equal parts for each device and micro-batch.
+
+    Raises:
+        UserError: as said.
+    """
+    parts = batch_parts(mesh)
+    if config.batch_size % (parts * config.micro_batches):
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {parts} (mesh: data x fsdp) x "
+            f"micro_batches={config.micro_batches}"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -21,10 +21,10 @@ from m3ae_jax.parallel.mesh import AXES, PRESETS, mesh_shape
 from m3ae_jax.plan.chips import Topology, parse
 from m3ae_jax.plan.compile import Compiled, compile_step, for_tpu, libtpu_path
 from m3ae_jax.plan.estimate import Estimate, Work, estimate, work
+from m3ae_jax.train.setup import BERT_VOCABULARY, data_sizes
 
 log = logging.getLogger("m3ae_jax")
 
-BERT_VOCABULARY = 30_522
 CC12M_EXAMPLES = 12_423_374  # pairs listed in the data set's release; an epoch where no data can be opened
 _SEARCHED_REMAT = ("none", "dots", "full")
 _GIB = 2**30
@@ -95,7 +95,7 @@ def plan(config: ConfigDict, name: str, workdir: Path, topologies: str, price: f
     rows = [_HEADER, _RULE]
     log.info("%s\n%s", _HEADER, _RULE)
     for topology in request.topologies:
-        for found in _plans(resolved, request, topology, search=search):
+        for found in _plans(resolved, request, topology, need, search=search):
             rows.append(found if isinstance(found, str) else _row(found, price))
             plans += [found] if isinstance(found, Plan) else []
             log.info(rows[-1])
@@ -104,11 +104,13 @@ def plan(config: ConfigDict, name: str, workdir: Path, topologies: str, price: f
     return plans
 
 
-def _plans(config: ConfigDict, request: Request, topology: Topology, *, search: bool) -> Iterator[Plan | str]:
+def _plans(
+    config: ConfigDict, request: Request, topology: Topology, need: Work, *, search: bool
+) -> Iterator[Plan | str]:
     """The plans of one topology, or a row that says why there is none."""
     found = None
     try:
-        for found in _search(config, request, topology) if search else (_plan(config, request, topology),):
+        for found in _search(config, request, topology) if search else (_plan(config, request, topology, need),):
             yield found
     except UserError as error:
         yield _cells([str(topology), str(error)])
@@ -125,8 +127,6 @@ def _save(workdir: Path, lines: list[str], plans: list[Plan], price: float) -> N
 
 
 def _request(config: ConfigDict, topologies: str, price: float, *, search: bool) -> Request:
-    from m3ae_jax.train.setup import data_sizes
-
     vocabulary, examples = data_sizes(config)
     return Request(
         tuple(parse(text) for text in topologies.split(",") if text.strip()),
@@ -149,39 +149,39 @@ def _closed_form(config: ConfigDict, name: str, need: Work, request: Request) ->
     ]
 
 
-def _plan(config: ConfigDict, request: Request, topology: Topology) -> Plan:
+def _plan(config: ConfigDict, request: Request, topology: Topology, need: Work) -> Plan:
     shape = mesh_shape(config, topology.devices, topology.slices)
     compiled = compile_step(config, request.vocab_size, topology)
-    need = work(config, request.vocab_size)
     total = steps("duration", config.duration, config.batch_size, request.epoch_examples)
     roofline = estimate(need, compiled, topology, config.batch_size, total) if compiled.fits else None
     return Plan(config, topology, dict(zip(AXES, shape, strict=True)), need, compiled, roofline)
 
 
 def _search(config: ConfigDict, request: Request, topology: Topology) -> Iterator[Plan]:
-    """Tries mesh x remat x micro-batches of the configured batch; yields each better than all before, the best last.
+    """Tries remat x mesh x micro-batches of the configured batch; yields each better than all before, the best last.
 
     Of each mesh and remat the micro-batches are doubled until it fits: fewer are never slower.
     """
     best = 0.0
-    for mesh in _meshes(topology):
-        for remat in _SEARCHED_REMAT:
-            tried = config.copy_and_resolve_references()
-            tried.model.remat = remat
+    for remat in _SEARCHED_REMAT:
+        tried = config.copy_and_resolve_references()
+        tried.model.remat = remat
+        need = work(tried, request.vocab_size)
+        for mesh in _meshes(topology):
             tried.mesh.update(mesh)
-            found = _fewest_parts(tried, request, topology)
+            found = _fewest_parts(tried, request, topology, need)
             if found and found.estimate and found.estimate.examples_per_second > best:
                 best = found.estimate.examples_per_second
                 yield found
 
 
-def _fewest_parts(config: ConfigDict, request: Request, topology: Topology) -> Plan | None:
+def _fewest_parts(config: ConfigDict, request: Request, topology: Topology, need: Work) -> Plan | None:
     """The plan with the fewest micro-batches that fits; None if none does, or the mesh cannot be made."""
     parts = 1
     while config.batch_size % parts == 0:
         config.micro_batches = parts
         try:
-            found = _plan(config.copy_and_resolve_references(), request, topology)
+            found = _plan(config.copy_and_resolve_references(), request, topology, need)
         except UserError as error:
             log.debug("%s: %s", topology, error)
             return None

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.attention import KERNELS
 from m3ae_jax.objectives.base import Objective, abstract_batch, build
-from m3ae_jax.parallel.mesh import activations_on, batch_parts, batch_sharding, make_mesh, mesh_rules, replicated
+from m3ae_jax.parallel.mesh import activations_on, batch_sharding, check_batch_size, make_mesh, mesh_rules
 from m3ae_jax.plan.chips import Topology
 from m3ae_jax.plan.hlo import Array, Collective, Program
 from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import abstract_state, train_step
+from m3ae_jax.train.step import abstract_state, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +112,7 @@ def compile_step(config: ConfigDict, vocab_size: int, topology: Topology) -> Com
     """
     objective = build(config, vocab_size)
     mesh = make_mesh(config, devices(topology))
-    parts = batch_parts(mesh) * config.micro_batches
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {parts} (data x fsdp x micro_batches) on {topology}"
-        )
+    check_batch_size(config, mesh)
     begin = time.perf_counter()
     try:
         compiled = _lower(objective, config, mesh).compile()
@@ -144,12 +140,10 @@ def _lower(objective: Objective, config: ConfigDict, mesh: Any) -> Any:
     rules = mesh_rules(config)
     chain = optimizer(config, schedule(config, 100_000, 10_000_000))  # the lengths change constants alone
     state = abstract_state(objective, chain, mesh, config.seed, rules)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     rows = batch_sharding(mesh)
     shapes = abstract_batch(objective.groups, config.batch_size, 3 * config.data.patch_size**2)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
-    step = train_step(objective, chain, config.seed, config.micro_batches)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    jitted = jit_train_step(objective, chain, config.seed, config.micro_batches, state, mesh)
     with activations_on(mesh, rules):
         return jitted.lower(state, batch)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3ae_jax.objectives.base import Objective, abstract_batch, build
+from m3ae_jax.objectives.base import abstract_batch, build
 from m3ae_jax.plan.chips import Topology
 from m3ae_jax.plan.compile import Compiled
 from m3ae_jax.plan.flops import matmul_flops
@@ -33,7 +34,7 @@ class Work:
 def work(config: ConfigDict, vocab_size: int) -> Work:
     """Counts the operations of a resolved config's step; traces, compiles nothing."""
     objective = build(config, vocab_size)
-    params = jax.eval_shape(lambda: _unboxed(objective))
+    params = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     patch = 3 * config.data.patch_size**2
 
     def loss(params: Any, batch: Any) -> Any:
@@ -47,12 +48,6 @@ def work(config: ConfigDict, vocab_size: int) -> Work:
         executed_flops=matmul_flops(jax.grad(loss), params, batch) / examples * config.batch_size,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
     )
-
-
-def _unboxed(objective: Objective) -> Any:
-    import flax.linen as nn
-
-    return nn.unbox(objective.init(jax.random.key(0)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,13 +251,9 @@ def _end_of(text: str, stop: str) -> int:
 
 def _arrays(kind: str) -> Iterator[Array]:
     for dtype, dims, layout in _SHAPE.findall(kind):
-        width = _BYTES.get(dtype)
-        if width is None:
-            digits = re.search(r"\d+", dtype)
-            width = max(1, int(digits[0]) // 8) if digits else 4
-        entries = math.prod(int(d) for d in dims.split(",") if d)
+        shape = f"{dtype}[{dims}]"
         on_chip = "S(" in layout  # a memory space other than the default, HBM
-        yield Array(f"{dtype}[{dims}]", 0 if on_chip else entries * width)
+        yield Array(shape, 0 if on_chip else _size(shape))
 
 
 def _called(attributes: str) -> Iterator[tuple[str, str]]:
@@ -299,7 +295,7 @@ def replica_groups(attributes: str) -> list[list[int]]:
 
 def _received(instruction: Instruction, kind: str, group: int) -> float:
     """Bytes that one member receives."""
-    sizes = [_size(array) for array in instruction.results]
+    sizes = [_size(array.shape) for array in instruction.results]
     total, share = float(sum(sizes)), (group - 1) / group
     starts = instruction.opcode.endswith("-start")
     if kind == "collective-permute":
@@ -312,8 +308,11 @@ def _received(instruction: Instruction, kind: str, group: int) -> float:
     return total * share * (2 if kind == "all-reduce" else 1)
 
 
-def _size(array: Array) -> int:
-    """Bytes of an array wherever it lies."""
-    dtype, _, dims = array.shape.partition("[")
-    width = _BYTES.get(dtype) or max(1, int((re.search(r"\d+", dtype) or ["32"])[0]) // 8)
+def _size(shape: str) -> int:
+    """Bytes of an array such as ``bf16[12,64]``, wherever it lies."""
+    dtype, _, dims = shape.partition("[")
+    width = _BYTES.get(dtype)
+    if width is None:
+        digits = re.search(r"\d+", dtype)
+        width = max(1, int(digits[0]) // 8) if digits else 4
     return width * math.prod(int(d) for d in dims.rstrip("]").split(",") if d)

@@ -23,9 +23,17 @@ from m3ae_jax.data.text import Tokenizer, load_tokenizer
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.attention import KERNELS
 from m3ae_jax.objectives.base import Batch, Objective, build
-from m3ae_jax.parallel.mesh import Rules, activations_on, batch_parts, local_rows, make_mesh, mesh_rules, replicated
+from m3ae_jax.parallel.mesh import (
+    Rules,
+    activations_on,
+    batch_parts,
+    check_batch_size,
+    local_rows,
+    make_mesh,
+    mesh_rules,
+)
 from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import TrainState, abstract_state, init_state, train_step
+from m3ae_jax.train.step import TrainState, abstract_state, init_state, jit_train_step
 
 T = TypeVar("T")
 
@@ -98,21 +106,24 @@ class Setup:
         """The state's shapes and shardings."""
         return abstract_state(self.objective, self.optimizer, self.mesh, self.config.seed, self.rules)
 
-    def jit(self, function: Callable[..., T], **options: Any) -> Callable[..., T]:
+    def jit(self, function: Callable[..., T]) -> Callable[..., T]:
         """`jax.jit` with the models' activations constrained to the mesh."""
-        jitted = jax.jit(function, **options)
+        return self._on_mesh(jax.jit(function))
 
+    def _on_mesh(self, jitted: Callable[..., T]) -> Callable[..., T]:
         def call(*arguments: Any) -> T:
-            with activations_on(self.mesh, self.rules):
+            with activations_on(self.mesh, self.rules):  # while it is traced, at the first call
                 return jitted(*arguments)
 
         return call
 
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-        """The training step, jitted: the old state is given up, the new one lies where the old one lay."""
-        step = train_step(self.objective, self.optimizer, self.config.seed, self.config.micro_batches)
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        return self.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        """The training step, jitted (`jit_train_step`)."""
+        c = self.config
+        abstract = self.abstract_state()
+        return self._on_mesh(
+            jit_train_step(self.objective, self.optimizer, c.seed, c.micro_batches, abstract, self.mesh)
+        )
 
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of a run what they are, beside its config."""
@@ -169,7 +180,8 @@ def prepare(config: ConfigDict) -> Setup:
             )
         tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = make_mesh(config)
-    _check_device(config, batch_parts(mesh))
+    _check_device(config)
+    check_batch_size(config, mesh)
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
     check_micro_batches(config, objective)
     examples = len(train_source)
@@ -189,15 +201,10 @@ def prepare(config: ConfigDict) -> Setup:
     )
 
 
-def _check_device(config: ConfigDict, parts: int) -> None:
+def _check_device(config: ConfigDict) -> None:
     needs, backend = KERNELS[config.model.attention], jax.default_backend()
     if needs not in (None, backend):
         raise UserError(f"model.attention={config.model.attention!r} needs a {needs}, here is a {backend}: use xla")
-    if config.batch_size % (parts * config.micro_batches):
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {parts} (mesh: data x fsdp) x "
-            f"micro_batches={config.micro_batches}"
-        )
 
 
 def check_micro_batches(config: ConfigDict, objective: Objective) -> None:
@@ -223,7 +230,7 @@ def data_sizes(config: ConfigDict) -> tuple[int, int]:
     return vocabulary, examples
 
 
-_BERT_VOCABULARY = 30_522
+BERT_VOCABULARY = 30_522
 
 
 def describe(config: ConfigDict) -> str:
@@ -232,6 +239,6 @@ def describe(config: ConfigDict) -> str:
     try:
         values = prepare(resolved).derived()
     except UserError as error:
-        vocabulary = _BERT_VOCABULARY if "text" in resolved.data.modalities else 0
+        vocabulary = BERT_VOCABULARY if "text" in resolved.data.modalities else 0
         values = {**derived(resolved, vocabulary), "not known yet": error}
     return f"{to_json(resolved)}\nderived:\n{console.table(list(values.items()))}"

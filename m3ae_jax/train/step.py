@@ -100,6 +100,20 @@ def train_step(
     return step
 
 
+def jit_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    micro_batches: int,
+    abstract: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """`train_step`, jitted: the old state is given up, and the new one lies where `abstract_state` says."""
+    step = train_step(objective, optimizer, seed, micro_batches)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
 def _gradient(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Any, LossOutput]:
     def loss(params: Any) -> tuple[jax.Array, LossOutput]:
         output = objective.loss(params, state.extra, batch, rng, state.step)

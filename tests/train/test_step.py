@@ -14,7 +14,7 @@ from m3ae_jax.objectives.base import build, total_loss
 from m3ae_jax.parallel.mesh import activations_on, make_mesh, mesh_rules, put_batch, replicated
 from m3ae_jax.train.optimizer import decay_mask, optimizer, schedule
 from m3ae_jax.train.setup import check_micro_batches
-from m3ae_jax.train.step import TrainState, abstract_state, init_state, train_step
+from m3ae_jax.train.step import TrainState, abstract_state, init_state, jit_train_step, train_step
 
 VOCABULARY = 40
 
@@ -60,13 +60,14 @@ def batch(rows=16, seed=0, text_lengths=None):
     return {"groups": groups, "example": {"position": np.arange(rows)}, "aux": {}}
 
 
+def loss(objective, params, data):
+    output = objective.loss(params, {}, data, None, jnp.int32(0))
+    return total_loss(output.terms, objective.term_weights), output
+
+
 @functools.cache
 def compiled(objective):
-    def loss(params, data):
-        output = objective.loss(params, {}, data, None, jnp.int32(0))
-        return total_loss(output.terms, objective.term_weights), output
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(functools.partial(loss, objective), has_aux=True))
 
 
 def loss_and_gradients(objective, params, data):
@@ -139,7 +140,7 @@ def test_loss_is_the_same_with_more_padding():
 def test_text_average_over_tokens_weighs_every_word_the_same():
     objective, params = fresh(**{"loss.text_average": "token"})
     data = batch()
-    (_, output), _ = compiled(objective)(params, data)
+    _, output = jax.jit(functools.partial(loss, objective))(params, data)
     term = output.terms["text_loss"]
     assert term[1] == data["groups"]["text"]["target"]["valid"].sum()
 
@@ -173,7 +174,7 @@ def test_a_model_of_one_modality(modality):
     other = {"image": "text", "text": "image"}[modality]
     del data["groups"][other]
     assert not any(other in name for name in params)
-    value, _ = loss_and_gradients(objective, params, data)
+    value, _ = jax.jit(functools.partial(loss, objective))(params, data)
     assert np.isfinite(value)
 
 
@@ -184,7 +185,7 @@ def test_patch_normalised_targets_survive_a_constant_picture():
     data["groups"]["image"]["target"]["value"][:] = 255
     target = objective.targets(data)["image"]
     assert np.allclose(target, 0.0, atol=1e-3)
-    value, _ = loss_and_gradients(objective, fresh()[1], data)
+    value, _ = jax.jit(functools.partial(loss, objective))(fresh()[1], data)
     assert np.isfinite(value)
     target = np.asarray(objective.targets(batch())["image"])
     assert np.allclose(target.mean(-1), 0, atol=1e-5) and np.allclose(target.std(-1, ddof=1), 1, atol=1e-3)
@@ -233,15 +234,15 @@ def trained(devices, steps=5, **changes):
     c = config(**{"optimizer.warmup": "0 steps", "optimizer.learning_rate": "0.01", **changes})
     mesh, rules = make_mesh(c, devices), mesh_rules(c)
     objective, opt = build(c, VOCABULARY), optimizer(c, schedule(c, 10, 100))
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(objective, opt, mesh, 0, rules))
-    step = jax.jit(train_step(objective, opt, 0, c.micro_batches), out_shardings=(shardings, replicated(mesh)))
+    abstract = abstract_state(objective, opt, mesh, 0, rules)
+    step = jit_train_step(objective, opt, 0, c.micro_batches, abstract, mesh)
     losses = []
     with activations_on(mesh, rules):
         state = init_state(objective, opt, mesh, 0, rules)
         for number in range(steps):
             state, figures = step(state, put_batch(batch(seed=number), mesh))
             losses.append(float(figures["loss"]))
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     return losses, jax.device_get(state.params)
 
 
