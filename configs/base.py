@@ -9,11 +9,11 @@ Meant for: TPU v5e-64 or 16 GPUs or more; a smaller --config.batch_size fits les
 
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import default
+from m3ae_jax.config import default, memory_lean
 
 
 def get_config() -> ConfigDict:
     """The config."""
     c = default()
     c.model.size = "base"
-    return c
+    return memory_lean(c)

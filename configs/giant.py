@@ -9,15 +9,11 @@ Meant for: TPU v5p-64 or v6e-256 or more. Result: not measured.
 
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import default
+from m3ae_jax.config import default, memory_lean
 
 
 def get_config() -> ConfigDict:
     """The config."""
     c = default()
     c.model.size = "giant"
-    c.model.remat = "full"
-    c.model.attention_head_groups = 4
-    c.loss.vocabulary_blocks = 8
-    c.mesh.preset = "fsdp"
-    return c
+    return memory_lean(c)

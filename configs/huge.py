@@ -9,11 +9,11 @@ Meant for: TPU v5e-256 or more; a smaller --config.batch_size fits less. Result:
 
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import default
+from m3ae_jax.config import default, memory_lean
 
 
 def get_config() -> ConfigDict:
     """The config."""
     c = default()
     c.model.size = "huge"
-    return c
+    return memory_lean(c)

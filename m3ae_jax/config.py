@@ -76,7 +76,9 @@ def default() -> ConfigDict:
     c.model.drop_path = 0.0
     c.model.compute_dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU; parameters stay float32
     c.model.unroll = False  # compile the layers one by one instead of as a loop; same parameters
-    c.model.remat = "none"  # what the backward pass computes anew: none, dots (all but products with weights), full
+    # What the backward pass computes anew: none, dots (all but products with weights), attention (all but the result of
+    # attention by head groups), full.
+    c.model.remat = "none"
     c.model.attention = "xla"  # xla; a fused kernel: cudnn (NVIDIA GPUs), flash (TPUs)
     c.model.attention_head_groups = 1  # of xla: heads worked on one group after the other, in encoder and decoder
 
@@ -155,6 +157,18 @@ def _source(split: str) -> ConfigDict:
     source.split = split  # of scenes: train, val, val_novel
     source.caption_key = "caption"  # of a .json beside a picture that has no .txt
     return source
+
+
+def memory_lean(config: ConfigDict, head_groups: int = 4) -> ConfigDict:
+    """Makes room for the largest batch a chip: nothing is kept that can be computed anew, parameters lie over 16 chips.
+
+    Where there is room to spare ``--mode=plan --search`` finds what is faster.
+    """
+    config.mesh.preset = "fsdp"
+    config.model.remat = "full"
+    config.model.attention_head_groups = head_groups
+    config.loss.vocabulary_blocks = 8
+    return config
 
 
 def image_only(config: ConfigDict) -> ConfigDict:
@@ -427,7 +441,7 @@ def _check_values(c: ConfigDict) -> None:
     for name, allowed in (
         ("loss.text_average", ("example", "token")),
         ("model.compute_dtype", ("auto", "float32", "bfloat16")),
-        ("model.remat", ("none", "dots", "full")),
+        ("model.remat", ("none", "dots", "attention", "full")),
         ("model.attention", ("xla", "cudnn", "flash")),
         ("optimizer.first_moment_dtype", ("float32", "bfloat16")),
         ("mesh.preset", ("dp", "fsdp", "fsdp_tp")),

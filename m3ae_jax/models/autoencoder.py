@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3ae_jax.models.embeddings import sincos_1d, sincos_2d
-from m3ae_jax.models.transformer import OutputHead, Transformer, TransformerOptions, dense, named
+from m3ae_jax.models.transformer import OutputHead, Transformer, TransformerOptions, dense, gathered, named
 
 TokenSets = Mapping[str, Mapping[str, jax.Array]]
 """``{modality: {value, position, valid}}``; an image's values are already normalised pixels."""
@@ -81,7 +81,10 @@ class MaskedAutoencoder(nn.Module):
             self.image_embedding = dense(o.encoder.width, ("patch", "embed"), o.encoder.dtype)
         if "text" in o.modalities:
             self.text_embedding = nn.Embed(
-                o.vocab_size, o.encoder.width, embedding_init=named(normal(1.0), "vocab", "embed")
+                o.vocab_size,
+                o.encoder.width,
+                embedding_init=named(normal(1.0), "vocab", "embed"),
+                promote_dtype=gathered("vocab", "embed"),
             )
 
         def vectors(name: str, width: int) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 
@@ -30,6 +31,49 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, whose dimensions have these logical axes, laid out accordingly; as it is outside `placed_by`."""
     place = _place.get()
     return x if place is None else jax.lax.with_sharding_constraint(x, place(axes))
+
+
+def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """`weight`, whose dimensions have these logical axes, whole along the mesh axes that split the batch.
+
+    Its gradient goes back to the parts that the devices keep. Left to itself the compiler multiplies part by part as
+    the parts come in, and writes the whole product to memory each time.
+    """
+    place = _place.get()
+    if place is None:
+        return weight
+    parts = place(axes)
+    batch = place(("batch",)).spec[0]
+    of_batch = set(batch if isinstance(batch, tuple) else (batch,))
+    whole = jax.sharding.PartitionSpec(
+        *(
+            tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in of_batch) or None
+            for entry in parts.spec
+        )
+    )
+    return _gather(weight, parts, jax.sharding.NamedSharding(parts.mesh, whole))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, parts: jax.sharding.NamedSharding, whole: jax.sharding.NamedSharding) -> jax.Array:
+    # First the parts: else a cast before could be done after, and twice the bytes would travel.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, parts), whole)
+
+
+def _gather_forward(
+    weight: jax.Array, parts: jax.sharding.NamedSharding, whole: jax.sharding.NamedSharding
+) -> tuple[jax.Array, None]:
+    return _gather(weight, parts, whole), None
+
+
+def _gather_backward(
+    parts: jax.sharding.NamedSharding, whole: jax.sharding.NamedSharding, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    # Summed whole first: a product scattered as it is made would be computed part by part, too.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, whole), parts),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def on_each_device(

@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from m3ae_jax.models import attention
-from m3ae_jax.models.placement import constrain
+from m3ae_jax.models.placement import constrain, gather
 
 Initializer = Callable[..., Any]
 
@@ -25,6 +26,7 @@ REMAT: dict[str, Any] = {
     # What a layer keeps for its backward pass besides its input.
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the matrix products with weights
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.RESULT),  # what attention by groups gives
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -67,6 +69,18 @@ def named(initializer: Initializer, *axes: str | None) -> Initializer:
     return nn.with_logical_partitioning(initializer, axes)
 
 
+def gathered(*axes: str | None) -> Callable[..., Any]:
+    """What a flax layer whose kernel has these logical axes takes as its `promote_dtype`: casts, then gathers."""
+
+    def promote(*arrays: Any, **options: Any) -> Any:
+        place = 1 if len(arrays) > 1 else 0  # (inputs, kernel, bias), or the table of an embedding
+        promoted = list(promote_dtype(*arrays, **options))
+        promoted[place] = gather(promoted[place], *axes)
+        return promoted
+
+    return promote
+
+
 def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with the reference's epsilon; statistics in float32."""
     return nn.LayerNorm(
@@ -81,8 +95,7 @@ def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
 class Linear(nn.Dense):
     """A linear layer over the last axis, as one matrix product over all tokens.
 
-    XLA's CPU back end is slower at the gradient of the same product with the batch and token axes apart;
-    elsewhere the reshape costs nothing.
+    XLA's CPU back end is slower at the gradient of the same product with the batch and token axes apart.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,6 +110,7 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype: Any, name: 
         dtype=dtype,
         kernel_init=named(nn.initializers.xavier_uniform(), *axes),
         bias_init=named(nn.initializers.zeros, axes[1]),
+        promote_dtype=gathered(*axes),
         name=name,
     )
 
@@ -119,17 +133,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
-        """Maps `[B, N, D]` to `[B, N, D]`; `valid` is `[B, N] bool`."""
+        """Maps `[B N, D]` to `[B N, D]`; `valid` is `[B, N] bool`."""
         o = self.options
         head_dim = o.width // o.heads
-        batch, tokens, _ = x.shape
+        batch, tokens = valid.shape
+        axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
         qkv = nn.DenseGeneral(
             (3, o.heads, head_dim),
             dtype=o.dtype,
-            kernel_init=named(nn.initializers.xavier_uniform(), "embed", None, "heads", "head_dim"),
+            kernel_init=named(nn.initializers.xavier_uniform(), *axes),
+            promote_dtype=gathered(*axes),
             bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
             name="qkv",
-        )(x.reshape(-1, o.width))  # one product over all tokens: see Linear
+        )(x)
         # Heads before tokens: the batched products are then plain (faster on a CPU).
         query, key, value = jnp.transpose(qkv.reshape(batch, tokens, 3, o.heads, head_dim), (2, 0, 3, 1, 4))
         if self.is_mutable_collection("intermediates"):  # the maps are asked for
@@ -146,14 +162,16 @@ class Attention(nn.Module):
             rng=self.make_rng("dropout") if draws else None,
         )
         mixed = jnp.swapaxes(mixed, 1, 2)
+        axes = ("heads", "head_dim", "embed")
         return nn.DenseGeneral(
             o.width,
             axis=(-2, -1),
             dtype=o.dtype,
-            kernel_init=named(nn.initializers.xavier_uniform(), "heads", "head_dim", "embed"),
+            kernel_init=named(nn.initializers.xavier_uniform(), *axes),
+            promote_dtype=gathered(*axes),
             bias_init=named(nn.initializers.zeros, "embed"),
             name="out",
-        )(mixed.reshape(-1, o.heads, head_dim)).reshape(batch, tokens, o.width)
+        )(mixed.reshape(-1, o.heads, head_dim))
 
 
 class Block(nn.Module):
@@ -165,14 +183,15 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, drop_path: jax.Array, valid: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, None]:
-        """Maps `[B, N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None)."""
+        """Maps `[B N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None)."""
         o = self.options
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", None)
 
         def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
             branch = drop(branch, o.dropout, self, deterministic)
             if o.drop_path > 0.0 and not deterministic:
-                keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - drop_path, (x.shape[0], 1, 1))
+                keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - drop_path, (valid.shape[0], 1))
+                keep = jnp.repeat(keep, valid.shape[1], axis=0)
                 branch = jnp.where(keep, branch / (1.0 - drop_path).astype(branch.dtype), 0)
             return x + branch
 
@@ -180,7 +199,7 @@ class Block(nn.Module):
         hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(
             layer_norm(o.dtype, "norm_mlp")(x)
         )
-        hidden = constrain(hidden, "batch", None, "mlp")
+        hidden = constrain(hidden, "batch", "mlp")
         hidden = drop(nn.gelu(hidden, approximate=True), o.dropout, self, deterministic)
         return residual(x, dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)), None
 
@@ -217,8 +236,8 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         rates = jnp.asarray(np.linspace(0.0, o.drop_path, o.depth), jnp.float32)
-        x, _ = stack(o, name="blocks")(x.astype(o.dtype), rates, valid, deterministic)
-        return layer_norm(o.dtype, "norm")(x)
+        flat, _ = stack(o, name="blocks")(x.astype(o.dtype).reshape(-1, o.width), rates, valid, deterministic)
+        return layer_norm(o.dtype, "norm")(flat).reshape(x.shape)
 
 
 class OutputHead(nn.Module):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from m3ae_jax.models.placement import gather
+
 _Three = tuple[jax.Array, jax.Array, jax.Array]
 _Four = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -46,6 +48,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.
         labels: `[B, K] int32`.
         blocks: 1 keeps all logits.
     """
+    kernel = gather(kernel.astype(x.dtype), "embed", "vocab")
     if blocks == 1:
         logits = _logits(x, kernel, bias)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -54,7 +57,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.
 
 
 def _logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    product = jnp.einsum("bke,ev->bkv", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    product = jnp.einsum("bke,ev->bkv", x, kernel, preferred_element_type=jnp.float32)
     return product + bias.astype(jnp.float32)
 
 
@@ -99,7 +102,7 @@ def _backward(blocks: int, saved: tuple[jax.Array, ...], gradient: WordLoss) -> 
         is_label = labels[..., None] == first + jnp.arange(offset.shape[0], dtype=jnp.int32)
         error = (probability - is_label) * gradient.loss[..., None]
         low = error.astype(x.dtype)
-        dx += jnp.einsum("bkv,ev->bke", low, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        dx += jnp.einsum("bkv,ev->bke", low, weight, preferred_element_type=jnp.float32)
         dkernel = jnp.einsum("bke,bkv->ev", x, low, preferred_element_type=jnp.float32)
         return dx, (dkernel, jnp.sum(error, axis=(0, 1)))
 

@@ -18,6 +18,7 @@ class Chip:
         flops: bfloat16 operations per second.
         hbm_bandwidth: bytes per second.
         ici_bandwidth: bytes per second into one chip, over all its links to others of its slice.
+        clock: cycles per second of a core; from `flops` over the products that its matrix units do in a cycle.
         dcn_bandwidth: bytes per second into one chip from other slices; 100 Gbit/s a host of four chips is assumed.
         dimensions: axes of a slice.
     """
@@ -26,16 +27,17 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    clock: float
     dcn_bandwidth: float = 3.125e9
     dimensions: int = 2
 
 
 _GIB = 2**30
 CHIPS = {
-    "v4": Chip(32 * _GIB, 275e12, 1228e9, 300e9, dimensions=3),
-    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9, dimensions=3),
-    "v6e": Chip(32 * _GIB, 918e12, 1640e9, 448e9),
+    "v4": Chip(32 * _GIB, 275e12, 1228e9, 300e9, 1.05e9, dimensions=3),
+    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9, 1.75e9, dimensions=3),
+    "v6e": Chip(32 * _GIB, 918e12, 1640e9, 448e9, 1.75e9),
 }
 
 

@@ -33,6 +33,7 @@ class Compiled:
         code: the program.
         peak: the compiler's own peak, which is less than the sum above where they share memory.
         traffic: between chip and HBM a step, estimated.
+        cycles: of the chip's core a step, by the compiler's own cost model, which leaves collectives out.
         collectives: traffic with other chips.
         largest: arrays.
         seconds: that compiling took here.
@@ -46,6 +47,7 @@ class Compiled:
     code: int = 0
     peak: int = 0
     traffic: int = 0
+    cycles: int = 0
     collectives: tuple[Collective, ...] = ()
     largest: tuple[Array, ...] = ()
     seconds: float = 0.0
@@ -66,13 +68,22 @@ def for_tpu(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def no_tpu_here() -> None:
+    """Tells libtpu not to look for a TPU, before JAX first looks for devices; else it complains of what it lacks."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask: this is not a TPU VM
+    for name, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16")):
+        # Not used here; libtpu puts a warning in place of what it does not find, and later complains of it.
+        if os.environ.get(name, "WARNING").startswith("WARNING"):
+            os.environ[name] = value
+
+
 def devices(topology: Topology) -> list[jax.Device]:
     """The topology's devices, described by libtpu.
 
     Raises:
         UserError: libtpu is not installed, or knows no such topology.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask: this is not a TPU VM
+    no_tpu_here()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu_path())
     from jax.experimental import topologies
@@ -130,6 +141,7 @@ def compile_step(config: ConfigDict, vocab_size: int, topology: Topology) -> Com
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         traffic=program.memory_traffic(),
+        cycles=program.cycles(),
         collectives=tuple(program.collectives()),
         largest=tuple(program.largest_arrays()),
         seconds=time.perf_counter() - begin,

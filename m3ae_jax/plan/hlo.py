@@ -160,6 +160,16 @@ class Program:
                 total += times * sum(self._moved(i, results) for i in results.values())
         return total
 
+    def cycles(self) -> int:
+        """Of the chip's core, per step, by the compiler's own cost model; none for collectives and custom kernels."""
+        return sum(
+            times * int(found[1])
+            for name, times in self._times.items()
+            if name not in self._fused
+            for instruction in self._computations.get(name, ())
+            if (found := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes))
+        )
+
     def largest_arrays(self, count: int = 5) -> list[Array]:
         """The largest results, each shape once."""
         arrays = {
@@ -192,22 +202,35 @@ class Program:
         """A fusion that reads or writes a slice of a stacked array moves the slice, not the stack."""
         inside = self._computations.get(called, [])
         by_name = {i.name: i for i in inside}
-        users: dict[str, list[Instruction]] = collections.defaultdict(list)
-        for instruction in inside:
-            for operand in instruction.operands:
-                users[operand].append(instruction)
         total = 0
-        for parameter in (i for i in inside if i.opcode == "parameter"):
-            number = int(re.match(r"\d+", parameter.attributes)[0])  # type: ignore[index]
-            whole = operands[number] if number < len(operands) else 0
-            uses = [_slice_moved(user, parameter.name, by_name) for user in users[parameter.name]]
-            sliced = bool(uses) and all(part is not None for part in uses)
-            total += min(whole, sum(part or 0 for part in uses)) if sliced else whole
+        for number, whole in enumerate(operands):
+            part = self._read_of_parameter(called, number)
+            total += whole if part is None else min(whole, part)
         root = next((i for i in inside if i.is_root), None)
         if root is None:
             return total + fusion.bytes
         written = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
         return total + sum(_written(instruction, by_name) for instruction in written)
+
+    def _read_of_parameter(self, called: str, number: int) -> int | None:
+        """Bytes that a computation reads of a parameter of which it takes slices; None if it takes all."""
+        inside = self._computations.get(called, [])
+        by_name = {i.name: i for i in inside}
+        name = next((i.name for i in inside if i.opcode == "parameter" and i.attributes == str(number)), "")
+        total = 0
+        for user in (i for i in inside if name in i.operands):
+            place = user.operands.index(name)
+            part = None
+            if user.opcode == "dynamic-slice" and place == 0:
+                part = user.bytes
+            elif user.opcode == "dynamic-update-slice" and place == 0:
+                part = by_name[user.operands[1]].bytes
+            elif user.opcode == "fusion":
+                part = self._read_of_parameter(dict(_called(user.attributes))["calls"], place)
+            if part is None:
+                return None
+            total += part
+        return total
 
 
 def _written(instruction: Instruction, by_name: dict[str, Instruction]) -> int:
@@ -217,15 +240,6 @@ def _written(instruction: Instruction, by_name: dict[str, Instruction]) -> int:
     if instruction.opcode == "dynamic-update-slice":
         return by_name[instruction.operands[1]].bytes
     return 0 if instruction.opcode == "parameter" else instruction.bytes
-
-
-def _slice_moved(user: Instruction, operand: str, by_name: dict[str, Instruction]) -> int | None:
-    """Bytes that `user` reads of an operand of which it takes a slice; None if it takes all."""
-    if user.opcode == "dynamic-slice" and user.operands[0] == operand:
-        return user.bytes
-    if user.opcode == "dynamic-update-slice" and user.operands[0] == operand:
-        return by_name[user.operands[1]].bytes
-    return None
 
 
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:

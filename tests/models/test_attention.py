@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from m3ae_jax.models.attention import attend
+from m3ae_jax.models.transformer import REMAT
 
 BATCH, HEADS, TOKENS, CHANNELS = 2, 4, 6, 8
 
@@ -25,12 +27,45 @@ def output_and_gradients(query, key, value, valid, **options):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
 
 
+def real_output_and_gradients(query, key, value, valid, **options):
+    """What is made of padding is nobody's business."""
+
+    def loss(*qkv):
+        mixed = attend(*qkv, valid, **options) * valid[:, None, :, None]
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+
 @pytest.mark.parametrize("groups", [2, 4])
 def test_groups_of_heads_change_nothing(inputs, groups):
     (_, want), gradients = output_and_gradients(*inputs)
     (_, got), found = output_and_gradients(*inputs, head_groups=groups)
     assert np.allclose(got, want, atol=1e-6)
     assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_attention_is_computed_anew_only_where_asked(inputs, remat):
+    query, key, value, valid = inputs
+
+    def loss(q):
+        mixed = attend(q, key, value, valid, head_groups=2)
+        return jnp.sum(jnp.sin(mixed))
+
+    again = jax.checkpoint(loss, policy=REMAT[remat])
+    assert np.allclose(jax.grad(again)(query), jax.grad(loss)(query), atol=1e-6)
+    text = str(jax.make_jaxpr(jax.grad(again))(query))
+    # The running maximum belongs to the forward pass alone.
+    assert text.count("reduce_max") == {"attention": 1, "full": 2}[remat]
+
+
+def test_flash_equals_xla_on_real_tokens(inputs):
+    with pltpu.force_tpu_interpret_mode():
+        (_, got), found = real_output_and_gradients(*inputs, kernel="flash")
+    (_, want), gradients = real_output_and_gradients(*inputs)
+    assert np.allclose(got, want, atol=1e-5)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients, strict=True))
 
 
 def test_padding_is_no_key(inputs):

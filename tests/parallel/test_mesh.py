@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from m3ae_jax import config as config_lib
 from m3ae_jax.errors import UserError
+from m3ae_jax.models.placement import gather
 from m3ae_jax.models.transformer import Transformer, TransformerOptions
 from m3ae_jax.objectives.base import build
 from m3ae_jax.parallel import mesh as mesh_lib
@@ -109,9 +111,28 @@ def test_activations_are_constrained_at_block_boundaries():
 
     assert "sharding_constraint" not in trace()
     with mesh_lib.activations_on(mesh):
-        assert trace().count("sharding_constraint") == 2  # a block's input and its MLP's hidden channels
-        assert "spec=P(('data', 'fsdp'), None, 'tensor')" in trace()
+        # A block's input, its MLP's hidden channels, and four kernels, first in parts, then gathered.
+        assert trace().count("sharding_constraint") == 2 + 4 * 2
+        assert "spec=P(('data', 'fsdp'), 'tensor')" in trace()
     assert "sharding_constraint" not in trace()
+
+
+def test_a_kernel_is_gathered_for_use_and_its_gradient_goes_back_to_the_parts():
+    mesh = make_mesh(config(**{"mesh.preset": "fsdp_tp"}))
+    kernel = jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+
+    @jax.jit
+    def both(kernel):
+        with mesh_lib.activations_on(mesh):
+            whole, transpose = jax.vjp(lambda k: gather(k, "embed", "mlp"), kernel)
+            return whole, transpose(whole)[0]
+
+    whole, gradient = both(kernel)
+    assert whole.sharding.spec == PartitionSpec(None, "tensor")
+    assert gradient.sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert np.array_equal(whole, kernel)
+    assert np.array_equal(gradient, kernel)
+    assert gather(kernel, "embed", "mlp") is kernel  # outside a mesh
 
 
 def test_the_batch_lies_over_data_and_fsdp():

@@ -87,6 +87,35 @@ def test_traffic_counts_slices_of_a_stack_and_nothing_on_the_chip():
     assert abs(Program(TEXT).memory_traffic() - (loop + out + copy)) <= 12 * 16
 
 
+def test_a_slice_within_a_fusion_within_a_fusion_is_a_slice():
+    nested = """%inner (stack: bf16[12,64], i: s32[]) -> bf16[1,64] {
+  %stack = bf16[12,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,64]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%outer (i.1: s32[], stack.1: bf16[12,64]) -> bf16[1,64] {
+  %i.1 = s32[] parameter(0)
+  %stack.1 = bf16[12,64]{1,0} parameter(1)
+  ROOT %layer = bf16[1,64]{1,0} fusion(%stack.1, %i.1), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (p: bf16[12,64], n: s32[]) -> bf16[1,64] {
+  %p = bf16[12,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %out = bf16[1,64]{1,0} fusion(%n, %p), kind=kLoop, calls=%outer
+}
+"""
+    assert Program(nested).memory_traffic() == 4 + 2 * 64 * 2
+
+
+def test_cycles_of_the_compilers_cost_model_count_as_often_as_loops_run():
+    costed = TEXT.replace("calls=%take", 'calls=%take, backend_config={"estimated_cycles":"100","x":[]}')
+    assert Program(costed).cycles() == 12 * 100
+    assert Program(TEXT).cycles() == 0
+
+
 def test_largest_arrays():
     (first, *_) = Program(TEXT).largest_arrays()
     assert (first.shape, first.bytes) == ("bf16[16,64]", 16 * 64 * 2)
