@@ -117,8 +117,10 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.modalities = MODALITIES  # ("image",) is MAE, ("text",) masked language modelling
-    c.data.train = _source("train")
-    c.data.val = _source("val")
+    c.data.train = source_fields("train")
+    c.data.val = source_fields("val")
+    c.data.mixture = ConfigDict()  # several sources in place of data.train: {name: source_fields()}
+    c.data.epoch_source = ""  # of a mixture: whose passes durations in epochs count; "": that with the largest weight
     c.data.scenes = ConfigDict()  # difficulty of the built-in data set
     c.data.scenes.seed = 0
     c.data.scenes.image_size = 64
@@ -135,6 +137,8 @@ def default() -> ConfigDict:
     c.data.flip = True
     c.data.tokenizer = ""  # FILE.model (SentencePiece), vocab.txt (BERT WordPiece) or "scenes"
     c.data.max_text_tokens = 64
+    c.data.max_bad_fraction = 0.05  # of the examples; above it (and after 1,000) a run stops
+    c.data.threads = 0  # that read and decode, of each process; 0: one a core. More help where reading waits
     c.data.caption_fraction = 1.0  # share of the training examples that keep their caption
 
     c.log_every = "50 steps"
@@ -150,12 +154,21 @@ def default() -> ConfigDict:
     return c
 
 
-def _source(split: str) -> ConfigDict:
+def source_fields(split: str = "train") -> ConfigDict:
+    """The fields of one source, ``config.data.train`` for one."""
     source = ConfigDict()
-    source.source = "webdataset"  # webdataset or scenes
-    source.path = ""  # a folder of .tar shards, a glob, DIR/{00000..00099}.tar, or several with commas
-    source.split = split  # of scenes: train, val, val_novel
-    source.caption_key = "caption"  # of a .json beside a picture that has no .txt
+    # webdataset, tfrecord, array_record, hdf5, parquet, folder, class_folders, text, tfds, scenes, or "module:Class"
+    source.source = "webdataset"
+    source.path = ""  # files: a folder, a glob, DIR/{00000..00099}.tar, or several with commas; tfds: a name
+    source.split = split  # of tfds, of hdf5 with several, and of scenes: train, val, val_novel
+    source.image_key = ""  # field or column of the picture; "": the usual names
+    source.caption_key = ""  # of the caption
+    source.label_key = ""  # of the class
+    source.captions = "draw"  # of a picture with several: draw, one each time; all, an example each
+    source.template = ""  # makes a caption of a class name: "a photo of a {}"
+    # In a mixture: which of its modalities are used (all that it holds if empty), and its share of the examples.
+    source.modalities = ()
+    source.weight = 1.0
     return source
 
 
@@ -333,6 +346,8 @@ def from_json(text: str) -> ConfigDict:
 
 def _merge(config: ConfigDict, stored: dict[str, Any], prefix: str) -> None:
     for key, value in stored.items():
+        if prefix == "data.mixture.":
+            config[key] = source_fields()
         if key not in config:
             near = _nearest(prefix + key, [prefix + name for name, _ in _leaves(config)])
             raise UserError(f"the config's field {prefix}{key} is unknown here; did you mean {near}?")
@@ -455,6 +470,7 @@ def _check_values(c: ConfigDict) -> None:
         amount, _ = parse_duration(name, _get(c, name))
         if amount == 0 and name != "optimizer.warmup":
             raise UserError(f"{name}={_get(c, name)!r}: must be more than 0")
+    _check_sources(c)
     for name, length in (
         ("data.crop_scale", 2),
         ("data.crop_ratio", 2),
@@ -470,10 +486,27 @@ def _check_values(c: ConfigDict) -> None:
             raise UserError(f"{name}={_get(c, name)!r}: (least, most), shares of the picture at most 1")
 
 
+def _check_sources(c: ConfigDict) -> None:
+    specs = {"data.train": c.data.train, "data.val": c.data.val}
+    specs |= {f"data.mixture.{name}": spec for name, spec in c.data.mixture.items()}
+    for field, spec in specs.items():
+        if spec.captions not in ("draw", "all"):
+            raise UserError(one_of(f"{field}.captions", spec.captions, ("draw", "all")))
+        if not spec.weight > 0:
+            raise UserError(f"{field}.weight={spec.weight!r}: must be more than 0")
+        for modality in spec.modalities:
+            if modality not in MODALITIES:
+                raise UserError(one_of(f"{field}.modalities", modality, MODALITIES))
+    if c.data.epoch_source and c.data.epoch_source not in c.data.mixture:
+        raise UserError(one_of("data.epoch_source", c.data.epoch_source, tuple(c.data.mixture)))
+
+
 _BIG = 10**12
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**31 - 1),
     ("batch_size", 1, _BIG),
+    ("data.threads", 0, 1024),
+    ("data.max_bad_fraction", 0, 1),
     ("model.width", 0, _BIG),
     ("model.depth", 0, _BIG),
     ("model.heads", 0, _BIG),

@@ -14,7 +14,7 @@ from absl import app, flags  # noqa: E402
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
 
-MODES = ("train", "eval", "plan", "print_config")
+MODES = ("train", "eval", "plan", "inspect_data", "print_config")
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -36,10 +36,11 @@ _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "v5e:2x4,v5e:4x4,v5e:16x16,v4:4x4x4,v5p:4x4x4,v6e:8x8",
-    "For --mode=plan: TPU slices, GENERATION:AxB[xC], with *N for N slices.",
+    "For --mode=plan: TPU slices, GENERATION:AxB[xC], with *N for N slices. --mode=inspect_data takes some too.",
 )
 _PRICE = flags.DEFINE_float("price", 0.0, "For --mode=plan: of a chip-hour.")
 _SEARCH = flags.DEFINE_bool("search", False, "For --mode=plan: look for the best batch per chip, remat and mesh.")
+_INSPECT_EXAMPLES = flags.DEFINE_integer("inspect_examples", 2000, "For --mode=inspect_data: examples to look at.")
 
 _overrides: list[tuple[str, str]] = []
 
@@ -74,6 +75,11 @@ def _run() -> None:
         from m3ae_jax.plan import plan
 
         plan(config, config_file.stem, workdir, _TOPOLOGY.value, _PRICE.value, search=_SEARCH.value)
+    elif _MODE.value == "inspect_data":
+        from m3ae_jax.doctor import inspect
+
+        asked = _TOPOLOGY.value if flags.FLAGS["topology"].present else ""
+        inspect(config, workdir, _INSPECT_EXAMPLES.value, asked)
     elif _MODE.value == "eval":
         from m3ae_jax.evals import evaluate
 

@@ -1,114 +1,205 @@
-"""Decoding, augmentation and patching of pictures, in the tf.data graph."""
+"""Decoding, augmentation and patching of pictures.
+
+Pillow decodes and resizes: it knows the formats' oddities, and it lets go of the interpreter's lock while it works, so
+that the pipeline's threads run side by side.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import math
+import warnings
 from typing import Any
 
 import numpy as np
+from PIL import Image, WebPImagePlugin  # noqa: F401  # Pillow finds a format once its plugin is imported
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 2**26
+"""Pictures that claim more are not decoded: a header of 70 bytes can ask for gigabytes."""
+
+EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED = "empty file", "not a picture", "too many pixels", "damaged picture"
+
+REASONS = ("", EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED)
+
+_ORIENTATION = 0x0112  # Exif's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture as stored becomes upright (Exif 2.32, tag Orientation)."""
+DETAIL = 1.5
+"""A JPEG is decoded at the smallest 1/2, 1/4 or 1/8 that is still this many times finer than the result."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is lower
 
 
-def decode(encoded: Any) -> Any:
-    """Decodes JPEG, PNG, WebP, GIF (first frame) or BMP to `[h, w, 3] uint8`.
-
-    Grey, CMYK and 16-bit pictures become RGB; alpha is dropped; EXIF orientation is not applied, in
-    training and evaluation alike. An animated WebP counts as broken.
-
-    Raises:
-        tf.errors.InvalidArgumentError: (when the graph runs) the bytes are not a whole picture.
-    """
-    import tensorflow as tf
-
-    # \C is any byte; a dot would be a UTF-8 character, which half of all sizes are not.
-    is_webp = tf.strings.regex_full_match(tf.strings.substr(encoded, 0, 16), r"RIFF\C{4}WEBP\C*")
-    image = tf.cond(
-        is_webp,
-        lambda: _decode_webp(encoded),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
-    return tf.ensure_shape(image, [None, None, 3])
+class Unusable(Exception):
+    """A picture that cannot be used; its text is one of the reasons above."""
 
 
-def _decode_webp(encoded: Any) -> Any:
-    """Decodes a WebP still, without its alpha; TensorFlow wants the number of channels that the file has.
-
-    An animation is refused: TensorFlow would decode all its frames, and with ``channels=0`` writes past its buffer.
-    """
-    import tensorflow as tf
-
-    kind = tf.strings.substr(encoded, 12, 4)
-    head = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, 0, 25), tf.uint8), tf.int32)
-    flags = head[20]  # of VP8X: 0x10 alpha, 0x02 animation
-    alpha = ((kind == "VP8X") & (flags & 0x12 == 0x10)) | ((kind == "VP8L") & (head[24] & 0x10 > 0))
-    return tf.cond(
-        alpha,
-        lambda: tf.image.decode_webp(encoded, channels=4)[0, :, :, :3],
-        lambda: tf.image.decode_webp(encoded, channels=3)[0],
-    )
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in pixels of the upright picture."""
 
 
-def random_resized_crop(
-    image: Any, size: int, seed: Any, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Any:
-    """Crops a random area and aspect ratio, then resizes to a square (bicubic, antialiased).
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Which part of a picture is seen.
 
-    The area is uniform in `scale` (share of the picture), the aspect ratio log-uniform in `ratio`. The box
-    is then cut to the picture rather than drawn again: no loop, and no picture is too narrow for it.
-
-    Args:
-        image: `[h, w, 3] uint8`.
-        size: side of the result, pixels.
-        seed: `[2] int64` stateless seed.
+    Attributes:
+        draws: `[5] float`, uniform in [0, 1): area, aspect, top, left, flip; None: the centred square, not mirrored.
         scale: least and largest share of the area.
         ratio: least and largest width / height.
+        flip: mirror half of the pictures left-right.
+    """
+
+    draws: np.ndarray | None = None
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+
+    def box(self, width: int, height: int) -> Box:
+        """The part of a picture of this size.
+
+        The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. The box is then cut to the picture
+        rather than drawn again: no loop, and no picture is too narrow for it.
+        """
+        if self.draws is None:
+            side = min(width, height)
+            return (width - side) // 2, (height - side) // 2, side, side
+        area = (self.scale[0] + self.draws[0] * (self.scale[1] - self.scale[0])) * width * height
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = math.exp(low + self.draws[1] * (high - low))
+        crop_width = min(max(round(math.sqrt(area * aspect)), 1), width)
+        crop_height = min(max(round(math.sqrt(area / aspect)), 1), height)
+        top = int(self.draws[2] * (height - crop_height + 1))
+        left = int(self.draws[3] * (width - crop_width + 1))
+        return left, top, crop_width, crop_height
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether this one is mirrored."""
+        return self.flip and self.draws is not None and self.draws[4] < 0.5
+
+
+def size_of(encoded: bytes) -> tuple[int, int]:
+    """Width and height of the upright picture, from its header.
+
+    Raises:
+        Unusable: it is none, or too large.
+    """
+    image = open_picture(encoded)
+    width, height = image.size
+    return (width, height) if turn_of(image) < 5 else (height, width)
+
+
+def load(encoded: bytes, size: int, crop: Crop = Crop()) -> np.ndarray:
+    """Decodes a part of a picture and resizes it (bicubic, antialiased) to a square.
+
+    JPEG, PNG, WebP, GIF or BMP; of an animation the first frame. Grey, CMYK, palette and 16-bit pictures (scaled, not
+    clipped) become RGB; what is transparent shows white; Exif's orientation is applied.
+
+    Args:
+        encoded: the file's bytes.
+        size: side of the result, pixels.
+        crop: which part.
 
     Returns:
         `[size, size, 3] uint8`.
+
+    Raises:
+        Unusable: the bytes are no whole picture, or one of more than `MAX_PIXELS`.
     """
-    import tensorflow as tf
-
-    draw = tf.random.stateless_uniform([4], seed)
-    shape = tf.cast(tf.shape(image)[:2], tf.float32)
-    height, width = shape[0], shape[1]
-    area = (scale[0] + draw[0] * (scale[1] - scale[0])) * height * width
-    low, high = np.log(ratio[0]), np.log(ratio[1])
-    aspect = tf.exp(low + draw[1] * (high - low))
-    crop_w = tf.clip_by_value(tf.round(tf.sqrt(area * aspect)), 1, width)
-    crop_h = tf.clip_by_value(tf.round(tf.sqrt(area / aspect)), 1, height)
-    top = tf.floor(draw[2] * (height - crop_h + 1))
-    left = tf.floor(draw[3] * (width - crop_w + 1))
-    box = tf.cast(tf.minimum([top, left], [height - crop_h, width - crop_w]), tf.int32)
-    crop = tf.image.crop_to_bounding_box(image, box[0], box[1], tf.cast(crop_h, tf.int32), tf.cast(crop_w, tf.int32))
-    return resize(crop, size)
-
-
-def resize(image: Any, size: int) -> Any:
-    """Resizes `[h, w, 3] uint8` to `[size, size, 3] uint8` (bicubic, antialiased when shrinking)."""
-    import tensorflow as tf
-
-    def shrink_or_grow() -> Any:
-        resized = tf.image.resize(image, [size, size], method="bicubic", antialias=True)
-        return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
-
-    same = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
-    return tf.ensure_shape(tf.cond(same, lambda: image, shrink_or_grow), [size, size, 3])
+    image = open_picture(encoded)
+    try:
+        turn = turn_of(image)
+        stored = image.size
+        width, height = stored if turn < 5 else stored[::-1]
+        left, top, right, bottom = _as_stored(crop.box(width, height), (width, height), turn)
+        if image.format in ("JPEG", "MPO"):
+            scale = int(min(right - left, bottom - top) / (size * DETAIL))
+            if scale > 1:
+                image.draft(image.mode, (stored[0] // scale, stored[1] // scale))
+        image.load()
+        x, y = image.size[0] / stored[0], image.size[1] / stored[1]
+        box = (left * x, top * y, min(right * x, image.size[0]), min(bottom * y, image.size[1]))
+        part = eight_bit(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        if turn in TURNS:
+            part = part.transpose(TURNS[turn])
+        if crop.mirrored:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(on_white(part))
+    except Exception as error:  # whatever a codec raises on damage: it is never the program's fault
+        raise Unusable(TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED) from error
 
 
-def center_crop(image: Any, size: int) -> Any:
-    """The largest centred square, resized: what validation sees (`[size, size, 3] uint8`)."""
-    import tensorflow as tf
+def open_picture(encoded: bytes) -> Image.Image:
+    """Reads the header; decodes nothing yet.
 
-    shape = tf.shape(image)
-    side = tf.minimum(shape[0], shape[1])
-    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
-    return resize(tf.image.crop_to_bounding_box(image, top, left, side, side), size)
+    Raises:
+        Unusable: it is no picture, or one of more than `MAX_PIXELS`.
+    """
+    if not encoded:
+        raise Unusable(EMPTY)
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Unusable(TOO_LARGE) from error
+    except Image.UnidentifiedImageError as error:
+        raise Unusable(NO_PICTURE) from error
+    except Exception as error:  # as in `load`
+        raise Unusable(DAMAGED) from error
+    if image.size[0] * image.size[1] > MAX_PIXELS:
+        raise Unusable(TOO_LARGE)
+    return image
 
 
-def random_flip(image: Any, seed: Any) -> Any:
-    """Mirrors left-right with probability one half; `seed` is `[2] int64`."""
-    import tensorflow as tf
+def turn_of(image: Image.Image) -> int:
+    """Exif's orientation, 1 to 8."""
+    # Most files have no Exif; and of a PNG without it Pillow would decode everything to look behind the pixels.
+    found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    return found if found in TURNS else 1
 
-    mirror = tf.random.stateless_uniform([], seed) < 0.5
-    return tf.cond(mirror, lambda: tf.reverse(image, axis=[1]), lambda: image)
+
+def _as_stored(box: Box, upright: tuple[int, int], turn: int) -> Box:
+    """Left, top, right and bottom, in the picture as stored, of a box of the upright one."""
+    left, top, width, height = box
+    right, bottom = left + width, top + height
+    w, h = upright
+    return {
+        1: (left, top, right, bottom),
+        2: (w - right, top, w - left, bottom),
+        3: (w - right, h - bottom, w - left, h - top),
+        4: (left, h - bottom, right, h - top),
+        5: (top, left, bottom, right),
+        6: (top, w - right, bottom, w - left),
+        7: (h - bottom, w - right, h - top, w - left),
+        8: (h - bottom, left, h - top, right),
+    }[turn]
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The picture in L, RGB or RGBA, eight bits a channel."""
+    if image.mode.startswith("I"):  # 16 bits: 65535 is white, and Pillow would clip at 255
+        deep = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((np.minimum(deep, 65_535) + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, what is transparent on white; resizing has weighed colours by their alpha already."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def patchify(images: Any, patch: int) -> Any:

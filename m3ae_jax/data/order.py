@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Written into every checkpoint: a run goes on only with the order that it began with."""
 
 ATTEMPTS = 8

@@ -26,7 +26,8 @@ import numpy as np
 import sentencepiece as spm
 from absl import app, flags
 
-from m3ae_jax.data.sources.base import Source
+from m3ae_jax.data.sources import NAMES, open_format
+from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.text import clean_caption
 from m3ae_jax.errors import UserError, one_of
 
@@ -35,7 +36,6 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "unigram": {"normalization_rule_name": "nmt_nfkc_cf", "character_coverage": 0.9995},
     "word": {"normalization_rule_name": "identity", "character_coverage": 1.0},
 }
-SOURCES = ("scenes", "webdataset")
 
 _CHUNK = 1_000  # captions read at a time
 _MAX_CHARS = 1_000  # of a caption; the trainer silently leaves out lines over 4,192 bytes
@@ -132,27 +132,24 @@ def _write_atomically(output: Path, data: bytes) -> None:
         raise UserError(f"output={str(output)!r} cannot be written ({error.strerror})") from error
 
 
-def _open_source(name: str, path: str, caption_key: str) -> Source:
-    if name == "webdataset":
-        from m3ae_jax.data.sources.webdataset import WebDatasetSource
-
-        return WebDatasetSource(path, caption_key=caption_key)
+def _open_source(name: str, path: str, options: SourceOptions) -> Source:
     if name == "scenes":
         from m3ae_jax.data.sources.scenes import ScenesSource
 
         return ScenesSource("train")
-    raise UserError(one_of("source", name, SOURCES))
+    return open_format(name, path, options, "--")
 
 
 def _define_flags() -> None:
     # Not at import: a program that imports `train` may have a flag of the same name.
-    flags.DEFINE_string("source", None, f"Where the captions are: {' or '.join(SOURCES)}.", required=True)
+    flags.DEFINE_string("source", None, f"Where the captions are: {', '.join(NAMES)}.", required=True)
     flags.DEFINE_string("path", "", "The source's files, as in a config; not for scenes.")
     flags.DEFINE_string("output", None, "The file to write, *.model.", required=True)
     flags.DEFINE_integer("vocab_size", 8_000, "Number of ids at most.")
     flags.DEFINE_string("model_type", "unigram", f"{' or '.join(MODEL_TYPES)}.")
     flags.DEFINE_integer("max_captions", 1_000_000, "Captions to learn from at most (scenes: 5,000).")
-    flags.DEFINE_string("caption_key", "caption", "Name of the caption field, for webdataset.")
+    flags.DEFINE_string("split", "train", "Of tfds, and of hdf5 with several.")
+    flags.DEFINE_string("caption_key", "", "Name of the caption field; empty: the usual names.")
 
 
 def _main(argv: list[str]) -> None:
@@ -162,7 +159,9 @@ def _main(argv: list[str]) -> None:
             raise UserError(f"argument {argv[1]!r} is not a flag; see --help")
         if args.max_captions < 1:
             raise UserError(f"max_captions={args.max_captions} must be at least 1")
-        source = _open_source(args.source, args.path, args.caption_key)
+        source = _open_source(
+            args.source, args.path, SourceOptions(split=args.split, caption_key=args.caption_key, captions="all")
+        )
         limit = min(args.max_captions, _SCENES_CAPTIONS) if args.source == "scenes" else args.max_captions
         size = train(read_captions(source, limit), args.output, args.vocab_size, args.model_type)
     except (UserError, OSError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from m3ae_jax.data import images, masking
 from m3ae_jax.data.pipeline import token_slots
-from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource
+from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource, encode_bmp
 from m3ae_jax.data.text import encode_batch
 from m3ae_jax.evals import Result, check
 from m3ae_jax.parallel.mesh import batch_parts, fetch, put_whole_batch
@@ -107,10 +107,7 @@ class _Asker:
 
     def _patches(self, scenes: Sequence[Scene]) -> np.ndarray:
         data = self._setup.config.data
-        same = scenes[0].image.shape[0] == data.image_size
-        pictures = np.stack(
-            [s.image if same else np.asarray(images.center_crop(s.image, data.image_size)) for s in scenes]
-        )
+        pictures = np.stack([images.load(encode_bmp(s.image), data.image_size) for s in scenes])
         return images.patchify(pictures, data.patch_size)
 
     def _word_questions(self, scenes: Sequence[Scene]) -> list[_Question]:

@@ -42,7 +42,7 @@ class Reconstructions:
         if not count:
             return None
         if self._batch is None:
-            source = self._setup.val_source or self._setup.train_source
+            source = self._setup.val_source or self._setup.train_data.members[0].source
             with contextlib.closing(iter(self._setup.eval_batches(source, count))) as batches:
                 self._on_device = put_batch(next(batches), self._setup.mesh)
             self._batch = fetch(self._on_device)  # the rows of all processes

@@ -39,7 +39,8 @@ class Validation:
             for name, term in terms.items():
                 sums[name] = np.add(sums.get(name, (0.0, 0.0)), np.asarray(term, np.float64))
         weights = self._setup.objective.term_weights
-        total = total_loss({k: (jnp.float32(sums[k][0]), jnp.float32(sums[k][1])) for k in weights}, weights)
+        terms = {k: (jnp.float32(sums[k][0]), jnp.float32(sums[k][1])) for k in weights if k in sums}
+        total = total_loss(terms, weights)
         means = {f"val/{name}": float(s / w) if w else 0.0 for name, (s, w) in sums.items()}
         return {"val/loss": float(total), **means}
 
@@ -61,7 +62,8 @@ def priors(setup: Setup) -> dict[str, float]:
     targets = jax.jit(setup.objective.targets)  # of this process's rows alone, on its own device
     statistics: dict[str, _Statistics] = {}
     with contextlib.closing(iter(setup.train_batches(0))) as batches:
-        for batch in itertools.islice(batches, -(-_PRIOR_EXAMPLES // setup.config.batch_size)):
+        some = itertools.islice(batches, -(-_PRIOR_EXAMPLES // setup.config.batch_size))
+        for batch in (part for whole in some for part in whole.get("parts", {"": whole}).values()):
             for name, (value, position, valid) in _targets(targets, batch).items():
                 if name not in statistics:
                     statistics[name] = _Statistics(value, setup)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from m3ae_jax.data.mixture import cut_mixture
 from m3ae_jax.data.pipeline import Group
 from m3ae_jax.errors import UserError, one_of
 
@@ -38,11 +39,13 @@ class LossOutput:
         terms: parts of the loss, each a sum and its weight, not yet divided.
         metrics: figures to report, in the same form.
         aux: what `Objective.update_extra` needs, `[B, ...]` leaves.
+        per_example: the terms as `[B] float32` sums and weights, for figures by source.
     """
 
     terms: Terms
     metrics: Terms
     aux: Any = None
+    per_example: dict[str, tuple[jax.Array, jax.Array]] = flax.struct.field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -123,9 +126,76 @@ def abstract_batch(groups: Iterable[Group], batch_size: int, patch_values: int) 
             "valid": jax.ShapeDtypeStruct((batch_size, slots), jnp.bool),
         }
 
+    of_groups = {g.name: {"visible": token_set(g, g.budget[0]), "target": token_set(g, g.budget[1])} for g in groups}
+    return {"groups": of_groups, "example": {"source": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}}
+
+
+def abstract_batches(config: ConfigDict, objective: Objective, batch_size: int, unit: int) -> dict[str, Any]:
+    """As `abstract_batch`, of a config; with a mixture of sources ``{"parts": {name: batch}}``.
+
+    Args:
+        config: resolved; its data need not be there.
+        objective: what it trains.
+        batch_size: rows of all parts.
+        unit: divides the rows of every part.
+    """
+    patch = 3 * config.data.patch_size**2
+    parts = cut_mixture(config, batch_size, unit)
+    if not parts:
+        return abstract_batch(objective.groups, batch_size, patch)
     return {
-        "groups": {g.name: {"visible": token_set(g, g.budget[0]), "target": token_set(g, g.budget[1])} for g in groups}
+        "parts": {
+            part.name: abstract_batch([g for g in objective.groups if g.modality in part.modalities], part.size, patch)
+            for part in parts
+        }
     }
+
+
+def batch_loss(
+    objective: Objective,
+    params: Params,
+    extra: Any,
+    batch: Batch,
+    rng: jax.Array | None,
+    step: jax.Array,
+    sources: int = 0,
+) -> LossOutput:
+    """`Objective.loss` of a batch, or of all parts of a mixture's: their terms and metrics add up.
+
+    Args:
+        objective: its loss.
+        params: parameters.
+        extra: its own state.
+        batch: a batch, or ``{"parts": {name: batch}}``; `aux` is then ``{name: aux}``.
+        rng: of dropout, or None.
+        step: steps done.
+        sources: how many there are, of each of which ``TERM/NUMBER`` is to be among the metrics; 0: none.
+    """
+    if "parts" not in batch:
+        output = objective.loss(params, extra, batch, rng, step)
+        by_source = _by_source(output, batch["example"]["source"], sources) if sources else {}
+        return LossOutput(output.terms, {**output.metrics, **by_source}, output.aux)
+    terms: Terms = {}
+    metrics: Terms = {}
+    aux = {}
+    for number, (name, part) in enumerate(sorted(batch["parts"].items())):
+        of_part = None if rng is None else jax.random.fold_in(rng, number)
+        output = batch_loss(objective, params, extra, part, of_part, step, sources)
+        aux[name] = output.aux
+        for into, of in ((terms, output.terms), (metrics, output.metrics)):
+            for key, (total, weight) in of.items():
+                before = into.get(key, (0.0, 0.0))
+                into[key] = (before[0] + total, before[1] + weight)
+    return LossOutput(terms, metrics, aux)
+
+
+def _by_source(output: LossOutput, source: jax.Array, sources: int) -> Terms:
+    found: Terms = {}
+    for name, (total, weight) in output.per_example.items():
+        for number in range(sources):
+            mine = (source == number).astype(jnp.float32)
+            found[f"{name}/{number}"] = (jnp.sum(total * mine), jnp.sum(weight * mine))
+    return found
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -54,20 +54,20 @@ class M3AE:
         """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
         del extra, step
         restored = self._restore(params, batch, rng, features_of=("text",))
-        terms: Terms = {}
+        losses: dict[str, tuple[jax.Array, jax.Array]] = {}
         metrics: Terms = {}
         for name, target in self.targets(batch).items():
             valid = batch["groups"][name]["target"]["valid"]
             if name == "image":
                 error = jnp.mean(jnp.square(restored[name] - target), axis=-1)
-                terms["image_loss"] = _average(error, valid, "example")
+                losses["image_loss"] = _per_example(error, valid, "example")
             else:
                 head, blocks = params["text_output"]["output"], self._config.loss.vocabulary_blocks
                 words = cross_entropy(restored[name], head["kernel"], head["bias"], target, blocks)
-                terms["text_loss"] = _average(words.loss, valid, self._config.loss.text_average)
-                metrics["text_accuracy"] = _average(words.correct, valid, "token")
+                losses["text_loss"] = _per_example(words.loss, valid, self._config.loss.text_average)
+                metrics["text_accuracy"] = _sum(_per_example(words.correct, valid, "token"))
             metrics[f"{name}_targets"] = (jnp.sum(valid, dtype=jnp.float32), jnp.float32(valid.shape[0]))
-        return LossOutput(terms, metrics)
+        return LossOutput({name: _sum(loss) for name, loss in losses.items()}, metrics, per_example=losses)
 
     def targets(self, batch: Batch) -> dict[str, jax.Array]:
         """`image`: `[B, K, P] float32` in the loss's pixel space; `text`: `[B, K] int32`."""
@@ -179,13 +179,17 @@ def normalize_patches(patches: jax.Array) -> jax.Array:
     return (patches - mean) / std
 
 
-def _average(values: jax.Array, valid: jax.Array, over: str) -> tuple[jax.Array, jax.Array]:
-    """(sum, weight) of `[B, K]` values over valid slots.
+def _per_example(values: jax.Array, valid: jax.Array, over: str) -> tuple[jax.Array, jax.Array]:
+    """(sum, weight), `[B] float32`, of `[B, K]` values over valid slots.
 
     ``token``: every valid slot counts the same. ``example``: every example that has one counts the same.
     """
     count = jnp.sum(valid, axis=-1, dtype=jnp.float32)
-    per_example = jnp.sum(jnp.where(valid, values, 0.0), axis=-1, dtype=jnp.float32)
+    total = jnp.sum(jnp.where(valid, values, 0.0), axis=-1, dtype=jnp.float32)
     if over == "token":
-        return jnp.sum(per_example), jnp.sum(count)
-    return jnp.sum(per_example / jnp.maximum(count, 1.0)), jnp.sum(count > 0, dtype=jnp.float32)
+        return total, count
+    return total / jnp.maximum(count, 1.0), (count > 0).astype(jnp.float32)
+
+
+def _sum(per_example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return jnp.sum(per_example[0]), jnp.sum(per_example[1])

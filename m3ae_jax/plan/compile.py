@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.attention import KERNELS
-from m3ae_jax.objectives.base import Objective, abstract_batch, build
-from m3ae_jax.parallel.mesh import activations_on, batch_sharding, check_batch_size, make_mesh, mesh_rules
+from m3ae_jax.objectives.base import Objective, abstract_batches, build
+from m3ae_jax.parallel.mesh import activations_on, batch_parts, batch_sharding, check_batch_size, make_mesh, mesh_rules
 from m3ae_jax.plan.chips import Topology
 from m3ae_jax.plan.hlo import Array, Collective, Program
 from m3ae_jax.train.optimizer import optimizer, schedule
@@ -153,9 +153,10 @@ def _lower(objective: Objective, config: ConfigDict, mesh: Any) -> Any:
     chain = optimizer(config, schedule(config, 100_000, 10_000_000))  # the lengths change constants alone
     state = abstract_state(objective, chain, mesh, config.seed, rules)
     rows = batch_sharding(mesh)
-    shapes = abstract_batch(objective.groups, config.batch_size, 3 * config.data.patch_size**2)
+    shapes = abstract_batches(config, objective, config.batch_size, batch_parts(mesh) * config.micro_batches)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
-    jitted = jit_train_step(objective, chain, config.seed, config.micro_batches, state, mesh)
+    names = tuple(sorted(config.data.mixture))
+    jitted = jit_train_step(objective, chain, config.seed, config.micro_batches, state, mesh, names)
     with activations_on(mesh, rules):
         return jitted.lower(state, batch)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3ae_jax.objectives.base import abstract_batch, build
+from m3ae_jax.objectives.base import abstract_batches, batch_loss, build
 from m3ae_jax.plan.chips import Topology
 from m3ae_jax.plan.compile import Compiled
 from m3ae_jax.plan.flops import matmul_flops
@@ -35,14 +35,13 @@ def work(config: ConfigDict, vocab_size: int) -> Work:
     """Counts the operations of a resolved config's step; traces, compiles nothing."""
     objective = build(config, vocab_size)
     params = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
-    patch = 3 * config.data.patch_size**2
 
     def loss(params: Any, batch: Any) -> Any:
-        output = objective.loss(params, objective.init_extra(params), batch, None, jnp.int32(0))
+        output = batch_loss(objective, params, objective.init_extra(params), batch, None, jnp.int32(0))
         return sum(total for total, _ in output.terms.values())
 
-    examples = 8
-    batch = abstract_batch(objective.groups, examples, patch)
+    examples = min(config.batch_size, 840)  # traced alone; divides well
+    batch = abstract_batches(config, objective, examples, 1)
     return Work(
         flops_per_example=3 * matmul_flops(loss, params, batch) / examples,
         executed_flops=matmul_flops(jax.grad(loss), params, batch) / examples * config.batch_size,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from m3ae_jax import config as config_lib
 from m3ae_jax import console, evals
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.data.images import REASONS
 from m3ae_jax.data.order import ATTEMPTS
 from m3ae_jax.errors import Stopped, UserError
 from m3ae_jax.evals.reconstructions import Reconstructions
@@ -42,11 +44,14 @@ FREE_FIELDS = (
     "evals",
     "data.train.path",
     "data.val.",
+    "data.threads",
+    "data.max_bad_fraction",
     "init_from",
 )
 """Fields that may change when a run goes on; any other makes it another run."""
 
 _CONFIG_FILE = "config.json"
+_FEW_DRAWS = 1000  # before so many a share of bad examples says little
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
@@ -90,7 +95,7 @@ def _check_same_run(workdir: Path, stored: str, config: ConfigDict) -> None:
     changed = [
         f"{name}={new!r} (the run has {old!r})"
         for name, old, new in config_lib.difference(config_lib.from_json(stored), config)
-        if not config_lib.is_among(name, FREE_FIELDS)
+        if not config_lib.is_among(name, FREE_FIELDS) and not re.fullmatch(r"data\.mixture\..*\.path", name)
     ]
     if changed:
         raise UserError(
@@ -125,17 +130,16 @@ class _Loop:
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
         figures: dict[str, jax.Array] = {}
-        attempts: list[np.ndarray] = []
+        tried = _Tried()
         with _StopFlag() as stop, contextlib.closing(iter(setup.train_batches(start))) as batches:
             for step in range(start + 1, total + 1):
                 self._metrics = {}
                 batch = self._progress.waiting(lambda: next(batches), figures)
-                attempts.append(batch["example"]["attempt"])
+                tried.add(batch)
                 state, figures = step_fn(state, put_batch(batch, setup.mesh))
                 last = step == total or stop.at(step)
                 if step % log_every == 0 or step == start + 1 or last:
-                    self._log(step, figures, attempts)
-                    attempts = []
+                    self._log(step, figures, tried)
                 if step % eval_every == 0 or step == total:
                     self._evaluate(state)
                 if step % save_every == 0 or last:
@@ -145,6 +149,8 @@ class _Loop:
                     break
         if int(state.step) < total:
             raise Stopped(f"stopped at step {int(state.step)}, saved; the same command goes on")
+        if tried.by_reason.sum():
+            log.warning(tried.summary())
         self._finish(state)
         return state
 
@@ -185,18 +191,16 @@ class _Loop:
                     "Choose another --workdir, or start from its weights with --config.init_from"
                 )
 
-    def _log(self, step: int, figures: dict[str, jax.Array], attempts: list[np.ndarray]) -> None:
+    def _log(self, step: int, figures: dict[str, jax.Array], tried: _Tried) -> None:
         values = {name: float(value) for name, value in jax.device_get(figures).items()}
-        # Of all processes: what is decided by it, all must decide alike.
-        tried = np.ravel(multihost_utils.process_allgather(np.concatenate(attempts)))
-        values["replaced_examples"] = float(tried.sum())
+        values |= tried.figures()
+        values |= self._setup.train_data.progress(step)
         values["learning_rate"] = float(self._setup.learning_rate(step - 1))
         timing = self._progress.interval(step)
         self._writer.scalars(step, {f"train/{k}": v for k, v in {**values, **timing}.items()} | self._priors)
         self._priors = {}
         log.info(self._progress.line(step, values, timing))
-        if (tried == ATTEMPTS).all():
-            raise UserError(f"not one of the last {tried.size} draws gave a picture that decodes: is data.train right?")
+        tried.check(self._setup.config.data.max_bad_fraction)
 
     def _evaluate(self, state: TrainState) -> None:
         with self._progress.paused():
@@ -246,6 +250,53 @@ def _log_overview(setup: Setup, state: TrainState) -> None:
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
     )
     log.info("%s", console.table(list(setup.derived().items())))
+
+
+class _Tried:
+    """Counts candidates that did not decode, over all processes: what is decided by it, all must decide alike."""
+
+    def __init__(self) -> None:
+        self._rows: list[np.ndarray] = []
+        self.by_reason = np.zeros(len(REASONS), np.int64)
+        self.draws = 0
+        self._nothing = False
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Takes the attempts of this process's rows of a batch."""
+        for part in batch.get("parts", {"": batch}).values():
+            self._rows.append(np.stack([part["example"]["attempt"], part["example"]["reason"]]))
+
+    def figures(self) -> dict[str, float]:
+        """Of what was added since the last call: replaced draws, in all and by reason."""
+        rows = np.concatenate(self._rows, axis=1)
+        self._rows = []
+        attempt, reason = np.moveaxis(multihost_utils.process_allgather(rows), -2, 0).reshape(2, -1)
+        counts = np.bincount(reason[attempt > 0], minlength=len(REASONS))
+        self.by_reason += counts
+        self.draws += attempt.size
+        self._nothing = bool((attempt == ATTEMPTS).all())
+        found = {f"replaced/{r.replace(' ', '_')}": float(n) for r, n in zip(REASONS, counts, strict=True) if r and n}
+        return {"replaced_examples": float((attempt > 0).sum()), **found}
+
+    def summary(self) -> str:
+        """All replacements so far, in one line."""
+        reasons = ", ".join(f"{n:,} {r}" for r, n in zip(REASONS, self.by_reason, strict=True) if n)
+        share = self.by_reason.sum() / max(self.draws, 1)
+        return f"{self.by_reason.sum():,} of {self.draws:,} examples were replaced ({share:.2%}): {reasons}"
+
+    def check(self, most: float) -> None:
+        """Stops a run whose data are bad.
+
+        Raises:
+            UserError: as said.
+        """
+        if self._nothing:
+            raise UserError("not one of the last draws gave a picture that decodes: is data.train right?")
+        if self.draws >= _FEW_DRAWS and self.by_reason.sum() > most * self.draws:
+            raise UserError(
+                f"{self.summary()}; data.max_bad_fraction={most}. --mode=inspect_data shows them; "
+                "raise the limit to train nevertheless"
+            )
 
 
 class _StopFlag:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import jax
@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from m3ae_jax import console, evals
 from m3ae_jax.config import resolve, steps, to_json
+from m3ae_jax.data.mixture import Mixture, open_mixture
 from m3ae_jax.data.order import ORDER_VERSION
-from m3ae_jax.data.pipeline import Batches, View, eval_view, train_view
+from m3ae_jax.data.pipeline import Batches, Feed, Group, eval_view
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Source
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
@@ -44,6 +45,7 @@ class Setup:
 
     Attributes:
         config: resolved.
+        train_data: one source, or several.
         val_source: None if no validation data was named.
         tokenizer: None without text.
         total_steps: steps of the whole run.
@@ -51,7 +53,7 @@ class Setup:
     """
 
     config: ConfigDict
-    train_source: Source
+    train_data: Mixture
     val_source: Source | None
     tokenizer: Tokenizer | None
     objective: Objective
@@ -64,12 +66,23 @@ class Setup:
     def steps(self, name: str) -> int:
         """A duration field of the config (``eval.every``) in steps, at least 1."""
         text = functools.reduce(lambda group, part: group[part], name.split("."), self.config)
-        return max(1, steps(name, text, self.config.batch_size, len(self.train_source)))
+        return max(1, steps(name, text, self.config.batch_size, self.train_data.epoch_examples))
 
-    def train_batches(self, start_step: int) -> Batches:
-        """The training batches of this process from a step on."""
-        view = train_view(self.config, self.train_source)
-        return self._batches(self.train_source, view, self.config.batch_size, start_step, self.total_steps)
+    def train_batches(self, start_step: int) -> Generator[dict[str, Any], None, None]:
+        """The training batches of this process from a step on; of a mixture ``{"parts": {name: batch}}``."""
+        data = self.train_data
+        parts = {}
+        for part in data.parts:
+            feed, groups = data.feed(part, self.config), self._groups(part.modalities)
+            parts[part.name] = self._batches(feed, groups, part.size, start_step, self.total_steps)
+        if not data.names:
+            (only,) = parts.values()
+            yield from only
+            return
+        with contextlib.ExitStack() as stack:
+            open_ = [stack.enter_context(contextlib.closing(iter(batches))) for batches in parts.values()]
+            for of_parts in zip(*open_, strict=True):
+                yield {"parts": dict(zip(parts, of_parts, strict=True))}
 
     @functools.cached_property
     def val_batches(self) -> Batches | None:
@@ -83,15 +96,18 @@ class Setup:
         parts = batch_parts(self.mesh)
         size = -(-min(self.config.eval.batch_size, examples) // parts) * parts
         view = eval_view(self.config, source, examples)
-        return self._batches(source, view, size, 0, -(-view.end // size))
+        groups = self._groups(source.modalities)
+        return self._batches(Feed((source,), (view,)), groups, size, 0, -(-view.end // size))
 
-    def _batches(self, source: Source, view: View, size: int, start: int, stop: int) -> Batches:
+    def _groups(self, modalities: tuple[str, ...]) -> tuple[Group, ...]:
+        return tuple(group for group in self.objective.groups if group.modality in modalities)
+
+    def _batches(self, feed: Feed, groups: tuple[Group, ...], size: int, start: int, stop: int) -> Batches:
         return Batches(
             self.config,
-            self.objective.groups,
-            source,
+            groups,
+            feed,
             self.tokenizer,
-            view,
             batch_size=size,
             rows=local_rows(self.mesh, size),
             start_step=start,
@@ -122,26 +138,30 @@ class Setup:
         c = self.config
         abstract = self.abstract_state()
         return self._on_mesh(
-            jit_train_step(self.objective, self.optimizer, c.seed, c.micro_batches, abstract, self.mesh)
+            jit_train_step(
+                self.objective, self.optimizer, c.seed, c.micro_batches, abstract, self.mesh, self.train_data.names
+            )
         )
 
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of a run what they are, beside its config."""
         return {
             "order_version": ORDER_VERSION,
-            "train_data": self.train_source.fingerprint,
+            "train_data": self.train_data.fingerprint,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
 
     def derived(self) -> dict[str, Any]:
         """Values that follow from the config and its data, for people to read."""
         config = self.config
-        warmup = steps("optimizer.warmup", config.optimizer.warmup, config.batch_size, len(self.train_source))
+        data = self.train_data
+        warmup = steps("optimizer.warmup", config.optimizer.warmup, config.batch_size, data.epoch_examples)
         return {
             **derived(config, self.tokenizer.vocab_size if self.tokenizer else 0),
             "steps": self.total_steps,
             "warmup_steps": warmup,
-            "training examples": len(self.train_source),
+            "training examples": {m.name: len(m.source) for m in data.members} if data.names else data.epoch_examples,
+            **({"rows of a batch": {part.name: part.size for part in data.parts}} if data.names else {}),
             "validation examples": len(self.val_source) if self.val_source else "none: data.val.path is empty",
             "mesh": ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
             **self.identity(),
@@ -167,7 +187,10 @@ def prepare(config: ConfigDict) -> Setup:
         UserError: the data or the tokenizer is missing, or does not fit the config.
     """
     evals.check(config)
-    train_source = build_source(config, "train")
+    mesh = make_mesh(config)
+    _check_device(config)
+    check_batch_size(config, mesh)
+    train_data = open_mixture(config, batch_parts(mesh) * config.micro_batches)
     has_val = config.data.val.path or config.data.val.source == "scenes"
     val_source = build_source(config, "val") if has_val else None
     tokenizer = None
@@ -179,17 +202,14 @@ def prepare(config: ConfigDict) -> Setup:
                 f"--path={config.data.train.path or 'DIR'} --output=tokenizer.model"
             )
         tokenizer = load_tokenizer(config.data.tokenizer)
-    mesh = make_mesh(config)
-    _check_device(config)
-    check_batch_size(config, mesh)
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
     check_micro_batches(config, objective)
-    examples = len(train_source)
+    examples = train_data.epoch_examples
     total = max(1, steps("duration", config.duration, config.batch_size, examples))
     learning_rate = schedule(config, total, examples)
     return Setup(
         config=config,
-        train_source=train_source,
+        train_data=train_data,
         val_source=val_source,
         tokenizer=tokenizer,
         objective=objective,
@@ -226,7 +246,7 @@ def data_sizes(config: ConfigDict) -> tuple[int, int]:
     with contextlib.suppress(UserError):
         vocabulary = load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else 0
     with contextlib.suppress(UserError):
-        examples = len(build_source(config, "train"))
+        examples = open_mixture(config, 1).epoch_examples
     return vocabulary, examples
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Terms, mean, total_loss
+from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Terms, batch_loss, mean, total_loss
 from m3ae_jax.parallel.mesh import RULES, Rules, param_shardings, replicated
 
 
@@ -72,7 +72,11 @@ def _fresh(objective: Objective, optimizer: optax.GradientTransformation, seed: 
 
 
 def train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, seed: int, micro_batches: int = 1
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    micro_batches: int = 1,
+    sources: tuple[str, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step: (state, batch) to (state, figures). Pure; jit it with the state donated.
 
@@ -82,17 +86,22 @@ def train_step(
         seed: of dropout.
         micro_batches: parts that a batch is cut into, computed one after the other; loss and gradient are the
             whole batch's.
+        sources: names of a mixture's; the figures then have each loss term of each of them, ``TERM/NAME``.
     """
+
+    def loss_of(params: Any, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
+        return batch_loss(objective, params, extra, batch, rng, step, len(sources))
+
     gradient = _gradient if micro_batches == 1 else _accumulated(micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         # One key a step: a resumed run draws what an unbroken one would have drawn.
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, output = gradient(objective, state, batch, rng)
+        grads, output = gradient(loss_of, objective.term_weights, state, batch, rng)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extra = objective.update_extra(state.extra, params, output.aux, state.step)
-        figures = {name: mean(*term) for name, term in {**output.terms, **output.metrics}.items()}
+        figures = {_named(n, sources): mean(*term) for n, term in {**output.terms, **output.metrics}.items()}
         figures["loss"] = total_loss(output.terms, objective.term_weights)
         figures["gradient_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, params, opt_state, extra), figures
@@ -107,17 +116,29 @@ def jit_train_step(
     micro_batches: int,
     abstract: TrainState,
     mesh: Mesh,
+    sources: tuple[str, ...] = (),
 ) -> Any:
     """`train_step`, jitted: the old state is given up, and the new one lies where `abstract_state` says."""
-    step = train_step(objective, optimizer, seed, micro_batches)
+    step = train_step(objective, optimizer, seed, micro_batches, sources)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def _gradient(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Any, LossOutput]:
+_LossOf = Callable[..., LossOutput]
+
+
+def _named(metric: str, sources: tuple[str, ...]) -> str:
+    """``TERM/NUMBER`` with the source's name."""
+    term, slash, number = metric.partition("/")
+    return f"{term}/{sources[int(number)]}" if slash and sources else metric
+
+
+def _gradient(
+    loss_of: _LossOf, term_weights: dict[str, float], state: TrainState, batch: Batch, rng: jax.Array
+) -> tuple[Any, LossOutput]:
     def loss(params: Any) -> tuple[jax.Array, LossOutput]:
-        output = objective.loss(params, state.extra, batch, rng, state.step)
-        return total_loss(output.terms, objective.term_weights), output
+        output = loss_of(params, state.extra, batch, rng, state.step)
+        return total_loss(output.terms, term_weights), output
 
     return jax.grad(loss, has_aux=True)(state.params)
 
@@ -132,20 +153,22 @@ def _accumulated(parts: int) -> Callable[..., tuple[Any, LossOutput]]:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    def gradient(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Any, LossOutput]:
+    def gradient(
+        loss_of: _LossOf, term_weights: dict[str, float], state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[Any, LossOutput]:
         micro = jax.tree.map(cut, batch)
 
         def weights_of(part: Batch) -> dict[str, jax.Array]:
-            terms = objective.loss(state.params, state.extra, part, None, state.step).terms
+            terms = loss_of(state.params, state.extra, part, None, state.step).terms
             return {name: weight for name, (_, weight) in terms.items()}
 
         # Weights depend on the batch alone, so the compiler drops the rest of the loss here.
         weights = jax.tree.map(lambda x: x.sum(0), jax.lax.map(weights_of, micro))
 
         def loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossOutput]:
-            output = objective.loss(params, state.extra, part, key, state.step)
+            output = loss_of(params, state.extra, part, key, state.step)
             share = {name: (total, weights[name]) for name, (total, _) in output.terms.items()}
-            return total_loss(share, objective.term_weights), output
+            return total_loss(share, term_weights), output
 
         def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, LossOutput]:
             index, part = item
@@ -164,7 +187,7 @@ def eval_step(objective: Objective) -> Callable[[TrainState, Batch], Terms]:
     """The deterministic loss terms and metrics of a batch, as sums and weights."""
 
     def step(state: TrainState, batch: Batch) -> Terms:
-        output = objective.loss(state.params, state.extra, batch, None, state.step)
+        output = batch_loss(objective, state.params, state.extra, batch, None, state.step)
         return {**output.terms, **output.metrics}
 
     return step

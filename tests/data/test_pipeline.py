@@ -18,7 +18,7 @@ from PIL import Image
 from m3ae_jax.config import default
 from m3ae_jax.data import images, pipeline
 from m3ae_jax.data.order import ATTEMPTS, Order
-from m3ae_jax.data.pipeline import Batches, Group, View, eval_view, grid, token_slots, train_view
+from m3ae_jax.data.pipeline import Batches, Feed, Group, View, eval_view, grid, token_slots, train_view
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Record
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
@@ -44,9 +44,11 @@ CONTRACT = {
     "groups.text.target.value": ((B, 3), np.int32),
     "groups.text.target.position": ((B, 3), np.int32),
     "groups.text.target.valid": ((B, 3), np.bool_),
+    "example.source": ((B,), np.int32),
     "example.position": ((B,), np.int64),
     "example.index": ((B,), np.int64),
     "example.attempt": ((B,), np.int32),
+    "example.reason": ((B,), np.int32),
     "example.valid": ((B,), np.bool_),
 }
 
@@ -55,6 +57,7 @@ class FakeSource:
     """Records in memory; `failures` reads fail before the next one works."""
 
     fingerprint = "fake"
+    classes: tuple[str, ...] = ()
 
     def __init__(self, records: list[Record], modalities: tuple[str, ...] = ("image", "text")) -> None:
         self.records, self.modalities = records, modalities
@@ -117,7 +120,8 @@ def batches(
 ) -> Batches:
     tokenizer = NUMBERS if TEXT in groups else None
     options = {"batch_size": B, "stop_step": 5} | options
-    return Batches(config(), groups, data, tokenizer, view or train_view(config(), data), **options)
+    feed = Feed((data,), (view or train_view(config(), data),))
+    return Batches(config(), groups, feed, tokenizer, **options)
 
 
 def leaves(tree: Any, at: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -318,7 +322,7 @@ def test_what_is_not_there_is_said() -> None:
     with pytest.raises(UserError, match=r"'text'.*only image"):
         batches(FakeSource([], ("image",)), View(Order(1, 0), 0, False))
     with pytest.raises(UserError, match=r"data\.tokenizer is empty"):
-        Batches(config(), (TEXT,), source(), None, train_view(config(), source()), batch_size=B)
+        Batches(config(), (TEXT,), Feed((source(),), (train_view(config(), source()),)), None, batch_size=B)
 
 
 # -- captions
@@ -342,7 +346,7 @@ def test_an_empty_caption_has_no_valid_token() -> None:
     data = FakeSource([{**record(i), "caption": caption} for i, caption in enumerate(captions)])
     view = View(Order(len(captions), 0, shuffle=False), 0, augment=False)
     options: dict[str, Any] = {"batch_size": len(captions), "stop_step": 1}
-    (batch,) = Batches(config(), (IMAGE, TEXT), data, load_tokenizer("scenes"), view, **options)
+    (batch,) = Batches(config(), (IMAGE, TEXT), Feed((data,), (view,)), load_tokenizer("scenes"), **options)
     count = np.array([valid.sum() for _, _, valid in parts([batch], "text")])
     assert count[3] >= 3 and count[6] == WORDS
     assert not count[[0, 1, 2, 4, 5]].any()
@@ -408,7 +412,7 @@ def test_build_source() -> None:
 LEFT_EARLY = """
 import contextlib, sys
 from configs.tiny import get_config
-from m3ae_jax.data.pipeline import Batches, Group, train_view
+from m3ae_jax.data.pipeline import Batches, Feed, Group, train_view
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.text import load_tokenizer
 
@@ -416,7 +420,7 @@ c = get_config()
 side = c.data.image_size // c.data.patch_size
 source = build_source(c, "train")
 groups = (Group("image", "image", side * side, 0.5), Group("text", "text", 16, 0.5))
-batches = Batches(c, groups, source, load_tokenizer("scenes"), train_view(c, source), batch_size=8)
+batches = Batches(c, groups, Feed((source,), (train_view(c, source),)), load_tokenizer("scenes"), batch_size=8)
 with contextlib.closing(iter(batches)) as endless:
     print(sorted(next(endless)))
 """

@@ -97,6 +97,32 @@ def test_a_run_that_was_killed_goes_on_bit_equal(tmp_path, monkeypatch):
     assert different(resumed, whole) == []
 
 
+def test_a_mixture_trains_tells_of_each_source_and_goes_on_bit_equal(tmp_path, monkeypatch):
+    config = shrunk("configs/mixture.py", duration="4 steps")
+    whole = loop.train(config, tmp_path / "whole")
+    row = read_rows(tmp_path / "whole")[-1]
+    for name, share in (("pairs", 0.5), ("texts", 0.25), ("pictures", 0.25)):
+        assert row[f"train/share/{name}"] == share
+        assert row[f"train/epochs/{name}"] == pytest.approx(4 * 16 * share / 2**31)
+    assert row["train/image_loss/pairs"] > 0 and row["train/image_loss/pictures"] > 0
+    assert row["train/text_loss/pairs"] > 0 and row["train/text_loss/texts"] > 0
+    assert row["train/text_loss/pictures"] == row["train/image_loss/texts"] == 0
+    each = [row[f"train/text_loss/{name}"] for name in ("pairs", "texts")]
+    assert min(each) <= row["train/text_loss"] <= max(each)
+
+    log = loop._Loop._log
+
+    def dies_at_three(self, step, *rest):
+        log(self, step, *rest)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop._Loop, "_log", dies_at_three)
+        loop.train(config, tmp_path / "killed")
+    assert different(loop.train(config, tmp_path / "killed"), whole) == []
+
+
 def test_a_stop_signal_saves_the_step(tmp_path, monkeypatch):
     class AskedAtOnce(loop._StopFlag):
         def __init__(self):

@@ -220,6 +220,7 @@ class ScenesSource:
     """
 
     modalities: tuple[str, ...] = ("image", "text")
+    classes: tuple[str, ...] = ()
 
     def __init__(self, split: str, options: SceneOptions = SceneOptions()) -> None:
         """Opens a split.

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from m3ae_jax.data.sources import webdataset
-from m3ae_jax.data.sources.base import Source
+from m3ae_jax.data.sources import files, index, webdataset
+from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.sources.webdataset import WebDatasetSource
 from m3ae_jax.errors import UserError
 
@@ -88,7 +89,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     scan = webdataset._scan
 
-    def record(path: str) -> webdataset._Shard:
+    def record(path: str) -> index.Shard:
         names.append(os.path.basename(path))
         return scan(path)
 
@@ -113,7 +114,7 @@ def test_reads_all_in_order(tmp_path: Path) -> None:
     assert source.modalities == ("image", "text")
     assert len(source) == 15
     assert everything(source) == pairs(*keys)  # type: ignore[arg-type]
-    assert source.report == webdataset.IndexReport(3, 15, {}, {})  # type: ignore[attr-defined]
+    assert source.report == index.IndexReport(3, 15, {}, {})  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -135,7 +136,7 @@ def test_any_indices_give_their_own_pairs(tmp_path: Path, seed: int) -> None:
 
 
 def test_threads_read_at_once_with_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(files, "_MAX_OPEN", 1)
     expected = pairs(*three_shards(tmp_path, per_shard=20))
     source = WebDatasetSource(str(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
@@ -184,7 +185,7 @@ def test_caption(tmp_path: Path, members: list[Member], caption: bytes) -> None:
 
 def test_caption_key(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"i"), ("a.json", b'{"caption": "c", "alt": "other"}')])
-    source = WebDatasetSource(str(path), caption_key="alt")
+    source = WebDatasetSource(str(path), SourceOptions(caption_key="alt"))
     assert everything(source) == [(b"i", b"other")]
     assert source.fingerprint != WebDatasetSource(str(path)).fingerprint
 
@@ -202,7 +203,7 @@ def test_missing_halves_are_left_out_and_counted(tmp_path: Path, caplog: pytest.
     assert source.report.samples == {"no caption": "one.tar:b.jpg", "no image": "one.tar:c.txt"}
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert lines == ["webdataset: left out: no caption 2 (e.g. one.tar:b.jpg), no image 1 (e.g. one.tar:c.txt)"]
-    assert sum("indexed 1 shards, 2 examples" in r.getMessage() for r in caplog.records) == 1
+    assert sum("indexed 1 files, 2 examples" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_keys_and_extensions(tmp_path: Path) -> None:
@@ -464,13 +465,13 @@ def test_forms_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere", "data.*.path='{}/nowhere': no such shard; it takes a folder of .tar shards"),
+        ("nowhere", "data.*.path='{}/nowhere': no such file; it takes a folder of .tar shards"),
         ("wdss", "; did you mean '{}/wds'?"),
         ("wds", "; did you mean '{}/wds/train'?"),
-        ("wds/train/*.tra", "no such shard"),
-        ("wds/train/{{00000..00003}}.tar", "no such shard (00003.tar of its range)"),
-        ("wds/train/{{00003..00000}}.tar", "no such shard"),
-        ("wds/train,", "data.*.path='': no such shard"),
+        ("wds/train/*.tra", "no such file"),
+        ("wds/train/{{00000..00003}}.tar", "no such file (00003.tar of its range)"),
+        ("wds/train/{{00003..00000}}.tar", "no such file"),
+        ("wds/train,", "data.*.path='': no such file"),
         ("note.txt", "{}/note.txt is not a tar file"),
         ("packed", "run: gunzip -k {}/packed/00000.tar.gz"),
         ("packed/00000.tar.gz", "run: gunzip -k {}/packed/00000.tar.gz"),
@@ -494,10 +495,25 @@ def test_mistakes_get_one_line(tmp_path: Path, path: str, message: str) -> None:
     assert "data.*.path" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/{000..123}.tar", "s3://b/a.tar", "https://h/a.tar", "pipe:cat a"])
-def test_remote_paths_are_refused(path: str) -> None:
-    with pytest.raises(UserError, match="only local paths are supported"):
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("https://h/a.tar", "cannot be listed: .*'https' not implemented"), ("pipe:cat a", "a stream allows no random")],
+)
+def test_other_paths_are_refused(path: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
         WebDatasetSource(path)
+
+
+def test_a_store_is_read_as_a_folder(tmp_path: Path, cache: Path) -> None:
+    keys = three_shards(tmp_path)
+    for name in os.listdir(tmp_path):  # ram:// is TensorFlow's own store in memory
+        tf.io.gfile.copy(str(tmp_path / name), f"ram://shards/{name}", overwrite=True)
+    for path in ("ram://shards", "ram://shards/*.tar", "ram://shards/{00000..00002}.tar"):
+        source = WebDatasetSource(path)
+        assert everything(source) == pairs(*keys)  # type: ignore[arg-type]
+    assert len(list(cache.rglob("*.npz"))) == 1
+    with pytest.raises(UserError, match="no such file"):
+        WebDatasetSource("ram://shards/absent.tar")
 
 
 # --- the index file ----------------------------------------------------------------------------------------
@@ -567,7 +583,7 @@ def test_a_read_only_folder_falls_back_to_the_cache(
     folder.chmod(0o555)
     before = folder.stat().st_mtime_ns
     for _ in range(2):
-        source = WebDatasetSource(str(folder), cache_dir=str(root) if explicit else None)
+        source = WebDatasetSource(str(folder), SourceOptions(cache_dir=str(root) if explicit else None))
         assert everything(source) == pairs(*keys)
     assert len(scanned) == 3
     assert len(list((root / "m3ae_jax" / "index").glob("*.npz"))) == 1
@@ -583,7 +599,7 @@ def test_no_place_for_the_index_is_no_error(
     (tmp_path / ".m3ae_jax_index.npz").mkdir()  # os.replace onto a folder fails, as a read-only disk does
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.INFO, "m3ae_jax"):
-        source = WebDatasetSource(str(tmp_path), cache_dir=str(tmp_path / "file"))
+        source = WebDatasetSource(str(tmp_path), SourceOptions(cache_dir=str(tmp_path / "file")))
     assert everything(source) == pairs(*keys)
     assert "saved in nowhere" in caplog.text
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]

@@ -1,0 +1,1 @@
+"""``python -m m3ae_jax.benchmark``: figures that anyone can repeat; none of them gates a test."""

@@ -1,0 +1,60 @@
+r"""Measures a part of the program on this machine.
+
+python -m m3ae_jax.benchmark --what=input
+python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from m3ae_jax import console
+
+console.quiet_environment()
+
+from absl import app, flags  # noqa: E402
+
+from m3ae_jax import config as config_lib  # noqa: E402
+from m3ae_jax.errors import UserError, one_of  # noqa: E402
+
+WHAT = ("input",)
+
+_WHAT = flags.DEFINE_string("what", "input", f"One of {', '.join(WHAT)}.")
+_CONFIG = flags.DEFINE_string("config", "configs/base.py", "As of m3ae_jax.main, with --config.NAME=VALUE.")
+_OWN_DATA = flags.DEFINE_bool("own_data", False, "Read the config's data, not pictures made here.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements, of which the median and the range are printed.")
+_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the figures.")
+
+_overrides: list[tuple[str, str]] = []
+
+
+def _parse(argv: list[str]) -> list[str]:
+    overrides, rest = config_lib.split_overrides(argv)
+    _overrides[:] = overrides
+    return list(flags.FLAGS(rest))
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    console.start_logging()
+    try:
+        if _WHAT.value not in WHAT:
+            raise UserError(one_of("--what", _WHAT.value, WHAT))
+        config = config_lib.load(_CONFIG.value)
+        config_lib.apply_overrides(config, _overrides)
+        console.import_tensorflow()
+        from m3ae_jax.benchmark.input import measure
+
+        figures = measure(config_lib.resolve(config), own_data=_OWN_DATA.value, repeats=_REPEATS.value)
+        print(figures.text())
+        if _OUTPUT.value:
+            Path(_OUTPUT.value).write_text(json.dumps(figures.record(), indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,849 @@
+r"""Turns any source into ArrayRecord files, which are fast to read at random.
+
+    python -m m3ae_jax.data.prepare --source=webdataset --path=SHARDS --output=DIR
+
+writes ``DIR/train.array_record-00000-of-00010`` and so on: records are `tf.train.Example` with `image` (the encoded
+picture), `caption` (one or several) and `label` (where the source has labels); the classes' names are the lines of
+``DIR/classes.txt``. Pictures whose short side exceeds `--short_side` pixels are shrunk to it, upright, and stored as
+JPEG; the others stay byte for byte. Pictures that do not decode are left out and counted (`--check=false` keeps
+them). With `--format=tfds` the folder also opens with `tfds.builder_from_directory`; as TensorFlow Datasets decodes
+neither WebP, GIF and BMP nor palettes, CMYK, 16 bits and transparency as one would wish, such pictures become JPEG
+or, where nothing was lost before, PNG.
+
+Each file holds a fixed range of the source, in its order, so the same source and options give the same bytes with any
+number of `--workers`. A file gets its name once it is whole, and is then noted in ``DIR/train.manifest.json``: the
+same command, started again after an interruption of any kind, goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from array_record.python import array_record_module
+from PIL import Image
+
+from m3ae_jax import console
+from m3ae_jax.data import images
+from m3ae_jax.data.sources import SOURCES, open_format
+from m3ae_jax.data.sources.base import CAPTIONS, Record, Source, SourceOptions
+from m3ae_jax.data.sources.files import is_remote
+from m3ae_jax.data.sources.index import IndexReport, skip_line
+from m3ae_jax.errors import STOPPED, UserError, one_of
+
+FORMATS = ("array_record", "tfds")
+
+_VERSION = 1  # of the manifest; raise it when the same options give other files
+_WRITER_OPTIONS = "group_size:1"  # a record a chunk: reading one does not decompress others
+_BLOCK = 64  # records read at once
+_PROBE = 8  # pixels; to see whether a picture decodes: all its data are read, few of its pixels made
+_MAX_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_NO_LABEL = -1  # as TensorFlow Datasets marks an example without one
+_CLASS_NAMES = "classes.txt"
+_TFDS_FILES = ("label.labels.txt", "features.json", "dataset_info.json")  # the last one makes it a data set
+_TERMINAL_SECONDS, _LOG_SECONDS = 2.0, 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be made of what.
+
+    Attributes:
+        source: one of `sources.SOURCES`, or ``package.module:Class``.
+        path: its files.
+        output: the folder to write; it is made.
+        read: how the source is read; its `split` names the files.
+        format: ``array_record``, or ``tfds`` for the metadata of TensorFlow Datasets beside such files.
+        short_side: pictures with a longer short side are shrunk to it, pixels; 0: none is.
+        quality: of the JPEGs made, 1 to 100.
+        shard_examples: examples of the source a file; a file has fewer where some are left out.
+        check: leave out pictures that do not decode.
+        workers: files written at a time; 0: one a core.
+        verify: on going on, read the finished files and compare their hashes.
+    """
+
+    source: str
+    path: str
+    output: str
+    read: SourceOptions = SourceOptions()
+    format: str = "array_record"
+    short_side: int = 256
+    quality: int = 95
+    shard_examples: int = 10_000
+    check: bool = True
+    workers: int = 0
+    verify: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Those that the files' contents depend on."""
+        own = ("format", "short_side", "quality", "shard_examples", "check")
+        read = ("split", "image_key", "caption_key", "label_key", "captions", "template")
+        return {name: getattr(self, name) for name in own} | {name: getattr(self.read, name) for name in read}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was written, this time and before.
+
+    Attributes:
+        report: files, examples, and those left out by reason with the first of each.
+        encoded: pictures encoded anew.
+        bytes: of all files.
+        kept: files that were there already.
+    """
+
+    report: IndexReport
+    encoded: int
+    bytes: int
+    kept: int
+
+
+def prepare(job: Job) -> Summary:
+    """Writes the files that are not there yet.
+
+    Args:
+        job: what is to be made.
+
+    Raises:
+        UserError: a mistake in `job`, an output of other options or of another source, one that cannot be written,
+            a source that cannot be read, or one of whose pictures none decodes.
+    """
+    _check(job)
+    source = _open_source(job)
+    output = Path(job.output).expanduser().absolute()
+    with _reporting_writes(job), _locked(output, job.read.split):
+        manifest = _Manifest.open(job, source, output)
+        _write_classes(output, job.output, source.classes)
+        todo = manifest.unfinished(job.verify)
+        kept = manifest.number_of_shards - len(todo)
+        _write_shards(job, source, manifest, todo)
+        summary = manifest.summary(kept)
+        if not summary.report.examples:
+            raise UserError(f"output={job.output!r}: no example is left ({skip_line(summary.report)})")
+        if job.format == "tfds":
+            _write_tfds_metadata(output)
+    return summary
+
+
+# --- before the start --------------------------------------------------------------------------------------
+
+
+def _check(job: Job) -> None:
+    if job.format not in FORMATS:
+        raise UserError(one_of("format", job.format, FORMATS))
+    if job.read.captions not in CAPTIONS:
+        raise UserError(one_of("captions", job.read.captions, CAPTIONS))
+    split = job.read.split
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", split, re.ASCII):
+        raise UserError(f"split={split!r} names the files: it takes letters, digits, _ and - only")
+    for name, least in (("short_side", 0), ("quality", 1), ("shard_examples", 1), ("workers", 0)):
+        if getattr(job, name) < least:
+            raise UserError(f"{name}={getattr(job, name)} must be at least {least}")
+    if job.quality > 100:
+        raise UserError(f"quality={job.quality} must be at most 100")
+    if not job.output or is_remote(job.output):
+        raise UserError(f"output={job.output!r} must be a local folder")
+    if os.path.realpath(os.path.expanduser(job.path)) == os.path.realpath(os.path.expanduser(job.output)):
+        raise UserError(f"output={job.output!r} is where the source is read from; name another folder")
+
+
+def _open_source(job: Job) -> Source:
+    if job.source == "scenes":
+        raise UserError("source='scenes' is drawn, not stored: there is nothing to prepare")
+    source = open_format(job.source, job.path, job.read, "")
+    if job.format == "tfds" and len(set(source.classes)) < len(source.classes):
+        raise UserError("format='tfds' allows no two classes of the same name; use format=array_record")
+    return source
+
+
+@contextlib.contextmanager
+def _reporting_writes(job: Job) -> Iterator[None]:
+    """Says in one line that the output cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output={job.output!r} cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _locked(output: Path, split: str) -> Iterator[None]:
+    """Makes the folder and keeps other processes from writing this split; a killed one's lock is free at once."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f".{split}.lock"
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output={str(output)!r}: another process is writing its split {split!r} now") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _write_classes(output: Path, named: str, classes: tuple[str, ...]) -> None:
+    """Writes the classes' names, a line each; the splits of a folder share them."""
+    lines = [" ".join(name.split()) for name in classes]
+    if not lines:
+        return
+    if not all(lines):
+        raise UserError(f"class {lines.index('')} of the source has no name, and {_CLASS_NAMES} can hold none such")
+    text, path = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"), output / _CLASS_NAMES
+    if path.exists() and path.read_bytes() != text:
+        raise UserError(f"output={named!r}: its {_CLASS_NAMES} has other classes than this source; name another folder")
+    _write_atomically(path, text)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- what is done already ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A whole file.
+
+    Attributes:
+        file: its name.
+        examples: in it.
+        bytes: of it.
+        encoded: pictures encoded anew.
+        most_captions: of an example.
+        labels: one more than the highest label; 0: there is none.
+        left_out: per reason how many, and the first.
+        sha256: of the file, hexadecimal.
+    """
+
+    file: str
+    examples: int
+    bytes: int
+    encoded: int
+    most_captions: int
+    labels: int
+    left_out: dict[str, tuple[int, str]]
+    sha256: str
+
+
+class _Manifest:
+    """What a split's files are made of, and which of them are whole; kept in ``SPLIT.manifest.json``.
+
+    It holds nothing of time or place but the path first given, so that an interrupted run ends with the same bytes.
+    """
+
+    def __init__(self, path: Path, head: dict[str, Any], shards: dict[int, _Shard]) -> None:
+        self._path, self.head, self.shards = path, head, shards
+
+    @property
+    def split(self) -> str:
+        """Its name."""
+        return str(self.head["options"]["split"])
+
+    @property
+    def number_of_shards(self) -> int:
+        """Known from the start: the files are of fixed ranges of the source."""
+        return -(-self.head["examples"] // self.head["options"]["shard_examples"])
+
+    def file(self, number: int) -> str:
+        """Name of a file; as TensorFlow Datasets pads its numbers."""
+        digits = max(len(str(self.number_of_shards)), 5)
+        return f"{self.split}.array_record-{number:0{digits}d}-of-{self.number_of_shards:0{digits}d}"
+
+    @classmethod
+    def open(cls, job: Job, source: Source, output: Path) -> _Manifest:
+        """The one that is there, or a new one.
+
+        Raises:
+            UserError: the one there is of other options or another source, or there are files without one.
+        """
+        head = {
+            "version": _VERSION,
+            "source": job.source,
+            "path": job.path,
+            "fingerprint": source.fingerprint,
+            "examples": len(source),
+            "modalities": list(source.modalities),
+            "classes": list(source.classes),
+            "options": job.options(),
+        }
+        path = output / f"{job.read.split}.manifest.json"
+        if path.exists():
+            manifest = cls.load(path)
+            manifest._refuse_differences(head)
+        else:
+            manifest = cls(path, head, {})
+            prefix = f"{job.read.split}.array_record-"
+            foreign = sorted(name for name in os.listdir(output) if name.startswith(prefix))
+            if foreign:
+                raise UserError(f"output={job.output!r} has {foreign[0]} already, which no {path.name} tells of")
+        for other in _manifests(output):
+            manifest._refuse_other_kind(other)
+        manifest.save()
+        return manifest
+
+    @classmethod
+    def load(cls, path: Path) -> _Manifest:
+        """Reads one.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            head = json.loads(path.read_bytes())
+            shards = {
+                int(number): _Shard(**shard | {"left_out": {k: tuple(v) for k, v in shard["left_out"].items()}})
+                for number, shard in head.pop("shards").items()
+            }
+            manifest = cls(path, head, shards)
+            assert manifest.number_of_shards > 0 and manifest.split and head["version"] == _VERSION
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
+            raise UserError(f"{path} is no manifest of this program's; remove it and the files it tells of") from error
+        return manifest
+
+    def save(self) -> None:
+        """Writes it in one move."""
+        shards = {str(number): dataclasses.asdict(self.shards[number]) for number in sorted(self.shards)}
+        text = json.dumps(self.head | {"shards": shards}, indent=1)
+        _write_atomically(self._path, f"{text}\n".encode())
+
+    def finish(self, number: int, shard: _Shard) -> None:
+        """Notes a file that is whole."""
+        self.shards[number] = shard
+        self.save()
+
+    def unfinished(self, verify: bool) -> list[int]:
+        """Numbers of the files to write; those that are gone or have changed are to be written again."""
+        for number, shard in list(self.shards.items()):
+            path = self._path.with_name(shard.file)
+            problem = ""
+            if not path.is_file():
+                problem = "is gone"
+            elif path.stat().st_size != shard.bytes:
+                problem = f"has {path.stat().st_size} bytes instead of {shard.bytes}"
+            elif verify and _sha256(path) != shard.sha256:
+                problem = "has changed"
+            if problem:
+                console.log.warning("prepare: %s %s: written again", shard.file, problem)
+                del self.shards[number]
+        return [number for number in range(self.number_of_shards) if number not in self.shards]
+
+    def summary(self, kept: int) -> Summary:
+        """The sum of all files."""
+        left_out: dict[str, tuple[int, str]] = {}
+        shards = [self.shards[number] for number in sorted(self.shards)]
+        for reason, (count, first) in itertools.chain(*(shard.left_out.items() for shard in shards)):
+            before, earlier = left_out.get(reason, (0, first))
+            left_out[reason] = (before + count, earlier)
+        report = IndexReport(
+            len(shards),
+            sum(shard.examples for shard in shards),
+            {reason: count for reason, (count, _) in left_out.items()},
+            {reason: first for reason, (_, first) in left_out.items()},
+        )
+        return Summary(report, sum(s.encoded for s in shards), sum(s.bytes for s in shards), kept)
+
+    def _refuse_differences(self, head: dict[str, Any]) -> None:
+        before, now = (
+            self.head["options"] | {"source": self.head["source"]},
+            head["options"] | {"source": head["source"]},
+        )
+        other = [f"{name}={before.get(name)!r} (now {now[name]!r})" for name in now if before.get(name) != now[name]]
+        if not other and self.head["examples"] != head["examples"]:
+            other = [f"{self.head['examples']} examples in the source (now {head['examples']}: it has changed)"]
+        if not other and self.head["fingerprint"] != head["fingerprint"]:
+            other = [f"a source of fingerprint {self.head['fingerprint']} (now {head['fingerprint']}: it has changed)"]
+        if other:
+            raise UserError(
+                f"output={str(self._path.parent)!r}: its split {self.split!r} was begun with {', '.join(other)}; "
+                "give the same again, or another output"
+            )
+
+    def _refuse_other_kind(self, other: _Manifest) -> None:
+        """Splits that TensorFlow Datasets is told of together must have the same features."""
+        if "tfds" not in (self.head["options"]["format"], other.head["options"]["format"]):
+            return
+        for what in ("format", "modalities"):
+            mine, its = ((m.head | m.head["options"])[what] for m in (self, other))
+            if mine != its:
+                raise UserError(
+                    f"output={str(self._path.parent)!r}: its split {other.split!r} has {what} {its}, not {mine}; "
+                    "the splits of a data set of TensorFlow Datasets are alike"
+                )
+
+
+def _manifests(output: Path) -> list[_Manifest]:
+    return [_Manifest.load(path) for path in sorted(output.glob("*.manifest.json")) if not path.name.startswith(".")]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    """Another worker failed, or the user interrupted."""
+
+
+def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]) -> None:
+    """Writes files, several at a time; notes each in the manifest when it is whole."""
+    workers = job.workers or len(os.sched_getaffinity(0))
+    ranges = {number: _range(job, len(source), number) for number in todo}
+    progress = Progress(sum(len(of_file) for of_file in ranges.values()))
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        running: dict[Future[_Shard], int] = {}
+        queue = iter(todo)
+        try:
+            while True:
+                for number in itertools.islice(queue, workers - len(running)):
+                    work = _Work(job, source, Path(job.output).expanduser() / manifest.file(number), stop, progress)
+                    running[pool.submit(work.write, ranges[number])] = number
+                if not running:
+                    break
+                done, _ = wait(running, progress.interval, FIRST_COMPLETED)
+                for future in done:
+                    manifest.finish(running.pop(future), future.result())
+                progress.show()
+        finally:
+            stop.set()
+            progress.close()
+
+
+def _range(job: Job, examples: int, number: int) -> range:
+    start = number * job.shard_examples
+    return range(start, min(start + job.shard_examples, examples))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Writing one file."""
+
+    job: Job
+    source: Source
+    path: Path
+    stop: threading.Event
+    progress: Progress
+
+    def write(self, examples: range) -> _Shard:
+        """Writes it under a temporary name, then gives it its own.
+
+        Raises:
+            UserError: the source cannot be read.
+            OSError: the file cannot be written.
+            _Stop: as asked.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        counts = _Counts()
+        try:
+            with _array_record(temporary) as write:
+                for start in range(examples.start, examples.stop, _BLOCK):
+                    block = range(start, min(start + _BLOCK, examples.stop))
+                    for i, record in zip(block, self._read(block), strict=True):
+                        if self.stop.is_set():
+                            raise _Stop
+                        self._add(i, record, counts, write)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            shard = counts.shard(self.path.name, temporary)
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return shard
+
+    def _read(self, block: range) -> list[Record]:
+        try:
+            return self.source.read(np.arange(block.start, block.stop, dtype=np.int64))
+        except OSError as error:
+            raise UserError(f"path={self.job.path!r} cannot be read: {error}") from error
+
+    def _add(self, i: int, record: Record, counts: _Counts, write: Callable[[bytes], None]) -> None:
+        try:
+            stored = record.copy()
+            if "image" in record:
+                stored["image"] = picture(record["image"], self.job)
+        except images.Unusable as error:
+            counts.leave_out(str(error), i)
+            self.progress.add(left_out=1)
+            return
+        write(_example(stored, self.job.format == "tfds"))
+        counts.add(record, stored)
+        self.progress.add(left_out=0)
+
+
+@dataclasses.dataclass
+class _Counts:
+    """What a file has so far; see `_Shard`."""
+
+    examples: int = 0
+    encoded: int = 0
+    most_captions: int = 0
+    labels: int = 0
+    left_out: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    def leave_out(self, reason: str, number: int) -> None:
+        """Counts an example of the source, numbered from 0."""
+        before, first = self.left_out.get(reason, (0, f"example {number}"))
+        self.left_out[reason] = (before + 1, first)
+
+    def add(self, record: Record, stored: Record) -> None:
+        """Counts one that is written."""
+        self.examples += 1
+        self.encoded += record.get("image") is not stored.get("image")
+        self.most_captions = max(self.most_captions, len(_captions(record)))
+        self.labels = max(self.labels, record.get("label", _NO_LABEL) + 1)
+
+    def shard(self, name: str, path: Path) -> _Shard:
+        """The whole file, which is at `path` still."""
+        return _Shard(
+            name,
+            self.examples,
+            path.stat().st_size,
+            self.encoded,
+            self.most_captions,
+            self.labels,
+            self.left_out,
+            _sha256(path),
+        )
+
+
+@contextlib.contextmanager
+def _array_record(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends a record to a new file.
+
+    Raises:
+        OSError: it cannot be written, in the words of the system.
+    """
+    with _reasons():
+        writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+    try:
+
+        def write(payload: bytes) -> None:
+            with _reasons():
+                writer.write(payload)
+
+        yield write
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    with _reasons():
+        writer.close()
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """The library's errors, as `write() failed: No space left on device; writing /a/b; at byte 0; ...`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition("failed: ")[2].partition(";")[0] or str(error)) from error
+
+
+def _captions(record: Record) -> tuple[bytes, ...]:
+    return record.get("captions") or ((record["caption"],) if "caption" in record else ())
+
+
+def _example(record: Record, always_label: bool) -> bytes:
+    """A `tf.train.Example`, serialized."""
+    import tensorflow as tf
+
+    example = tf.train.Example()
+    features = example.features.feature
+    if "image" in record:
+        features["image"].bytes_list.value.append(record["image"])
+    if "caption" in record:
+        features["caption"].bytes_list.value.extend(_captions(record))
+    if "label" in record or always_label:
+        features["label"].int64_list.value.append(record.get("label", _NO_LABEL))
+    return bytes(example.SerializeToString(deterministic=True))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def picture(encoded: bytes, job: Job) -> bytes:
+    """The picture as it is stored: as it came, or shrunk and encoded anew.
+
+    Args:
+        encoded: the file's bytes.
+        job: `short_side`, `quality`, `format` and `check`.
+
+    Raises:
+        images.Unusable: it does not decode, and `check` is set.
+    """
+    try:
+        return _fitted(encoded, job)
+    except images.Unusable:
+        if job.check:
+            raise
+        return encoded
+
+
+def _fitted(encoded: bytes, job: Job) -> bytes:
+    try:
+        size = images.size_of(encoded)
+        too_large = 0 < job.short_side < min(size)
+        if too_large or (job.format == "tfds" and not _plain(encoded)):
+            return _encoded_anew(encoded, job.short_side if too_large else min(size), job.quality)
+    except images.Unusable:
+        raise
+    except Exception as error:  # whatever a codec raises on damage, as in `images.load`
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise images.Unusable(images.TOO_LARGE if bomb else images.DAMAGED) from error
+    if job.check:
+        images.load(encoded, _PROBE)
+    return encoded
+
+
+def _plain(encoded: bytes) -> bool:
+    """Whether TensorFlow Datasets decodes it as everyone would: a JPEG or PNG, grey or RGB of eight bits."""
+    image = images.open_picture(encoded)
+    return image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "RGB") and "transparency" not in image.info
+
+
+def _encoded_anew(encoded: bytes, short_side: int, quality: int) -> bytes:
+    """The upright picture in the size asked for, white where it was transparent: a JPEG, or a PNG of a lossless one."""
+    image = images.open_picture(encoded)
+    turn, stored = images.turn_of(image), image.size
+    factor = short_side / min(stored)
+    width, height = (max(round(side * factor), short_side) for side in stored)
+    if max(width, height) > _MAX_JPEG_SIDE:
+        return encoded
+    scale = int(1 / (factor * images.DETAIL))
+    if image.format in ("JPEG", "MPO") and scale > 1:
+        image.draft(image.mode, (stored[0] // scale, stored[1] // scale))
+    image.load()
+    shrunk = images.eight_bit(image)
+    if shrunk.size != (width, height):
+        shrunk = shrunk.resize((width, height), Image.Resampling.BICUBIC)
+    if turn in images.TURNS:
+        shrunk = shrunk.transpose(images.TURNS[turn])
+    shown = shrunk if shrunk.mode == "L" else images.on_white(shrunk)
+    data = io.BytesIO()
+    if (width, height) == stored and image.format in ("PNG", "GIF", "BMP"):
+        shown.save(data, "PNG")  # nothing is lost so far
+    else:
+        shown.save(data, "JPEG", quality=quality)
+    return data.getvalue()
+
+
+# --- TensorFlow Datasets -----------------------------------------------------------------------------------
+
+
+def _write_tfds_metadata(output: Path) -> None:
+    """Tells TensorFlow Datasets of the splits that are whole.
+
+    The library writes its files in a folder aside, where the data have empty stand-ins (it looks at their names
+    only); each is then moved in whole. Two processes that finish at once wait for each other, or one would not know
+    of the other's split.
+    """
+    folder = os.open(output, os.O_RDONLY)
+    aside = output / ".metadata.tmp"
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _write_metadata_of([m for m in _manifests(output) if len(m.shards) == m.number_of_shards], output, aside)
+        for name in _TFDS_FILES:
+            if (aside / name).exists():
+                (aside / name).replace(output / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(folder)
+
+
+def _write_metadata_of(whole: list[_Manifest], output: Path, aside: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    versioned = re.fullmatch(r"\d+\.\d+\.\d+", output.name)  # as TensorFlow Datasets lays out NAME/VERSION
+    name = re.sub(r"\W+", "_", (output.parent if versioned else output).name, flags=re.ASCII).lower()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=aside,
+        template="{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        dataset_name=name if name[:1].isalpha() else "data",
+    )
+    splits = []
+    for manifest in whole:
+        shards = [manifest.shards[number] for number in range(manifest.number_of_shards)]
+        for shard in shards:
+            (aside / shard.file).touch()
+        splits.append(
+            tfds.core.SplitInfo(
+                name=manifest.split,
+                shard_lengths=[shard.examples for shard in shards],
+                num_bytes=sum(shard.bytes for shard in shards),
+                filename_template=template.replace(split=manifest.split, filetype_suffix="array_record"),
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=aside,
+        features=_tfds_features(whole),
+        split_infos=splits,
+        version=output.name if versioned else "1.0.0",
+        filename_template=template,
+        check_data=False,  # it would use tf.data, which does not read ArrayRecord
+        description="Written by m3ae_jax.data.prepare.",
+        disable_shuffling=True,  # the records keep the source's order
+    )
+
+
+def _tfds_features(whole: list[_Manifest]) -> dict[str, Any]:
+    import tensorflow_datasets as tfds
+
+    shards = [shard for manifest in whole for shard in manifest.shards.values()]
+    classes: list[str] = next((m.head["classes"] for m in whole if m.head["classes"]), [])
+    features: dict[str, Any] = {}
+    if "image" in whole[0].head["modalities"]:
+        features["image"] = tfds.features.Image(shape=(None, None, 3))  # no encoding_format: JPEG and PNG both
+    if "text" in whole[0].head["modalities"]:
+        several = any(shard.most_captions > 1 for shard in shards)
+        features["caption"] = tfds.features.Sequence(tfds.features.Text()) if several else tfds.features.Text()
+    if any(shard.labels for shard in shards):
+        number = max(shard.labels for shard in shards)
+        names = {"names": [" ".join(name.split()) for name in classes]} if classes else {"num_classes": number}
+        features["label"] = tfds.features.ClassLabel(**names)
+    return features
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line on standard error: redrawn at most every 2 s on a terminal, else one every 30 s.
+
+    Args:
+        total: examples to come.
+        clock: seconds.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total, clock
+        self._terminal = sys.stderr.isatty()
+        self.interval = _TERMINAL_SECONDS if self._terminal else _LOG_SECONDS
+        self._began = self._shown = clock()
+        self._lock = threading.Lock()
+        self._done = self._left_out = self._width = 0
+
+    def add(self, left_out: int) -> None:
+        """Counts one example, written or left out."""
+        with self._lock:
+            self._done += 1
+            self._left_out += left_out
+
+    def show(self) -> None:
+        """Prints the line if it is time to."""
+        now = self._clock()
+        if now - self._shown < self.interval:
+            return
+        self._shown = now
+        line = self.line()
+        self._width, blanks = len(line), max(self._width - len(line), 0)
+        end = " " * blanks if self._terminal else "\n"
+        print(f"{chr(13) * self._terminal}{line}", end=end, file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """As ``prepare: 2,000 of 10,000 examples (20 %), 500/s, 16s to go, left out 3``."""
+        rate = self._done / max(self._clock() - self._began, 1e-9)
+        to_go = console.duration((self._total - self._done) / rate) if rate else "?"
+        share = 100 * self._done // max(self._total, 1)
+        done = f"{self._done:,} of {self._total:,} examples ({share} %)"
+        return f"prepare: {done}, {rate:,.0f}/s, {to_go} to go, left out {self._left_out:,}"
+
+    def close(self) -> None:
+        """Clears a terminal's line."""
+        if self._terminal and self._width:
+            print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
+
+
+def _summary_lines(job: Job, summary: Summary) -> str:
+    report = summary.report
+    there = f", {summary.kept} of them there already" if summary.kept else ""
+    rows: list[tuple[str, object]] = [
+        ("examples", f"{report.examples:,} ({summary.encoded:,} pictures encoded anew)"),
+        ("left out", skip_line(report) or "none"),
+        ("files", f"{report.shards:,}, {summary.bytes:,} bytes{there}"),
+    ]
+    return f"{Path(job.output) / job.read.split}.array_record\n{console.table(rows)}"
+
+
+def _define_flags() -> None:
+    # Not at import: a program that imports `prepare` may have a flag of the same name.
+    flags.DEFINE_string("source", None, f"The format: {', '.join(SOURCES)}, or package.module:Class.", required=True)
+    flags.DEFINE_string("path", "", "The source's files, as in a config.")
+    flags.DEFINE_string("output", None, "The folder to write.", required=True)
+    flags.DEFINE_string("format", "array_record", f"{' or '.join(FORMATS)}.")
+    flags.DEFINE_string("split", "train", "Names the files, and the split of sources with several.")
+    flags.DEFINE_string("image_key", "", "Name of the picture field; empty: the usual names.")
+    flags.DEFINE_string("caption_key", "", "Name of the caption field; empty: the usual names.")
+    flags.DEFINE_string("label_key", "", "Name of the class field; empty: the usual names.")
+    flags.DEFINE_string("captions", "draw", "Of pictures with several: draw keeps them together, all: an example each.")
+    flags.DEFINE_string("template", "", "Makes a caption of a class name, as 'a photo of a {}'.")
+    flags.DEFINE_integer("short_side", 256, "Shrink pictures to this, pixels; 0: leave them.")
+    flags.DEFINE_integer("quality", 95, "Of the JPEGs that are made, 1 to 100.")
+    flags.DEFINE_integer("shard_examples", 10_000, "Examples of the source a file.")
+    flags.DEFINE_integer("workers", 0, "Files written at a time; 0: one a core.")
+    flags.DEFINE_bool("check", True, "Leave out pictures that do not decode.")
+    flags.DEFINE_bool("verify", False, "On going on, compare the hashes of the files that are there.")
+
+
+def _job(args: Any) -> Job:
+    """What the flags say; a mistake is told before the seconds that TensorFlow takes to start."""
+    read = {field.name: args[field.name].value for field in dataclasses.fields(SourceOptions) if field.name in args}
+    own = {field.name: args[field.name].value for field in dataclasses.fields(Job) if field.name != "read"}
+    job = Job(read=SourceOptions(**read), **own)
+    _check(job)
+    return job
+
+
+def _main(argv: list[str]) -> None:
+    console.start_logging()
+    try:
+        if argv[1:]:
+            raise UserError(f"argument {argv[1]!r} is not a flag; see --help")
+        job = _job(flags.FLAGS)
+        console.import_tensorflow()
+        summary = prepare(job)
+    except KeyboardInterrupt:
+        print("prepare: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
+    except (UserError, OSError) as error:
+        raise SystemExit(f"prepare: {str(error).replace('data.*.', '')}") from None
+    print(_summary_lines(job, summary))
+
+
+if __name__ == "__main__":
+    console.quiet_environment()
+    _define_flags()
+    app.run(_main)

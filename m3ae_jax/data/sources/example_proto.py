@@ -1,0 +1,366 @@
+"""Files whose records are serialized `tf.train.Example`s: their keys, and what TFRecord and ArrayRecord share.
+
+A format says how its records are found and read (`Storage`); here is what their contents mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from m3ae_jax.data.sources.base import (
+    CAPTION_KEYS,
+    CAPTIONS,
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    Record,
+    SourceOptions,
+    class_captions,
+    find_key,
+    several,
+)
+from m3ae_jax.data.sources.files import File, expand, is_remote, open_file
+from m3ae_jax.data.sources.index import Index, Shard, Tally, report, skip_line
+from m3ae_jax.errors import UserError, one_of
+
+_INDEX_VERSION = 1
+_CLASS_NAMES = "classes.txt"
+_LOOKED_AT = 8  # records whose features tell the keys; one alone may lack an optional feature
+_MOST_TRIED = 100  # records tried for that, where some are damaged
+_BLOCK = 64  # records read at once while captions are counted
+
+Features = dict[str, Sequence[bytes] | Sequence[int]]
+
+_log = logging.getLogger("m3ae_jax")
+
+
+class Storage(Protocol):
+    """A file format of numbered byte strings.
+
+    Attributes:
+        kind: its name, for messages and the index.
+        columns: of a row, which tells where a record lies.
+        damage: what is wrong with a record that `read` gives as None.
+    """
+
+    kind: str
+    columns: int
+    damage: str
+
+    def scan(self, path: str) -> Shard:
+        """Finds the records of a file.
+
+        Raises:
+            UserError: the file is none of this format.
+            OSError: it cannot be read.
+        """
+
+    def first(self, path: str) -> Iterator[bytes]:
+        """The contents of the undamaged records from the start of the file, one at a time; raises as `scan`."""
+
+    def read(self, path: str, rows: np.ndarray) -> list[bytes | None]:
+        """Contents of records, None for a damaged one; safe to call from several threads at once.
+
+        Args:
+            path: the file.
+            rows: `[n, k] int64`, the records' rows; `columns` of them tell where a record lies.
+
+        Raises:
+            OSError: the storage failed.
+        """
+
+
+def parse(payload: bytes) -> Features | None:
+    """The features of an Example by key: bytes or integers, nothing of floats; None where it is no Example."""
+    import tensorflow as tf
+
+    try:
+        features = tf.train.Example.FromString(payload).features.feature
+    except DecodeError:
+        return None
+    return {key: feature.bytes_list.value or feature.int64_list.value for key, feature in features.items()}
+
+
+def _of_bytes(features: Features, key: str | None) -> list[bytes]:
+    return [value for value in features.get(key or "", ()) if isinstance(value, bytes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What of an Example is the picture, the caption, the label.
+
+    Attributes:
+        image: key of the picture; None: there is none.
+        caption: key of the caption.
+        label: key of the class.
+        template: makes a caption of a class name, for want of a caption; empty: none.
+        classes: names of the classes; empty: not known.
+    """
+
+    image: str | None
+    caption: str | None
+    label: str | None
+    template: str
+    classes: tuple[str, ...]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Which of ``"image"``, ``"text"`` its records hold."""
+        text = self.caption is not None or bool(self.label and self.template)
+        return ("image",) * (self.image is not None) + ("text",) * text
+
+    def record(self, payload: bytes | None, number: int | None) -> Record:
+        """The record of one Example.
+
+        Args:
+            payload: None, or what is no Example, gives a picture and a caption of no bytes.
+            number: which of its captions; None: all.
+        """
+        features = (parse(payload) if payload is not None else None) or {}
+        record = Record()
+        if self.caption is not None:
+            captions = self.captions(features)
+            record |= several(captions if number is None else captions[number : number + 1])
+        elif "text" in self.modalities:
+            record["caption"] = self._made_caption(features)
+        if self.image is not None:
+            record["image"] = next(iter(_of_bytes(features, self.image)), b"")
+        label = self._label(features)
+        if label is not None:
+            record["label"] = label
+        return record
+
+    def captions(self, features: Features) -> list[bytes]:
+        """All captions of an Example."""
+        return _of_bytes(features, self.caption)
+
+    def _label(self, features: Features) -> int | None:
+        """The class number; None where there is none or it is out of range."""
+        values: Sequence[bytes | int] = features.get(self.label or "", ())
+        stored = values[0] if len(values) else -1
+        if isinstance(stored, bytes):  # a name, or digits
+            name = stored.decode("utf-8", "replace")
+            if name in self.classes:
+                return self.classes.index(name)
+            stored = int(name) if re.fullmatch(r"[0-9]{1,18}", name) else -1
+        return stored if stored >= 0 and (not self.classes or stored < len(self.classes)) else None
+
+    def _made_caption(self, features: Features) -> bytes:
+        """The template with the class's name: of `classes`, or as stored; no bytes where there is no class."""
+        label = self._label(features)
+        if label is not None:
+            return self.template.format(self.classes[label] if self.classes else label).encode()
+        names = [] if self.classes else _of_bytes(features, self.label)
+        return self.template.format(names[0].decode("utf-8", "replace")).encode() if names else b""
+
+
+def find_layout(examples: Iterable[Features], options: SourceOptions, classes: tuple[str, ...], path: str) -> Layout:
+    """The layout of Examples like these.
+
+    Raises:
+        UserError: a named key is not there, or there is neither a picture nor a caption.
+    """
+    values = {key: value for features in examples for key, value in features.items() if len(value)}
+    there = sorted({key for features in examples for key in features})
+    of_bytes = [key for key, value in values.items() if isinstance(value[0], bytes)]
+    layout = Layout(
+        find_key(options.image_key, IMAGE_KEYS, of_bytes, "data.*.image_key", path),
+        find_key(options.caption_key, CAPTION_KEYS, of_bytes, "data.*.caption_key", path),
+        find_key(options.label_key, LABEL_KEYS, values, "data.*.label_key", path),
+        options.template,
+        classes,
+    )
+    if not layout.modalities:
+        usual = f"{', '.join(IMAGE_KEYS)} or {', '.join(CAPTION_KEYS)}"
+        raise UserError(
+            f"data.*.path={path!r}: its records have neither a picture nor a caption under a usual key ({usual}) but "
+            f"only {', '.join(there) or 'no features'}; set data.*.image_key and data.*.caption_key"
+        )
+    return layout
+
+
+class ExampleSource:
+    """Pictures, captions and labels of Examples in files, by index: the part that TFRecord and ArrayRecord share.
+
+    Examples are in the order of the files (as given; a folder's or glob's sorted by name), then of the records
+    within a file; with ``captions="all"`` an example for each caption of a record.
+
+    Attributes:
+        modalities: `("image", "text")`, `("image",)` or `("text",)`, whichever the records hold.
+        classes: the lines of a ``classes.txt`` beside the files; empty where there is none.
+        fingerprint: hash of the files' base names and sizes, of where the records lie, and of the keys.
+        report: what was found and what was left out.
+    """
+
+    def __init__(self, storage: Storage, path: str, paths: list[str], options: SourceOptions) -> None:
+        """Opens files.
+
+        Args:
+            storage: their format.
+            path: as the user named them.
+            paths: the files.
+            options: `image_key`, `caption_key`, `label_key`, `captions`, `template`, `cache_dir`.
+
+        Raises:
+            UserError: a file is none of this format, its records are no Examples, or have no such keys.
+            OSError: a file cannot be read.
+        """
+        _check(options)
+        self._storage, self._paths = storage, paths
+        examples = _first_examples(storage, paths)
+        self._layout = find_layout(examples, options, _class_names(paths[0]), path) if examples else None
+        self._each_caption = options.captions == "all" and self._layout is not None and bool(self._layout.caption)
+        index = self._index(options)
+        shards = index.of(paths)
+        self.report = report(shards)
+        if self._layout is None or not self.report.examples:
+            found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
+            what = "no tf.train.Example" if self.report.examples else "no records"
+            raise UserError(f"data.*.path={path!r} holds {what}{found}")
+        # A row's file follows from its number: file s holds rows starts[s] to starts[s + 1].
+        tables = [_each(shard.rows) if self._each_caption else shard.rows for shard in shards]
+        self._starts = np.cumsum([0] + [len(table) for table in tables], dtype=np.int64)
+        self._rows = np.concatenate(tables)
+        self.report = dataclasses.replace(self.report, examples=len(self._rows))
+        self.modalities, self.classes = self._layout.modalities, self._layout.classes
+        self._fingerprint = index.fingerprint(paths, shards, options.captions, repr(self._layout))
+        self._warned: set[str] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """See the class docstring."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._rows)
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """Reads examples, in the order asked for; safe to call from several threads at once.
+
+        A damaged record, or one that is no Example, gives a picture and a caption of no bytes and no label; the
+        first damaged one of a file is logged.
+
+        Args:
+            indices: `[n] int64`, each in `[0, len(self))`.
+
+        Raises:
+            OSError: a file cannot be read, or is shorter than when it was indexed.
+        """
+        assert self._layout is not None
+        indices = np.asarray(indices, np.int64)
+        files = np.searchsorted(self._starts, indices, side="right") - 1
+        records = [Record()] * len(indices)
+        for file in np.unique(files).tolist():
+            places = np.flatnonzero(files == file)
+            rows = self._rows[indices[places]]
+            payloads = self._storage.read(self._paths[file], rows)
+            for place, row, payload in zip(places.tolist(), rows.tolist(), payloads, strict=True):
+                if payload is None:
+                    self._warn(self._paths[file], row[0])
+                records[place] = self._layout.record(payload, row[-1] if self._each_caption else None)
+        return records
+
+    def _warn(self, path: str, where: int) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            _log.warning("%s: %s: %s at %d: not used", self._storage.kind, path, self._storage.damage, where)
+
+    def _index(self, options: SourceOptions) -> Index:
+        """Where each record lies and, if each caption is an example, the number of its captions."""
+        storage = self._storage
+        if not self._each_caption or self._layout is None:
+            return Index(storage.kind, _INDEX_VERSION, storage.columns, storage.scan, options.cache_dir)
+        layout = self._layout
+        key = re.sub(r"[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):x}_", layout.caption or "")
+        return Index(
+            f"{storage.kind}_{key}",
+            _INDEX_VERSION,
+            storage.columns + 1,
+            lambda path: _scan_captions(storage, layout, path),
+            options.cache_dir,
+        )
+
+
+def _check(options: SourceOptions) -> None:
+    """Refuses options that no data could go with."""
+    if options.captions not in CAPTIONS:
+        raise UserError(one_of("data.*.captions", options.captions, CAPTIONS))
+    if options.template:
+        class_captions(options.template, ())
+
+
+def _first_examples(storage: Storage, paths: list[str]) -> list[Features]:
+    """The first few records that are Examples."""
+    payloads = (payload for path in paths for payload in storage.first(path))
+    parsed = (parse(payload) for payload in islice(payloads, _MOST_TRIED))
+    return list(islice((features for features in parsed if features), _LOOKED_AT))
+
+
+def _scan_captions(storage: Storage, layout: Layout, path: str) -> Shard:
+    """As the storage's own scan, but reads every record: the last column is the number of its captions."""
+    shard = storage.scan(path)
+    tally = Tally(os.path.basename(path))
+    tally.skipped |= shard.skipped
+    rows = []
+    for start in range(0, len(shard.rows), _BLOCK):
+        block = shard.rows[start : start + _BLOCK]
+        for number, (row, payload) in enumerate(zip(block.tolist(), storage.read(path, block), strict=True), start):
+            features = parse(payload) if payload is not None else None
+            if features is None:
+                tally.add(storage.damage if payload is None else "no tf.train.Example", f"record {number}")
+            else:
+                rows.append([*row, len(layout.captions(features))])
+    table = np.array(rows, np.int64).reshape(len(rows), storage.columns + 1)
+    return Shard(shard.size, shard.mtime_ns, table, tally.skipped)
+
+
+def _each(rows: np.ndarray) -> np.ndarray:
+    """A row for each caption: instead of their number, which it is. A record without any stays, with none."""
+    counts = np.maximum(rows[:, -1], 1)
+    each = np.repeat(rows, counts, axis=0)
+    each[:, -1] = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return each
+
+
+def _class_names(path: str) -> tuple[str, ...]:
+    """The lines of ``classes.txt`` beside a file."""
+    beside = os.path.join(os.path.dirname(path), _CLASS_NAMES)
+    try:
+        file: File = open_file(beside)
+    except OSError:
+        return ()
+    return tuple(line.strip() for line in file.read(0, file.size).decode("utf-8", "replace").rstrip().splitlines())
+
+
+def find_files(path: str, extensions: tuple[str, ...], forms: str) -> list[str]:
+    """`files.expand`, with the names of a folder that end in ``-00000-of-00010`` after an extension too.
+
+    Raises:
+        UserError: a part names nothing.
+    """
+    numbered = re.compile(rf"(?:{'|'.join(map(re.escape, extensions))})-\d+-of-\d+$")
+    ends = set(extensions)
+    for part in [path] if os.path.exists(path) else path.split(","):
+        found = [numbered.search(name.lower()) for name in _names_in(os.path.expanduser(part.strip()))]
+        ends |= {match[0] for match in found if match}
+    return expand(path, sorted(ends), forms)
+
+
+def _names_in(folder: str) -> list[str]:
+    if not is_remote(folder):
+        return os.listdir(folder) if os.path.isdir(folder) else []
+    import tensorflow as tf
+
+    try:
+        return list(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
+    except tf.errors.OpError:  # `expand` says what is wrong
+        return []

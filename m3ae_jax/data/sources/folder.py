@@ -1,0 +1,592 @@
+"""A folder of pictures with their captions: metadata.jsonl, metadata.csv, or a .txt beside each picture.
+
+The layout is that of Hugging Face's ``imagefolder``: each line of the metadata names a picture by its path in the
+folder (field ``file_name``) and holds its caption, or a list of them. Without metadata, ``a/b.txt`` is the caption of
+``a/b.jpg``; without any, it is a source of pictures alone.
+
+The folder is walked at each start, and its metadata read once. Kept are the pictures' names, one after the other in
+one bytes object, and where each line of the metadata lies: some 60 bytes an example, where Python's objects would
+take 300. What cannot be used is left out and counted by reason.
+"""
+
+from __future__ import annotations
+
+import array
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from m3ae_jax.data.sources.base import CAPTION_KEYS, IMAGE_EXTENSIONS, Record, SourceOptions, find_key, several
+from m3ae_jax.data.sources.files import file_cache, is_remote
+from m3ae_jax.data.sources.index import IndexReport, Tally, printable, skip_line
+from m3ae_jax.errors import UserError
+
+_METADATA = (b"metadata.jsonl", b"metadata.csv")
+_SUFFIXES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
+_NAME_KEYS = ("file_name", "filename", "file", "path")
+_LOOKED_AT = 1000  # lines of a metadata.jsonl whose fields say what it holds
+_MAX_LINE = 16 << 20  # bytes; a longer line of metadata is cut there, and so does not parse
+_SIZED = 1 << 16  # pictures whose sizes are part of the fingerprint; each costs a call to the system
+_ALL = -1  # in place of a caption's number: all of them
+
+_FORMS = (
+    "it takes a folder of pictures with a metadata.jsonl or metadata.csv (fields file_name and caption), "
+    "or with a .txt beside each picture"
+)
+
+_log = logging.getLogger("m3ae_jax")
+
+
+# --- names of files ----------------------------------------------------------------------------------------
+
+
+class Names:
+    """A list of byte strings in one piece: 8 bytes each beside their own."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ends = array.array("q", [0])
+
+    def append(self, name: bytes) -> None:
+        """Adds one."""
+        self._bytes += name
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> bytes:
+        return bytes(self._bytes[self._ends[i] : self._ends[i + 1]])
+
+    def digest(self) -> bytes:
+        """A hash of all names in their order."""
+        return hashlib.sha256(hashlib.sha256(self._bytes).digest() + hashlib.sha256(self._ends).digest()).digest()
+
+
+class _Lookup:
+    """Numbers of names, by a sorted array of hashes: 16 bytes a name, where a dict takes 150."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        hashes = np.fromiter((hash(names[i]) for i in range(len(names))), np.int64, len(names))
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def find(self, name: bytes) -> int | None:
+        """The number of `name`, or None."""
+        wanted = np.int64(hash(name))
+        at = int(self._hashes.searchsorted(wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            number = int(self._order[at])
+            if self._names[number] == name:
+                return number
+            at += 1
+        return None
+
+
+def is_picture(name: bytes) -> bool:
+    """Whether a file's name ends as a picture's."""
+    return name.lower().endswith(_SUFFIXES)
+
+
+def local_folder(path: str, forms: str) -> bytes:
+    """`path` as an absolute local folder.
+
+    Args:
+        path: may start with ``~``.
+        forms: what is allowed, for the message.
+
+    Raises:
+        UserError: it is none.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"data.*.path={path!r} is in a store, where a call for each picture takes long; "
+            "mount it, or pack the pictures into .tar shards (source webdataset)"
+        )
+    name = os.path.abspath(os.path.expanduser(path))
+    if os.path.isdir(name):
+        return os.fsencode(name)
+    what = "is a file" if os.path.exists(name) else "is not there"
+    parent, base = os.path.split(name)
+    siblings = os.listdir(parent) if os.path.isdir(parent) else []
+    near = difflib.get_close_matches(base, [s for s in siblings if os.path.isdir(os.path.join(parent, s))], n=1)
+    hint = f"; did you mean {os.path.join(parent, near[0])!r}?" if near else ""
+    raise UserError(f"data.*.path={path!r} {what}; {forms}{hint}")
+
+
+def read_whole(path: bytes) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def sizes_digest(root: bytes, names: Names) -> bytes:
+    """A hash of the sizes of at most `_SIZED` of the files, evenly spread.
+
+    Raises:
+        OSError: one cannot be looked at.
+    """
+    chosen = range(0, len(names), max(-(-len(names) // _SIZED), 1))
+    sizes = np.fromiter((os.stat(os.path.join(root, names[i])).st_size for i in chosen), "<i8", len(chosen))
+    return hashlib.sha256(sizes.tobytes()).digest()
+
+
+# --- the walk ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walked:
+    """What a folder holds.
+
+    Attributes:
+        pictures: paths of all pictures below it, sorted as bytes.
+        with_text: for each, whether a .txt of the same stem is beside it.
+        lonely: the .txt without a picture.
+        metadata: the metadata files that are not in the folder itself, but below.
+    """
+
+    pictures: Names
+    with_text: bytearray
+    lonely: Names
+    metadata: list[bytes]
+
+
+class _Listing:
+    """What one folder holds that is not hidden.
+
+    Attributes:
+        prefix: its path below the root, with a slash at its end.
+        names: the pictures and metadata files, and with a slash at their end the folders, in falling order.
+        texts: stems of the .txt files.
+    """
+
+    def __init__(self, root: bytes, prefix: bytes, tally: Tally) -> None:
+        self.prefix, self.names, self.texts = prefix, list[bytes](), set[bytes]()
+        inside = os.path.join(os.path.realpath(root), b"")
+        with os.scandir(os.path.join(root, prefix)) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    if entry.is_symlink():
+                        tally.add("link to a folder", os.fsdecode(prefix + name))
+                    else:
+                        self.names.append(name + b"/")
+                elif name in _METADATA:
+                    self.names.append(name)
+                elif name.endswith(b".txt") or is_picture(name):
+                    if reason := _refused(entry, inside):
+                        tally.add(reason, os.fsdecode(prefix + name))
+                    elif name.endswith(b".txt"):
+                        self.texts.add(name[:-4])
+                    else:
+                        self.names.append(name)
+        self.names.sort(reverse=True)
+
+    def lonely(self) -> list[bytes]:
+        """The .txt files without a picture, sorted."""
+        stems = {os.path.splitext(name)[0] for name in self.names if is_picture(name)} if self.texts else set()
+        return sorted(self.prefix + stem + b".txt" for stem in self.texts - stems)
+
+
+def _refused(entry: os.DirEntry[bytes], inside: bytes) -> str:
+    """Why a file must not be used, or an empty string."""
+    if entry.is_symlink() and not os.path.realpath(entry.path).startswith(inside):
+        return "link out of the folder"
+    return "" if entry.is_file() else "not a regular file"
+
+
+def _walk(root: bytes, tally: Tally) -> _Walked:
+    """Finds all pictures below `root`.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    found = _Walked(Names(), bytearray(), Names(), [])
+    waiting: list[_Listing] = []
+
+    def enter(prefix: bytes) -> None:
+        listing = _Listing(root, prefix, tally)
+        for name in listing.lonely():
+            found.lonely.append(name)
+        waiting.append(listing)
+
+    enter(b"")
+    while waiting:
+        listing = waiting[-1]
+        if not listing.names:
+            waiting.pop()
+            continue
+        name = listing.names.pop()
+        if name.endswith(b"/"):
+            enter(listing.prefix + name)
+        elif name in _METADATA:
+            found.metadata.extend([listing.prefix + name] if listing.prefix else [])
+        else:
+            found.pictures.append(listing.prefix + name)
+            found.with_text.append(bool(listing.texts) and os.path.splitext(name)[0] in listing.texts)
+    return found
+
+
+# --- captions of metadata ----------------------------------------------------------------------------------
+
+
+def _decode(data: bytes) -> str:
+    """Text of any bytes; `_encode` gives back the same bytes."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # JSON may escape half a surrogate pair
+        return text.encode("utf-8", "replace")
+
+
+class _Line(NamedTuple):
+    """One record of metadata and where it lies, in bytes; `values` is None where it does not parse."""
+
+    offset: int
+    size: int
+    values: Any
+
+
+def _raw_lines(path: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file: offset, size and content, which is cut at `_MAX_LINE` bytes."""
+    with open(path, "rb", buffering=1 << 20) as file:
+        offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # the byte order mark that Excel writes
+        file.seek(offset)
+        while data := file.readline(_MAX_LINE):
+            size, last = len(data), data
+            while len(last) == _MAX_LINE and not last.endswith(b"\n"):
+                last = file.readline(_MAX_LINE)
+                size += len(last)
+            yield offset, size, data
+            offset += size
+
+
+def _json_values(data: bytes) -> Any:
+    try:
+        values = json.loads(_decode(data))
+    except (ValueError, RecursionError):  # not JSON, or nested without end
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _json_lines(path: bytes) -> Iterator[_Line]:
+    for offset, size, data in _raw_lines(path):
+        if data.strip():
+            yield _Line(offset, min(size, _MAX_LINE), _json_values(data))
+
+
+def _csv_values(data: bytes) -> list[str] | None:
+    try:
+        return next(csv.reader(io.StringIO(_decode(data), newline="\n")), None)
+    except csv.Error:
+        return None
+
+
+def _csv_lines(path: bytes) -> Iterator[_Line]:
+    """The records of a CSV file; one may take several lines, where a quoted field holds line ends."""
+    end = 0  # bytes up to which the reader was fed
+
+    def feed() -> Iterator[str]:
+        nonlocal end
+        for offset, size, data in _raw_lines(path):
+            end = offset + size
+            yield _decode(data)
+
+    reader, start = csv.reader(feed()), next((offset for offset, _, _ in _raw_lines(path)), 0)
+    while True:
+        try:
+            values: list[str] | None = next(reader)
+        except csv.Error:  # a field of more than 131,072 characters, as where a quote is never closed
+            values = None
+        except StopIteration:
+            return
+        if values is None or values:
+            yield _Line(start, min(end - start, _MAX_LINE), values)
+        start = end
+
+
+class _Metadata:
+    """A metadata file: which fields names and captions are in, and how a record is read.
+
+    Raises:
+        UserError: it has no field of names or none of captions.
+    """
+
+    def __init__(self, path: bytes, options: SourceOptions) -> None:
+        self.path, self._is_json = path, path.endswith(b".jsonl")
+        self._columns: dict[str, int] = {}
+        if self._is_json:
+            first = itertools.islice(_json_lines(path), _LOOKED_AT)
+            found = list(dict.fromkeys(key for line in first for key in line.values or ()))
+        else:
+            header = next(_csv_lines(path), None)
+            found = [name.strip() for name in (header.values if header else None) or []]
+            self._columns = {name: place for place, name in reversed(list(enumerate(found)))}
+        self._name_key = self._key("image", "file_name", options.image_key, _NAME_KEYS, found)
+        self.caption_key = self._key("caption", "caption", options.caption_key, CAPTION_KEYS, found)
+
+    def _key(self, what: str, usual_name: str, wanted: str, usual: tuple[str, ...], found: list[str]) -> str:
+        where = printable(os.fsdecode(self.path))
+        key = find_key(wanted, usual, found, f"data.*.{what}_key", where)
+        if key is None:
+            names = ", ".join(sorted(map(printable, found)))
+            has = f"the fields {names}, none named" if names else "no line that can be read, so no field"
+            raise UserError(f"data.*.path: {where} has {has} {usual_name}; data.*.{what}_key names another")
+        return key
+
+    def lines(self) -> Iterator[_Line]:
+        """The records, without the header."""
+        return _json_lines(self.path) if self._is_json else itertools.islice(_csv_lines(self.path), 1, None)
+
+    def name(self, values: Any) -> bytes:
+        """The picture that a record names; empty: none."""
+        value = self._field(values, self._name_key)
+        return _encode(value) if isinstance(value, str) else b""
+
+    def captions(self, values: Any) -> list[bytes]:
+        """The captions of a record; what is no string is left out."""
+        value = self._field(values, self.caption_key)
+        return [_encode(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+
+    def parse(self, data: bytes) -> Any:
+        """The values of a record's bytes."""
+        return _json_values(data) if self._is_json else _csv_values(data)
+
+    def _field(self, values: Any, key: str) -> Any:
+        if isinstance(values, dict):
+            return values.get(key)
+        place = self._columns.get(key, 0)
+        return values[place] if isinstance(values, list) and place < len(values) else None
+
+
+class _Captions(Protocol):
+    """Which pictures have captions, and these.
+
+    Attributes:
+        pictures: `[n] int32`, the number of each example's picture.
+    """
+
+    pictures: np.ndarray
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """Records without pictures."""
+
+    def digest(self) -> bytes:
+        """A hash of what belongs to the fingerprint."""
+
+
+class _Described:
+    """Captions from metadata: a row for each line, or each caption of a line, in the order of the pictures."""
+
+    def __init__(self, metadata: _Metadata, names: Names, each_caption: bool, tally: Tally) -> None:
+        self._metadata, self._open = metadata, file_cache()
+        columns = [array.array(code) for code in "iqii"]
+        lookup, used = _Lookup(names), np.zeros(len(names), bool)
+        for line in metadata.lines():
+            number = _picture_of(metadata, line, lookup, tally)
+            if number is None:
+                continue
+            used[number] = True
+            captions = metadata.captions(line.values)
+            if not captions:
+                tally.add("no caption", os.fsdecode(names[number]))
+            for which in range(len(captions)) if each_caption else [_ALL] * bool(captions):
+                for column, value in zip(columns, (number, line.offset, line.size, which), strict=True):
+                    column.append(value)
+        _add_all(tally, "no caption", names, np.flatnonzero(~used))
+        pictures = np.frombuffer(columns[0], np.int32)
+        order = np.argsort(pictures, kind="stable")
+        self.pictures = pictures[order]
+        self._offsets = np.frombuffer(columns[1], np.int64)[order]
+        self._sizes = np.frombuffer(columns[2], np.int32)[order]
+        self._which = np.frombuffer(columns[3], np.int32)[order]
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """See `_Captions`."""
+        file, records = self._open(os.fsdecode(self._metadata.path)), []
+        columns = (self._offsets[indices], self._sizes[indices], self._which[indices])
+        for offset, size, which in zip(*(column.tolist() for column in columns), strict=True):
+            captions = self._metadata.captions(self._metadata.parse(file.read(offset, size)))
+            records.append(several(captions if which == _ALL else captions[which : which + 1]))
+        return records
+
+    def digest(self) -> bytes:
+        """See `_Captions`."""
+        digest = hashlib.sha256(os.path.splitext(self._metadata.path)[1] + _encode(self._metadata.caption_key))
+        for column in (self.pictures, self._offsets, self._sizes, self._which):
+            digest.update(column.tobytes())
+        return digest.digest()
+
+
+def _picture_of(metadata: _Metadata, line: _Line, lookup: _Lookup, tally: Tally) -> int | None:
+    """The number of the picture that a line names, or None (counted)."""
+    name = metadata.name(line.values)
+    if not name:
+        reason = "unreadable line" if line.values is None else "no file name"
+        tally.add(reason, f"{os.path.basename(metadata.path).decode()} at byte {line.offset}")
+        return None
+    parts = name.split(b"/")
+    if name.startswith(b"/") or b".." in parts:
+        tally.add("unsafe name", os.fsdecode(name))
+        return None
+    number = lookup.find(b"/".join(part for part in parts if part not in (b"", b".")))
+    if number is None:
+        tally.add("no image", os.fsdecode(name))
+    return number
+
+
+class _Beside:
+    """Captions in a .txt beside each picture."""
+
+    def __init__(self, root: bytes, walked: _Walked, tally: Tally) -> None:
+        self._root, self._names = root, walked.pictures
+        paired = np.frombuffer(walked.with_text, np.bool_)
+        self.pictures = np.flatnonzero(paired).astype(np.int32)
+        _add_all(tally, "no caption", walked.pictures, np.flatnonzero(~paired))
+        _add_all(tally, "no image", walked.lonely, np.arange(len(walked.lonely)))
+
+    def _text(self, i: int) -> bytes:
+        return os.path.splitext(self._names[int(self.pictures[i])])[0] + b".txt"
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """See `_Captions`."""
+        return [Record(caption=read_whole(os.path.join(self._root, self._text(int(i))))) for i in indices]
+
+    def digest(self) -> bytes:
+        """See `_Captions`."""
+        texts = Names()
+        for i in range(len(self.pictures)):
+            texts.append(self._text(i))
+        return texts.digest() + sizes_digest(self._root, texts)
+
+
+class _Alone:
+    """No captions."""
+
+    def __init__(self, names: Names) -> None:
+        self.pictures = np.arange(len(names), dtype=np.int32)
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """See `_Captions`."""
+        return [Record() for _ in indices]
+
+    def digest(self) -> bytes:
+        """See `_Captions`."""
+        return b""
+
+
+def _add_all(tally: Tally, reason: str, names: Names, numbers: np.ndarray) -> None:
+    if len(numbers):
+        tally.add(reason, os.fsdecode(names[int(numbers[0])]), len(numbers))
+
+
+# --- the source --------------------------------------------------------------------------------------------
+
+
+class FolderSource:
+    """Pictures below a folder with their captions, by index.
+
+    Examples are in the order of the pictures' paths, sorted as bytes. A picture that several lines of metadata name
+    is an example for each. Hidden files and folders (``.name``) are no part of it, and folders that are links are not
+    entered. A caption of no characters is a caption: the example stays.
+
+    Attributes:
+        modalities: `("image", "text")`; without captions `("image",)`.
+        classes: none.
+        report: what was found and what was left out.
+        fingerprint: hash of the pictures' paths, of the sizes of at most 65,536 of them, and of where the captions
+            lie.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
+        """Walks the folder and reads its metadata.
+
+        Args:
+            path: a local folder.
+            options: `caption_key` is the metadata's field of the caption; `image_key` that of the picture's path, by
+                default ``file_name``; with `captions="all"` each caption of a list is an example.
+
+        Raises:
+            UserError: `path` is no folder, or holds no picture; the metadata lack a field.
+            OSError: a folder or the metadata cannot be read.
+        """
+        self._root = local_folder(path, _FORMS)
+        tally = Tally(os.path.basename(os.fsdecode(self._root)))
+        walked = _walk(self._root, tally)
+        self._names = walked.pictures
+        self._captions = self._find_captions(path, walked, options, tally)
+        self.modalities: tuple[str, ...] = ("image",) if isinstance(self._captions, _Alone) else ("image", "text")
+        self.report = summary(len(self), tally)
+        if not len(self):
+            found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
+            raise UserError(f"data.*.path={path!r} holds no {' with '.join(self.modalities)}{found}; {_FORMS}")
+        if self.report.skipped:
+            _log.warning("folder: left out: %s", skip_line(self.report))
+        digest = hashlib.sha256(f"folder {self.modalities}".encode())
+        digest.update(self._names.digest() + sizes_digest(self._root, self._names) + self._captions.digest())
+        self._fingerprint = digest.hexdigest()[:16]
+
+    def _find_captions(self, path: str, walked: _Walked, options: SourceOptions, tally: Tally) -> _Captions:
+        for name in _METADATA:
+            if os.path.lexists(place := os.path.join(self._root, name)):
+                return _Described(_Metadata(place, options), self._names, options.captions == "all", tally)
+        if any(walked.with_text):
+            return _Beside(self._root, walked, tally)
+        if walked.metadata:
+            inside = os.fsdecode(os.path.dirname(os.path.join(self._root, walked.metadata[0])))
+            raise UserError(
+                f"data.*.path={path!r} has its metadata in folders below it ({len(walked.metadata)}); name one of "
+                f"these; did you mean {printable(inside)!r}?"
+            )
+        return _Alone(self._names)
+
+    @property
+    def fingerprint(self) -> str:
+        """See the class docstring."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._captions.pictures)
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        """Reads examples, in the order asked for; safe to call from several threads at once.
+
+        Args:
+            indices: `[n] int64`, each in `[0, len(self))`.
+
+        Raises:
+            OSError: a file cannot be read, or the metadata are shorter than when they were indexed.
+        """
+        records = self._captions.read(indices)
+        for record, number in zip(records, self._captions.pictures[indices].tolist(), strict=True):
+            record["image"] = read_whole(os.path.join(self._root, self._names[number]))
+        return records
+
+
+def summary(examples: int, tally: Tally, shards: int = 1) -> IndexReport:
+    """What was found, of a source without an `Index`."""
+    counts = {reason: count for reason, (count, _) in tally.skipped.items()}
+    return IndexReport(shards, examples, counts, {reason: sample for reason, (_, sample) in tally.skipped.items()})

@@ -1,0 +1,324 @@
+"""The data doctor's part of the run's page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from ml_collections import ConfigDict
+from PIL import Image
+
+from m3ae_jax.data.order import ATTEMPTS
+from m3ae_jax.doctor.findings import PROBLEM, percent
+from m3ae_jax.doctor.speed import Shown
+from m3ae_jax.doctor.survey import Sample
+from m3ae_jax.report import page
+from m3ae_jax.report.page import Html
+
+_BINS = 40
+_PAST = 2  # times the text budget: where the histogram of lengths ends
+_WIDE = 20  # a largest value so many times the smallest gets a logarithmic axis
+_ALL = "together"
+
+Row = tuple[str, Callable[[dict[str, Any]], object]]
+
+
+def section(report: dict[str, Any], sample: Sample, shown: Sequence[Shown], config: ConfigDict) -> Iterator[Html]:
+    """The parts below the title.
+
+    Args:
+        report: of `doctor.inspect`.
+        sample: of all sources.
+        shown: examples as training gets them.
+        config: resolved.
+    """
+    looked = report["together"]["examples"]
+    yield page.note(f"The run's first {looked:,} examples, in its own order, each as it stands before any replacement.")
+    yield page.bullets(
+        page.element("span", finding["text"], class_="bad" if finding["level"] == PROBLEM else "fine")
+        for finding in report["findings"]
+    )
+    yield from _sources(report)
+    if "captions" in report["together"]:
+        yield from _captions(report, sample)
+    if "pictures" in report["together"]:
+        yield from _pictures(report, sample, config)
+    yield from _speed(report)
+    yield from _sheet(shown)
+
+
+def _sources(report: dict[str, Any]) -> Iterator[Html]:
+    yield page.heading("Sources")
+    rows = []
+    for name, source in report["sources"].items():
+        rows.append([
+            name, source["format"], source["path"] or "built in", "+".join(source["modalities"]),
+            source["examples"], percent(source["share"]), f"{source['epochs']:,.3g}", source["looked_at"]["examples"],
+        ])  # fmt: skip
+    columns = ("name", "format", "path", "gives", "examples", "share", "epochs of the run", "looked at")
+    yield page.table(columns, rows)
+    left_out = [
+        (name, reason, count, source["left_out_e.g."].get(reason, ""))
+        for name, source in report["sources"].items()
+        for reason, count in source["left_out"].items()
+    ]
+    if left_out:
+        yield page.paragraph("Left out when the files were indexed:")
+        yield page.table(("source", "reason", "records", "first of them"), left_out)
+    elif any(source["counted_at_indexing"] for source in report["sources"].values()):
+        yield page.note("Nothing was left out when the files were indexed.")
+    unreadable = [one for _, looked in _columns(report) for one in looked.get("unreadable", {}).get("examples", ())]
+    if unreadable:
+        yield page.paragraph("Cannot be read:")
+        told = {(one["source"], one["index"], one["error"]) for one in unreadable}
+        yield page.table(("source", "example", "why"), sorted(told))
+
+
+def _columns(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was found in each source and, of several, in all."""
+    found = [(name, source["looked_at"]) for name, source in report["sources"].items()]
+    return [*found, (_ALL, report["together"])] if len(found) > 1 else found
+
+
+def _compare(report: dict[str, Any], kind: str, rows: Sequence[Row]) -> Html:
+    """A table of one column a source that holds `kind`."""
+    columns = [(name, looked[kind]) for name, looked in _columns(report) if kind in looked]
+    body = [[label, *(_get(of, looked) for _, looked in columns)] for label, of in rows]
+    return page.table(["", *(name for name, _ in columns)], body)
+
+
+def _get(of: Callable[[dict[str, Any]], object], looked: dict[str, Any]) -> object:
+    try:
+        value = of(looked)
+        return page.escape(f"{value:,}" if isinstance(value, int) else value)
+    except KeyError:  # of no caption or no picture that is any good there are no figures
+        return "none"
+
+
+def _counted(*keys: str) -> Callable[[dict[str, Any]], object]:
+    def told(looked: dict[str, Any]) -> str:
+        for key in keys:
+            looked = looked[key]
+        return f"{looked['count']:,} ({percent(looked['share'])})"
+
+    return told
+
+
+def _range(key: str) -> Callable[[dict[str, Any]], object]:
+    def told(looked: dict[str, Any]) -> str:
+        return " / ".join(f"{looked[key][of]:,.0f}" for of in ("least", "median", "p99", "most"))
+
+    return told
+
+
+# --- captions ----------------------------------------------------------------------------------------------
+
+
+def _captions(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
+    unit = report["text_unit"]
+    everything = report["together"]["captions"]
+    yield page.heading("Captions")
+    if unit == "words":
+        yield page.note(
+            "No tokenizer is named (data.tokenizer is empty), so lengths are in words between blanks. A tokenizer "
+            "makes more tokens of them than there are words: train one, then look again."
+        )
+    rows: list[Row] = [
+        ("captions", lambda of: of["count"]),
+        ("empty", _counted("empty")),
+        ("not UTF-8", _counted("not_utf8")),
+        ("copies of another one", _counted("repeated")),
+        ("words: least / median / 99th % / most", _range("words")),
+        ("characters, likewise", _range("characters")),
+    ]
+    if unit == "tokens":
+        rows += [
+            ("tokens, likewise", _range("tokens")),
+            ("unknown tokens", _counted("unknown_tokens")),
+            ("captions of unknown tokens alone", _counted("unknown_words_alone")),
+        ]
+    yield _compare(report, "captions", rows)
+    if "cut" in everything:
+        yield from _lengths(report, sample)
+    if everything["most_repeated"]:
+        yield page.paragraph("The most repeated captions:")
+        told = [(one["count"], one["caption"]) for one in everything["most_repeated"]]
+        yield page.table(("times", "caption"), told)
+
+
+def _lengths(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
+    unit, captions = report["text_unit"], report["together"]["captions"]
+    budget, wanted = captions["max_text_tokens"], captions["recommended"]
+    lengths = np.array([caption.tokens for caption in sample.captions if caption.tokens])
+    drawn = Figure((5.6, 3.4), layout="constrained")
+    axes = drawn.add_subplot()
+    limit = max(_PAST * max(budget, wanted), 16)  # or a single endless caption would make the rest one bar
+    beyond = int((lengths > limit).sum())
+    _histogram(axes, [(np.minimum(lengths, limit), "#1f77b4", "")], linear=True)
+    axes.axvline(budget, color="#d95f02", linestyle="--", label=f"data.max_text_tokens = {budget}")
+    axes.axvline(wanted, color="#1b7837", linestyle="-", label=f"keeps 99 % whole: {wanted}")
+    axes.set_xlabel(f"{unit} of a caption" + (f"; {beyond:,} longer than {limit} stand at {limit}" if beyond else ""))
+    axes.set_ylabel("captions")
+    axes.legend(fontsize=8)
+    yield page.figure(drawn, f"Histogram of the captions' lengths in {unit}; {wanted} keep 99 % whole.")
+    rows: list[Row] = [(f"text budget that keeps 99 % whole, in {unit}", lambda of: of["recommended"])]
+    for tried in captions["cut"]:
+        said = f"cut at {tried}" + (" (data.max_text_tokens)" if int(tried) == budget else "")
+        rows.append((said, _counted("cut", tried)))
+    yield _compare(report, "captions", rows)
+    longest = captions["longest"]
+    place = f"{longest['source']} example {longest['index']:,}"
+    yield page.note(f"The longest ({longest['tokens']:,} {unit}, {place}) begins: ", page.data(longest["caption"]))
+
+
+def _histogram(axes: Axes, series: Sequence[tuple[np.ndarray, str, str]], *, linear: bool = False) -> None:
+    """Outlined bars of one or several sets of numbers (values, colour, label) over the same bins."""
+    values = np.concatenate([numbers for numbers, _, _ in series])
+    least, most = int(values.min()), int(values.max())
+    if most > _WIDE * max(least, 1) and not linear:
+        edges: np.ndarray = np.geomspace(max(least, 1), most + 1, _BINS + 1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    else:
+        step = max(1, -(-(most - least + 1) // _BINS))
+        edges = np.arange(least, most + step + 1, step) - 0.5
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        if len(edges) < 5:  # a few bars alone: room for whole numbers beside them
+            axes.set_xlim(least - 3, most + 3)
+    for numbers, colour, label in series:
+        counts, _ = np.histogram(numbers, edges)
+        axes.stairs(counts, edges, color=colour, fill=len(series) == 1, alpha=0.8, linewidth=1.5, label=label)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.grid(alpha=0.3)
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def _pictures(report: dict[str, Any], sample: Sample, config: ConfigDict) -> Iterator[Html]:
+    size = config.data.image_size
+    yield page.heading("Pictures")
+    yield _compare(
+        report,
+        "pictures",
+        [
+            ("pictures", lambda of: of["count"]),
+            ("decode", lambda of: of["usable"]),
+            ("formats", lambda of: ", ".join(f"{kind} {n:,}" for kind, n in of["formats"].items()) or "none"),
+            ("width, pixels: least / median / 99th % / most", _range("width")),
+            ("height, likewise", _range("height")),
+            ("smallest", _extreme("smallest")),
+            ("largest", _extreme("largest")),
+            ("narrowest", _extreme("narrowest")),
+            ("widest", _extreme("widest")),
+            (f"shorter side below data.image_size={size}", _counted("smaller_than_image_size")),
+            ("copies of another one, byte for byte", _counted("repeated")),
+        ],
+    )
+    usable = [picture for picture in sample.pictures if not picture.reason]
+    if usable:
+        drawn = Figure((5.6, 3.4), layout="constrained")
+        axes = drawn.add_subplot()
+        widths, heights = (np.array([getattr(p, name) for p in usable]) for name in ("width", "height"))
+        _histogram(axes, [(widths, "#1f77b4", "width"), (heights, "#7b3294", "height")])
+        axes.axvline(size, color="#d95f02", linestyle="--", label=f"data.image_size = {size}")
+        axes.set_xlabel("pixels")
+        axes.set_ylabel("pictures")
+        axes.legend(fontsize=8)
+        yield page.figure(drawn, "Histogram of the pictures' widths and heights in pixels.")
+    rows = []
+    for reason, bad in report["together"]["pictures"]["unusable"].items():
+        for number, one in enumerate(bad["examples"]):
+            counted = [reason, bad["count"], percent(bad["share"])] if number == 0 else ["", "", ""]
+            rows.append([*counted, f"{one['source']} example {one['index']:,}", one["bytes"], _start(one)])
+    if rows:
+        yield page.paragraph("Pictures that do not decode; each is replaced by another example of its source:")
+        yield page.table(("reason", "pictures", "share", "e.g.", "bytes", "begins"), rows)
+
+
+def _extreme(key: str) -> Callable[[dict[str, Any]], object]:
+    def told(looked: dict[str, Any]) -> str:
+        return f"{looked[key]['width']:,} × {looked[key]['height']:,} (example {looked[key]['index']:,})"
+
+    return told
+
+
+def _start(example: dict[str, Any]) -> Html:
+    """First bytes in hexadecimal, and as text where they can be read."""
+    raw = bytes.fromhex(example["first_bytes"])
+    text = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in raw)
+    return page.code(f"{example['first_bytes']}  {text}") if raw else page.escape("nothing")
+
+
+# --- speed, and what training sees -------------------------------------------------------------------------
+
+
+def _speed(report: dict[str, Any]) -> Iterator[Html]:
+    speed = report["speed"]
+    yield page.heading("Speed of the data")
+    rate = speed["examples_per_second"]
+    if not rate:
+        yield page.paragraph("Not measured. ", page.data(speed["trouble"]))
+        return
+    here = f"{speed['cores']} cores, {speed['processor']}"
+    size = f"batches of {speed['batch_size']:,}"
+    if speed["batch_size"] < report["batch_size"]:
+        size += f" in place of {report['batch_size']:,}"
+    yield page.paragraph(f"{rate:,.0f} examples/s on this machine ({here}; {speed['batches']} {size}).")
+    if not speed["needed"]:
+        yield page.note("--topology=v5e:4x4 beside --mode=inspect_data compares it with what that slice would take.")
+        return
+    rows = []
+    for one in speed["needed"]:
+        wanted = one["examples_per_second"]
+        cores = f"{wanted / rate * speed['cores']:,.0f}"
+        rows.append((one["topology"], one["chips"], f"{wanted:,.0f}", f"{wanted / one['chips']:,.0f}", cores))
+    yield page.table(("topology", "chips", "takes at most, examples/s", "a chip", "cores like these"), rows)
+    yield page.note(
+        "At most: all matrix products of a step at the chips' peak, in closed form, nothing else waited for. "
+        "A real run takes less, often half. --mode=plan asks the compiler."
+    )
+
+
+def _sheet(shown: Sequence[Shown]) -> Iterator[Html]:
+    if not shown:
+        return
+    yield page.heading("What training sees")
+    yield page.note(
+        f"The first {len(shown)} examples of the run, after cropping and cutting. Patches under a grey veil and ",
+        page.element("mark", "marked words"),
+        " are hidden from the model.",
+    )
+    yield page.gallery(_example(one) for one in shown)
+
+
+def _example(one: Shown) -> Html:
+    told = f"{one.source} example {one.index:,}"
+    if one.attempt >= ATTEMPTS:
+        told += f": not one of its {ATTEMPTS} candidates decodes, so it is left empty"
+    elif one.attempt:
+        told += f", in place of {one.attempt} that did not decode"
+    words = []
+    for word in one.words:
+        text = word.text.strip() or "▁"
+        blank = " " if word.text.startswith(" ") else ""
+        words += [blank, page.element("mark", text) if word.hidden else text]
+    said = page.element("p", *words, dir="auto", class_="words") if words else page.note("no caption")
+    if one.picture is None:
+        return page.element("figure", said, page.element("figcaption", told))
+    return page.figure(_encoded(one.picture), f"{told}, hidden patches greyed", page.join([said, told]))
+
+
+def _encoded(picture: np.ndarray) -> bytes:
+    """PNG or JPEG, whichever is smaller: of an enlarged picture the first, of a photograph the second."""
+    found = []
+    for kind in ("PNG", "JPEG"):
+        out = io.BytesIO()
+        Image.fromarray(picture).save(out, kind, quality=85)
+        found.append(out.getvalue())
+    return min(found, key=len)

@@ -1,0 +1,211 @@
+"""How fast this machine makes batches, how fast an accelerator would take them, and what a batch looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3ae_jax.data.images import unpatchify
+from m3ae_jax.data.mixture import Mixture, apportion
+from m3ae_jax.data.order import ATTEMPTS
+from m3ae_jax.data.pipeline import Batches, Group, grid
+from m3ae_jax.data.text import Tokenizer, WordPieceTokenizer
+from m3ae_jax.plan.chips import parse
+from m3ae_jax.plan.estimate import work
+from m3ae_jax.report.pictures import Word
+
+_MAX_BATCH = 512
+_BATCHES = 4  # timed at least, after the first, and for at least these seconds
+_SECONDS = 3.0
+_MOST_SECONDS = 20.0  # no further batch is timed after these
+_VEIL = 0.65  # of grey over a hidden patch
+_GREY, _OUTLINE = 128, 96
+_CELL = 224  # pixels, at least, of a picture on the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """An example as training gets it.
+
+    Attributes:
+        picture: `[H, W, 3] uint8`, hidden patches greyed and outlined; None without one.
+        words: of the caption, as far as it is not cut.
+        source: name.
+        attempt: candidates that did not decode; `ATTEMPTS`: none did, and nothing is shown.
+    """
+
+    picture: np.ndarray | None
+    words: tuple[Word, ...]
+    source: str
+    index: int
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What the pipeline does here.
+
+    Attributes:
+        examples_per_second: 0 if it could not be measured.
+        batch_size: of the batches timed.
+        batches: that were timed.
+        cores: of this machine, as far as this process may use them.
+        processor: name.
+        trouble: why the pipeline stopped; empty if it did not.
+        shown: the first examples of the run.
+    """
+
+    examples_per_second: float
+    batch_size: int
+    batches: int
+    cores: int
+    processor: str
+    trouble: str
+    shown: tuple[Shown, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a topology takes at most: its chips at their peak, nothing but matrix products.
+
+    Attributes:
+        topology: as asked for.
+        chips: in all.
+        examples_per_second: of all chips.
+    """
+
+    topology: str
+    chips: int
+    examples_per_second: float
+
+
+def need(config: ConfigDict, vocab_size: int, topologies: str) -> list[Need]:
+    """What each of `topologies` (with commas, as `plan.chips.parse` reads them) takes; in closed form.
+
+    Raises:
+        UserError: no such topology.
+    """
+    wanted = [parse(text) for text in topologies.split(",") if text.strip()]
+    if not wanted:
+        return []
+    counted = config.copy_and_resolve_references()
+    counted.model.attention = "xla"  # a fused kernel's products are not counted
+    flops = work(counted, vocab_size).executed_flops / config.batch_size
+    return [Need(str(t), t.chips, t.chips * t.chip.flops / flops) for t in wanted]
+
+
+def measure(config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tokenizer: Tokenizer, shown: int) -> Speed:
+    """Runs the pipeline from the run's first step.
+
+    Args:
+        config: resolved.
+        mixture: the training data.
+        groups: of the objective.
+        tokenizer: needed with text.
+        shown: examples to keep for a person.
+    """
+    scale = min(1.0, _MAX_BATCH / mixture.batch_size)
+    sizes = [max(1, round(part.size * scale)) for part in mixture.parts]
+    examples: tuple[Shown, ...] = ()
+    times: list[float] = []
+    trouble = ""
+    try:
+        with contextlib.closing(_batches(config, mixture, groups, tokenizer, sizes)) as batches:
+            for batch in batches:
+                times.append(time.perf_counter())
+                if len(times) == 1:
+                    examples = _shown(config, mixture, batch, tokenizer, shown)
+                elapsed = times[-1] - times[0]
+                if (len(times) > _BATCHES and elapsed > _SECONDS) or elapsed > _MOST_SECONDS:
+                    break
+    except Exception as error:  # whatever a source, a codec or tf.data says of bad data
+        trouble = " ".join(str(error).split()) or type(error).__name__
+    timed = len(times) - 1
+    rate = timed * sum(sizes) / (times[-1] - times[0]) if timed > 0 else 0.0
+    cores = len(os.sched_getaffinity(0))
+    return Speed(rate, sum(sizes), max(timed, 0), cores, _processor(), trouble, examples)
+
+
+def _batches(
+    config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tokenizer: Tokenizer, sizes: list[int]
+) -> Generator[list[dict[str, Any]], None, None]:
+    """Batches of all parts, those of a step at a time."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for part, size in zip(mixture.parts, sizes, strict=True):
+            of_part = tuple(group for group in groups if group.modality in part.modalities)
+            batches = Batches(config, of_part, mixture.feed(part, config), tokenizer, batch_size=size)
+            opened.append(stack.enter_context(contextlib.closing(iter(batches))))
+        for batch in zip(*opened, strict=True):
+            yield list(batch)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- what a batch looks like -------------------------------------------------------------------------------
+
+
+def _shown(
+    config: ConfigDict, mixture: Mixture, batch: list[dict[str, Any]], tokenizer: Tokenizer, count: int
+) -> tuple[Shown, ...]:
+    """The first examples of each part, as many as its share."""
+    rows = apportion([part.size for part in mixture.parts], max(count, len(mixture.parts)))
+    examples = []
+    for of_part, wanted in zip(batch, rows.tolist(), strict=True):
+        for row in range(min(wanted, len(of_part["example"]["index"]))):
+            groups = {
+                name: {side: {key: x[row] for key, x in tokens.items()} for side, tokens in group.items()}
+                for name, group in of_part["groups"].items()
+            }
+            attempt = int(of_part["example"]["attempt"][row])
+            picture = _veiled(groups["image"], config) if "image" in groups and attempt < ATTEMPTS else None
+            words = _words(groups["text"], tokenizer) if "text" in groups else ()
+            name = mixture.members[int(of_part["example"]["source"][row])].name
+            examples.append(Shown(picture, words, name, int(of_part["example"]["index"][row]), attempt))
+    return tuple(examples)
+
+
+def _veiled(group: dict[str, Any], config: ConfigDict) -> np.ndarray:
+    """The picture, its hidden patches greyed and outlined, at least `_CELL` pixels wide."""
+    rows, columns = grid(config)
+    patch = config.data.patch_size
+    patches = np.zeros((rows * columns, 3 * patch * patch), np.uint8)
+    for side in group.values():
+        patches[side["position"][side["valid"]]] = side["value"][side["valid"]]
+    factor = -(-_CELL // config.data.image_size)
+    picture = unpatchify(patches[None], patch, (rows, columns))[0]
+    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    target, side_length = group["target"], patch * factor
+    for position in target["position"][target["valid"]].tolist():
+        top, left = position // columns * side_length, position % columns * side_length
+        cell = picture[top : top + side_length, left : left + side_length]
+        cell[:] = (cell * (1 - _VEIL) + _GREY * _VEIL).astype(np.uint8)
+        cell[0], cell[-1], cell[:, 0], cell[:, -1] = (_OUTLINE,) * 4
+    return picture
+
+
+def _words(group: dict[str, Any], tokenizer: Tokenizer) -> tuple[Word, ...]:
+    found: dict[int, Word] = {}
+    for name, side in group.items():
+        valid = side["valid"]
+        pieces = tokenizer.pieces(side["value"][valid].tolist())
+        for position, piece in zip(side["position"][valid].tolist(), pieces, strict=True):
+            if isinstance(tokenizer, WordPieceTokenizer):
+                piece = piece[2:] if piece.startswith("##") else f" {piece}"
+            found[position] = Word(piece, hidden=name == "target", predicted=None)
+    return tuple(found[position] for position in sorted(found))

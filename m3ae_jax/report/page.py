@@ -1,0 +1,247 @@
+"""The run's one HTML page, which everything feeds.
+
+A feeder (the data doctor, training curves, an evaluation) writes a fragment, ``WORKDIR/report/NN_name.html``; `build`
+joins the fragments, in the order of NN, into ``WORKDIR/report.html``. The page is one file: styles are inline, pictures
+are data: URIs, there are no scripts, and its own security policy forbids it to fetch or run anything. What comes from
+data goes through `escape`; whatever is not `Html` is escaped wherever it is put.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_DPI = 130
+
+# Control characters, and those that turn the direction of all text behind them.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+_FRAGMENT = re.compile(r"(\d+)_([\w-]+)\.html")
+_TITLE = re.compile(r"<h2>(.*?)</h2>", re.DOTALL)
+_NUMBER = re.compile(r"[−-]?\d[\d,.]*( %)?")
+_MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+
+
+class Html(str):
+    """Text that is HTML already; all other text is escaped."""
+
+
+def escape(value: object) -> Html:
+    """Any value as text of a page; control characters and changes of direction show as escapes."""
+    if isinstance(value, Html):
+        return value
+    text = str(value).encode("utf-8", "replace").decode("utf-8")
+    visible = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return Html(html.escape(visible, quote=True))
+
+
+def join(parts: Iterable[object], separator: str = "") -> Html:
+    """Parts one after the other."""
+    return Html(escape(separator).join(escape(part) for part in parts))
+
+
+def element(name: str, *parts: object, **attributes: str) -> Html:
+    """``<name attribute="...">parts</name>``; a trailing underscore of an attribute (``class_``) is left out."""
+    written = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{written}>{join(parts)}</{name}>")
+
+
+def heading(text: object) -> Html:
+    """Of a part of a section."""
+    return element("h3", text)
+
+
+def paragraph(*parts: object) -> Html:
+    """A paragraph."""
+    return element("p", *parts)
+
+
+def note(*parts: object) -> Html:
+    """A paragraph of lesser weight: what a figure means, how it was got."""
+    return element("p", *parts, class_="note")
+
+
+def data(text: object) -> Html:
+    """Words from a data set within other text: whatever their direction, they turn nothing around them."""
+    return element("bdi", text)
+
+
+def code(text: object) -> Html:
+    """Bytes, paths, commands: on one line, in a typewriter's letters."""
+    return element("code", text)
+
+
+def bullets(items: Iterable[object]) -> Html:
+    """A list; an item may be `Html`."""
+    return element("ul", *(element("li", item) for item in items))
+
+
+def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+    """A table; numbers to the right, text in its own direction. A wide one scrolls by itself.
+
+    Args:
+        columns: headings.
+        rows: cells; text such as ``1,234`` or ``0.5 %`` counts as a number, `Html` never does.
+    """
+    head = element("tr", *(element("th", column) for column in columns))
+    body = [element("tr", *(_cell(cell) for cell in row)) for row in rows]
+    whole = element("table", element("thead", head), element("tbody", *body))
+    return element("div", whole, class_="wide")
+
+
+def _cell(value: object) -> Html:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return element("td", f"{value:,}", class_="number")
+    if not isinstance(value, Html) and _NUMBER.fullmatch(str(value)):
+        return element("td", value, class_="number")
+    return element("td", value, dir="auto")
+
+
+def figure(picture: bytes | Figure, alt: str, caption: object = "") -> Html:
+    """A picture.
+
+    Args:
+        picture: the bytes of a PNG or a JPEG, or a matplotlib figure.
+        alt: says what it shows, for whoever cannot see it.
+        caption: below it.
+
+    Raises:
+        ValueError: bytes of another format.
+    """
+    encoded = _png(picture) if isinstance(picture, Figure) else picture
+    mime = next((mime for start, mime in _MIME.items() if encoded.startswith(start)), None)
+    if mime is None:
+        raise ValueError(f"a figure is a PNG or a JPEG, not {encoded[:4]!r}")
+    image = Html(f'<img src="data:{mime};base64,{base64.b64encode(encoded).decode()}" alt="{escape(alt)}">')
+    below = element("figcaption", caption) if caption else Html()
+    return element("figure", image, below)
+
+
+def _png(drawn: Figure) -> bytes:
+    FigureCanvasAgg(drawn)
+    out = io.BytesIO()
+    drawn.savefig(out, format="png", dpi=_DPI)
+    return out.getvalue()
+
+
+def gallery(figures: Iterable[Html]) -> Html:
+    """Figures side by side, as many as fit."""
+    return element("div", *figures, class_="gallery")
+
+
+def write(workdir: Path, number: int, name: str, title: str, *parts: object) -> Path:
+    """Writes a fragment, all at once, in place of the one of that name.
+
+    Args:
+        workdir: the run's folder.
+        number: its place in the page, 0 to 99.
+        name: letters, digits, ``_`` and ``-``.
+        title: in the page and its table of contents.
+        parts: what is below the title.
+
+    Raises:
+        ValueError: a name that `build` would not find.
+        OSError: it cannot be written.
+    """
+    file = Path(workdir) / "report" / f"{number:02d}_{name}.html"
+    if not _FRAGMENT.fullmatch(file.name):
+        raise ValueError(f"a fragment's name is letters, digits, _ and -, not {name!r}")
+    save(file, join([element("h2", title), *parts], "\n") + "\n")
+    return file
+
+
+def save(file: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build(workdir: Path, title: str) -> Path:
+    """Joins the fragments of ``WORKDIR/report`` into ``WORKDIR/report.html``.
+
+    Args:
+        workdir: the run's folder.
+        title: of the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    found = []
+    for file in (Path(workdir) / "report").glob("*.html"):
+        if match := _FRAGMENT.fullmatch(file.name):
+            found.append((int(match[1]), match[2], file.read_text(encoding="utf-8", errors="replace")))
+    contents, sections = [], []
+    for number, name, text in sorted(found):
+        anchor = f"{number:02d}-{name}"
+        said = _TITLE.search(text)
+        contents.append(element("a", Html(said[1]) if said else name, href=f"#{anchor}"))
+        sections.append(element("section", Html(text), id=anchor))
+    body = join([element("h1", title), element("nav", bullets(contents)), *sections], "\n")
+    page = Path(workdir) / "report.html"
+    save(page, _PAGE.replace("TITLE", escape(title)).replace("STYLE", _STYLE).replace("BODY", body))
+    return page
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>TITLE</title>
+<style>STYLE</style>
+</head>
+<body>
+BODY
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --ink: #1a1a1a; --faint: #5f6368; --paper: #ffffff; --line: #d5d8dc; --mark: #ffe08a; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --faint: #a2a7ad; --paper: #16181b; --line: #3b4047; --mark: #6b5200; --bad: #ff8a80; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.35rem; border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
+h3 { font-size: 1.1rem; margin: 2rem 0 0.5rem; }
+a { color: inherit; }
+.note, figcaption { color: var(--faint); font-size: 0.875rem; }
+.bad { color: var(--bad); font-weight: 600; }
+.wide { overflow-x: auto; margin: 0.75rem 0; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.75rem 0.25rem 0; text-align: start;
+  vertical-align: top; overflow-wrap: normal; }
+td { min-width: 5.5rem; max-width: 28rem; overflow-wrap: anywhere; }
+td.number { min-width: 0; text-align: end; white-space: nowrap; }
+code { white-space: nowrap; }
+figure { margin: 0.75rem 0; } img { max-width: 100%; height: auto; display: block; }
+figure img { background: #ffffff; }
+.gallery { display: flex; flex-wrap: wrap; gap: 1rem; }
+.gallery figure { flex: 1 1 9rem; max-width: 14rem; min-width: 0; margin: 0; }
+mark { background: var(--mark); color: inherit; border-radius: 2px; }
+.words { color: var(--ink); font-size: 0.95rem; margin: 0.25rem 0; }
+"""
