@@ -145,15 +145,16 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
         whole = [record for record in records if _size(record)]
         crops = [images.Crop(uniform_numbers(1, i, 5), tuple(data.crop_scale)) for i in range(len(whole))]
         clock("decode", lambda: [Image.open(io.BytesIO(r["image"])).load() for r in whole], len(whole))
-        pictures = np.zeros((len(whole), data.image_size, data.image_size, 3), np.uint8)
+        pictures = [images.load(r["image"], data.image_size, c) for r, c in zip(whole, crops, strict=True)]
 
         def load() -> None:
-            for i, record in enumerate(whole):
-                pictures[i] = images.load(record["image"], data.image_size, crops[i])
+            for record, crop in zip(whole, crops, strict=True):
+                images.load(record["image"], data.image_size, crop)
 
         clock("crop and resize", load, len(whole))
         seconds["crop and resize"] = max(seconds["crop and resize"] - seconds["decode"], 1e-9)
-        batch["image"] = pictures[:_BATCH]
+        clock("patch", lambda: [images.patchify(p[None], data.patch_size) for p in pictures], len(whole))
+        batch["patches"] = images.patchify(np.stack(pictures[:_BATCH]), data.patch_size)
     if "text" in modalities:
         captions = [record.get("caption", b"") for record in records]
         chunks = [captions[i : i + 8] for i in range(0, len(captions), 8)]
@@ -169,7 +170,7 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
     feed = Feed((source,), (train_view(config, source),))
     finish = Batches(config, groups, feed, tokenizer, batch_size=size).finish
     finish(columns)
-    clock("patch, mask and batch", lambda: [finish(columns) for _ in range(4)], 4 * size)
+    clock("mask and batch", lambda: [finish(columns) for _ in range(4)], 4 * size)
     return seconds
 
 

@@ -1,86 +1,358 @@
-"""Checkpoints of a run: asynchronous, the newest few and the best one kept, restored onto any mesh.
+"""Checkpoints of a run: asynchronous, checked, the newest few and the best one kept, restored onto any mesh.
 
 A checkpoint holds the whole training state and a small JSON of what identifies the run: its config, the version
-of the data order and the fingerprints of the data and the tokenizer.
+of the data order and the fingerprints of the data and the tokenizer. The order in which a save becomes a checkpoint:
+
+1. every process writes its files into a temporary folder, which process 0 then renames;
+2. process 0 writes the manifest over all of them (`m3ae_jax.checkpoint.manifest`): from now on it counts;
+3. older ones that are no longer to be kept are deleted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.path import atomicity
 
+from m3ae_jax.checkpoint import manifest
 from m3ae_jax.errors import UserError
 
+log = logging.getLogger("m3ae_jax")
+
 BEST_METRIC = "val/loss"
+RETRY_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Seconds to wait before each new attempt at a save that the storage refused."""
+
+_DAMAGED = ".damaged"
+_NONE, _REFUSED = -1, -2  # what process 0 tells the others instead of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    step: int
+    state: Any
+    meta: dict[str, Any]
+    best: dict[str, float] | None
+
+    def alive(self) -> bool:
+        """Whether no array of the state was donated to a later step."""
+        return not any(x.is_deleted() for x in jax.tree.leaves(self.state) if isinstance(x, jax.Array))
 
 
 class Checkpoints:
     """The checkpoints in one folder.
 
+    Opened for training it first tidies up: newer checkpoints than the newest whole one are set aside as
+    ``STEP.damaged``, what interrupted saves left is deleted, each with a line in the log. In a folder none of whose
+    checkpoints has a manifest, as written before manifests existed, they are taken as they are, with one warning, and
+    get manifests now.
+
+    With several processes, all of them make it and call its methods together; process 0 reads and checks.
+
     Args:
         folder: made if missing.
         keep: how many of the newest to keep; the one with the least validation loss is kept besides.
         read_only: touches nothing, not even what a running save has not finished.
+        sleep: waits so many seconds.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
     """
 
-    def __init__(self, folder: str | Path, keep: int, *, read_only: bool = False) -> None:
-        path = Path(folder).resolve()  # a relative path would fail late, in orbax's background thread
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        *,
+        read_only: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._folder = Path(folder).resolve()  # a relative path would fail late, in orbax's background thread
+        self._keep, self._read_only, self._sleep = keep, read_only, sleep
+        self._checked: set[int] = set()
+        self._pending: _Save | None = None
+        self._at_once = False
+        if not read_only:
+            newest = _on_first_process(lambda: _tidy(self._folder))
+            self._checked |= set() if newest is None else {newest}
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(
-            path,
+        return ocp.CheckpointManager(
+            self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # Without best_fn orbax writes no metrics, and forgets after a restart which one is best.
                 best_fn=_score,
                 best_mode="min",
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                read_only=self._read_only,
+                temporary_path_class=_ListedPath,
             ),
         )
 
     def save(self, state: Any, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts to save; does nothing if this step is saved already.
 
+        What the storage refuses is tried again for about 30 seconds. A save that failed in the background and whose
+        state was donated meanwhile is given up with a warning; this one is then waited for.
+
         Args:
-            state: pytree of `jax.Array` with a scalar `step`.
+            state: pytree of `jax.Array` with a scalar `step`; kept until the next save or wait.
             meta: JSON-able.
             metrics: validation figures at this step, ``{}`` if it was not evaluated.
+
+        Raises:
+            UserError: the storage refuses for good; the checkpoints before are intact.
         """
+        try:
+            self._settle()
+        except _Lost as lost:
+            log.warning("%s; saving step %d instead", lost, int(state.step))
+            self._reopen(lost.step)
+            self._at_once = True
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         best = {BEST_METRIC: metrics[BEST_METRIC]} if BEST_METRIC in metrics else None
-        self._manager.save(step, args=args, metrics=best)
+        save = _Save(step, state, meta, best)
+        try:
+            self._start(save)
+        except Exception as error:
+            self._again(save, error)
+            return
+        self._pending = save
+        if self._at_once:
+            self._settle()
+            self._at_once = False
 
     def latest(self) -> int | None:
-        """The newest complete step, None if there is none."""
-        return self._manager.latest_step()
+        """The newest whole step, None if there is none.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        return _on_first_process(lambda: _newest(self._folder)) if self._read_only else self._manager.latest_step()
 
     def best(self) -> int | None:
         """The step with the least validation loss among those kept."""
         return self._manager.best_step()
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step, on the shardings of `abstract` (`jax.ShapeDtypeStruct` leaves)."""
+        """The state of a step, on the shardings of `abstract` (`jax.ShapeDtypeStruct` leaves).
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        self._check(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=args)["state"]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved as `meta` with a step."""
+        """What was saved as `meta` with a step.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        self._check(step)
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def wait(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk.
+
+        Raises:
+            UserError: the storage refuses for good; the checkpoints before are intact.
+        """
+        try:
+            self._settle()
+        except _Lost as lost:
+            raise UserError(f"{lost}; {self._intact(lost.step)}") from None
 
     def close(self) -> None:
-        """Waits, and stops the background threads."""
-        self._manager.close()
+        """Waits, as `wait` does, and stops the background threads."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # a failed save is told above, and orbax tells it again
+                self._manager.close()
+
+    def _check(self, step: int) -> None:
+        if step not in self._checked:
+            _on_first_process(lambda: _named(self._folder, step))
+            self._checked.add(step)
+
+    def _start(self, save: _Save) -> None:
+        args = ocp.args.Composite(state=ocp.args.StandardSave(save.state), meta=ocp.args.JsonSave(save.meta))
+        started = self._manager.save(save.step, args=args, metrics=save.best)
+        assert started, f"orbax will not save step {save.step} after step {self._manager.latest_step()}"
+
+    def _settle(self) -> None:
+        save, self._pending = self._pending, None
+        if save is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._again(save, error)
+
+    def _again(self, save: _Save, error: Exception) -> None:
+        """Tries a failed save again, with longer and longer pauses."""
+        # Of several processes only one may have failed, and the others wait for it inside orbax: none tries again.
+        pauses = RETRY_AFTER if jax.process_count() == 1 else ()
+        for pause in pauses:
+            trouble = _trouble(error)
+            if not save.alive():
+                raise _Lost(save.step, trouble)
+            log.warning("step %d could not be saved (%s); again in %.0f s", save.step, trouble, pause)
+            self._sleep(pause)
+            try:
+                self._reopen(save.step)
+                self._start(save)
+                self._manager.wait_until_finished()
+                return
+            except Exception as new:
+                error = new
+        trouble = _trouble(error)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                _remove_unfinished(self._folder, save.step)
+        raise UserError(
+            f"step {save.step} could not be saved in {self._folder}: {trouble}, {len(pauses) + 1} times; "
+            f"{self._intact(save.step)}"
+        ) from None
+
+    def _reopen(self, step: int) -> None:
+        # After a failure orbax's manager believes that it still saves, and has forgotten what it meant to delete.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        _remove_unfinished(self._folder, step)
+        self._manager = self._open()
+
+    def _intact(self, failed: int) -> str:
+        before = [step for step in manifest.finished(self._folder) if step != failed]
+        return (
+            f"the last good checkpoint, step {before[0]}, is intact" if before else "there is no checkpoint before it"
+        )
+
+
+class _ListedPath(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder; process 0 alone ends it, after all have written and before older steps are deleted."""
+
+    async def finalize(self) -> None:
+        """Renames the folder and, if it is a step's and not one inside it, writes the manifest."""
+        await super().finalize()
+        final = Path(self.get_final())
+        if final.name.isdigit():
+            await asyncio.to_thread(manifest.write, final)
+
+
+class _Lost(Exception):
+    """A save failed and its arrays are gone."""
+
+    def __init__(self, step: int, trouble: str) -> None:
+        super().__init__(f"step {step} could not be saved: {trouble}")
+        self.step = step
+
+
+def _trouble(error: BaseException) -> str:
+    """What the storage said; raises `error` again if it did not come from there."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return f"{cause.strerror or cause}" + (f" ({cause.filename})" if cause.filename else "")
+        code = re.search(r"os_error_code='(\d+)'", str(cause))  # tensorstore's ValueError
+        if code:
+            return os.strerror(int(code[1]))
+        cause = cause.__cause__ or cause.__context__
+    raise error
+
+
+def _on_first_process(decide: Callable[[], int | None]) -> int | None:
+    """What process 0 decided, on every process; a `UserError` likewise."""
+    if jax.process_count() == 1:
+        return decide()
+    answer, refusal = _NONE, None
+    if jax.process_index() == 0:
+        try:
+            step = decide()
+            answer = _NONE if step is None else step
+        except UserError as error:
+            answer, refusal = _REFUSED, error
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    if answer == _REFUSED:
+        raise refusal or UserError("process 0 refused the checkpoint; it says why")
+    return None if answer == _NONE else answer
+
+
+def _newest(folder: Path) -> int | None:
+    """The newest whole step; says which ones it passes over, and why."""
+    found = manifest.survey(folder)
+    if found.whole is None and (found.damaged or found.unfinished):
+        wrong = {step: manifest.summary(problems) for step, problems in found.damaged.items()}
+        wrong |= {step: f"{manifest.NAME}: missing" for step in found.unfinished}
+        raise UserError(f"no whole checkpoint in {folder}: {'; '.join(f'{s}: {w}' for s, w in wrong.items())}")
+    if found.unlisted:
+        log.warning("%s: no checkpoint has a %s, so damage cannot be seen; taken as it is", folder, manifest.NAME)
+    for step, problems in found.damaged.items():
+        log.warning(
+            "checkpoint %s is damaged: %s; using step %d", folder / str(step), manifest.summary(problems), found.whole
+        )
+    return found.whole
+
+
+def _named(folder: Path, step: int) -> int:
+    """`step`, if it is whole."""
+    problems = manifest.problems(folder / str(step))
+    if problems and manifest.finished(folder):
+        raise UserError(f"checkpoint {folder / str(step)} is damaged: {manifest.summary(problems)}")
+    return step
+
+
+def _tidy(folder: Path) -> int | None:
+    """Leaves only checkpoints to go on from or to keep; the newest whole step."""
+    newest = _newest(folder)
+    try:
+        for name in [p.name for p in folder.glob("*" + atomicity.TMP_DIR_SUFFIX + "*")]:
+            log.info("deleting %s, which an interrupted save left", folder / name)
+            shutil.rmtree(folder / name)
+        listed = manifest.finished(folder)
+        for step in manifest.steps(folder):
+            if newest is not None and not listed:
+                manifest.write(folder / str(step))
+            elif step not in listed:
+                log.info("deleting %s: it has no %s, so it was never finished", folder / str(step), manifest.NAME)
+                shutil.rmtree(folder / str(step))
+            elif newest is not None and step > newest:
+                aside = folder / f"{step}{_DAMAGED}"
+                log.warning("setting it aside as %s", aside)
+                shutil.rmtree(aside, ignore_errors=True)
+                (folder / str(step)).rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be tidied up: {error.strerror} ({error.filename})") from None
+    return newest
+
+
+def _remove_unfinished(folder: Path, step: int) -> None:
+    for path in folder.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(path)
+    if step not in manifest.finished(folder):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder / str(step))
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -88,21 +360,29 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def find(path: str) -> tuple[Path, int]:
-    """Finds a checkpoint: a run's folder, its ``checkpoints`` folder, or one step's folder inside.
+    """Finds a whole checkpoint: a run's folder, its ``checkpoints`` folder, or one step's folder inside.
+
+    All processes call it together.
 
     Returns:
-        The ``checkpoints`` folder and the step: the newest, unless a step's folder was named.
+        The ``checkpoints`` folder and the step: the newest whole one, unless a step's folder was named.
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, the named one is damaged, or none is whole.
     """
+    folder, named = _place(path)
+    step = _on_first_process(lambda: _newest(folder) if named is None else _named(folder, named))
+    assert step is not None  # _place saw one
+    return folder, step
+
+
+def _place(path: str) -> tuple[Path, int | None]:
     root = Path(path).expanduser().resolve()
-    if root.name.isdigit() and (root / "state").is_dir():
+    if root.name.isdigit() and ((root / "state").is_dir() or (root / manifest.NAME).exists()):
         return root.parent, int(root.name)
     for folder in (root / "checkpoints", root):
-        steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-        if steps:
-            return folder, max(steps)
+        if manifest.steps(folder):
+            return folder, None
     raise UserError(
         f"no checkpoint at {path!r}: it takes a run's folder (--workdir), or one checkpoint in it, "
         "as runs/tiny/checkpoints/1000"
@@ -112,22 +392,21 @@ def find(path: str) -> tuple[Path, int]:
 def load_params(path: str) -> dict[str, Any]:
     """The parameters alone of a checkpoint, as nested dicts of NumPy arrays in host memory.
 
+    Of a run's folder it takes the newest checkpoint and no other, even if that is damaged. All processes call it
+    together.
+
     Raises:
-        UserError: no checkpoint there.
+        UserError: no checkpoint there, or it is damaged.
     """
-    folder, step = find(path)
+    folder, named = _place(path)
+    newest = max(manifest.finished(folder) or manifest.steps(folder))
+    step = _on_first_process(lambda: _named(folder, newest if named is None else named))
     place = folder / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(place).item_metadata.tree
         params = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree["params"])}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy()), params)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
         restored = checkpointer.restore(
             place, args=ocp.args.PyTreeRestore(item=params, restore_args=restore_args, partial_restore=True)
         )
     return restored["params"]
-
-
-def _numpy() -> type:
-    import numpy as np
-
-    return np.ndarray

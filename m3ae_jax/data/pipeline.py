@@ -263,7 +263,8 @@ class _Stages:
             "noise": ((count, sum(group.tokens for group in self._groups)), np.float32),
         }
         if "image" in self.modalities:
-            columns["image"] = ((count, data.image_size, data.image_size, 3), np.uint8)
+            rows, across = grid(self._config)
+            columns["patches"] = ((count, rows * across, 3 * data.patch_size**2), np.uint8)
         if "text" in self.modalities:
             columns |= {"ids": ((count, data.max_text_tokens), np.int32), "length": ((count,), np.int32)}
         return columns
@@ -302,11 +303,12 @@ class _Stages:
                 record = self._read(place, np.array([index]))[0]
                 out["index"][0] = index
             try:
-                out["image"][0] = images.load(record.get("image", b""), data.image_size, crop)
+                picture = images.load(record.get("image", b""), data.image_size, crop)
             except images.Unusable as error:
                 if not attempt:
                     out["reason"][0] = images.REASONS.index(str(error))
             else:
+                out["patches"][:] = images.patchify(picture[None], data.patch_size)
                 out["attempt"][0] = attempt
                 return record
         out["attempt"][0], out["index"][0] = ATTEMPTS, int(view.order.index(draw))
@@ -351,7 +353,7 @@ class _Stages:
     def _patches(self, batch: dict[str, Any], valid: Any) -> tuple[Any, Any]:
         import tensorflow as tf
 
-        patches = images.patchify(batch["image"], self._config.data.patch_size)
+        patches = batch["patches"]
         return patches, tf.tile(valid[:, None], [1, patches.shape[1]])
 
     def _words(self, batch: dict[str, Any], valid: Any) -> tuple[Any, Any]:

@@ -5,11 +5,13 @@ and from then on example i is two `pread` calls. Nothing is ever extracted to di
 
 A member's key is its path up to the first dot of the base name; the rest, lowercased, is its extension. An
 example is a picture (the first member of its key with a picture's extension) and a caption (the .txt, or the
-.json where there is no .txt or it is of zero bytes). What cannot be used is left out and counted by reason.
+.json where there is no .txt or it is of zero bytes; its field may be a list of several captions). What cannot be used
+is left out and counted by reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m3ae_jax.data.sources.base import Record, SourceOptions
+from m3ae_jax.data.sources.base import Record, SourceOptions, several
 from m3ae_jax.data.sources.files import File, expand, file_cache, gzip_line, open_file
 from m3ae_jax.data.sources.index import Index, Shard, Tally, report, skip_line
 from m3ae_jax.errors import UserError
@@ -67,7 +69,8 @@ class WebDatasetSource:
         Args:
             path: a folder (all its `*.tar`), a glob, a range as `{00000..00012}.tar`, one file, or several of
                 these separated by commas. A shard named twice counts once.
-            options: `caption_key` is the field of the .json that holds the caption, by default ``caption``.
+            options: `caption_key` is the field of the .json that holds the caption, by default ``caption``; with
+                ``captions="all"`` every caption of a list is an example (the .json are then read once, for the index).
 
         Raises:
             UserError: `path` names no shard, or a file that is no tar, or there is no pair in it.
@@ -76,6 +79,10 @@ class WebDatasetSource:
         self._paths = expand(path, (".tar",), _FORMS)
         self._caption_key = caption_key = options.caption_key or "caption"
         index = Index("webdataset", _INDEX_VERSION, 5, _scan, options.cache_dir)
+        self._each = options.captions == "all"
+        if self._each:
+            kind = "webdataset_all_" + re.sub(r"\W", "_", caption_key)
+            index = Index(kind, _INDEX_VERSION, 6, lambda path: _scan_all(path, caption_key), options.cache_dir)
         shards = index.of(self._paths)
         self.report = report(shards)
         if not self.report.examples:
@@ -111,22 +118,25 @@ class WebDatasetSource:
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         records: list[Record] = []
         for shard, row in zip(shards.tolist(), self._rows[indices].tolist(), strict=True):
-            image_offset, image_size, caption_offset, caption_size, kind = row
+            image_offset, image_size, caption_offset, caption_size, kind = row[:5]
             opened = self._open(self._paths[shard])
-            caption = opened.read(caption_offset, caption_size)
+            captions = [opened.read(caption_offset, caption_size)]
             if kind == _KIND_JSON:
-                caption = _json_caption(caption, self._caption_key)
-            records.append({"image": opened.read(image_offset, image_size), "caption": caption})
+                captions = _json_captions(captions[0], self._caption_key)
+            if self._each:
+                captions = captions[row[5] : row[5] + 1]
+            records.append({"image": opened.read(image_offset, image_size), **several(captions)})
         return records
 
 
-def _json_caption(data: bytes, key: str) -> bytes:
+def _json_captions(data: bytes, key: str) -> list[bytes]:
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        return b""
-    caption = fields.get(key) if isinstance(fields, dict) else None
-    return caption.encode("utf-8", "replace") if isinstance(caption, str) else b""
+        return []
+    found = fields.get(key) if isinstance(fields, dict) else None
+    captions = found if isinstance(found, list) else [found]
+    return [caption.encode("utf-8", "replace") for caption in captions if isinstance(caption, str)]
 
 
 # --- one shard ---------------------------------------------------------------------------------------------
@@ -194,6 +204,18 @@ def _scan(path: str) -> Shard:
             rows.append(row)
     table = np.array(sorted(rows), np.int64).reshape(len(rows), 5)
     return Shard(file.size, file.mtime_ns, table, tally.skipped, grouped)
+
+
+def _scan_all(path: str, caption_key: str) -> Shard:
+    """As `_scan`, with a row for each caption; its number is a sixth column."""
+    shard, file = _scan(path), open_file(path)
+    counts = [
+        max(len(_json_captions(file.read(offset, size), caption_key)), 1) if kind == _KIND_JSON else 1
+        for _, _, offset, size, kind in shard.rows.tolist()
+    ]
+    numbers = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0)]).astype(np.int64)
+    rows = np.concatenate([np.repeat(shard.rows, counts, axis=0), numbers[:, None]], axis=1)
+    return dataclasses.replace(shard, rows=rows)
 
 
 def _check_is_tar(path: str, start: bytes) -> None:

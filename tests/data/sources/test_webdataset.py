@@ -183,6 +183,19 @@ def test_caption(tmp_path: Path, members: list[Member], caption: bytes) -> None:
     assert everything(read_one(tmp_path, [("a.jpg", b"picture"), *members])) == [(b"picture", caption)]
 
 
+@pytest.mark.parametrize("captions", ["draw", "all"])
+def test_several_captions_of_a_json(tmp_path: Path, captions: str) -> None:
+    members = [("a.jpg", b"A"), ("a.json", b'{"caption": ["one", 2, "three"]}'), *sample("b"), ("c.png", b"C")]
+    path = write_tar(tmp_path / "0.tar", [*members, ("c.json", b'{"caption": []}')])
+    source = WebDatasetSource(str(path), SourceOptions(captions=captions))
+    b = (b"picture of b", b"caption of b")
+    if captions == "all":
+        assert everything(source) == [(b"A", b"one"), (b"A", b"three"), b, (b"C", b"")]
+    else:
+        assert everything(source) == [(b"A", b"one"), b, (b"C", b"")]
+        assert source.read(np.array([0]))[0]["captions"] == (b"one", b"three")
+
+
 def test_caption_key(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"i"), ("a.json", b'{"caption": "c", "alt": "other"}')])
     source = WebDatasetSource(str(path), SourceOptions(caption_key="alt"))
