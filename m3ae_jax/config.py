@@ -120,6 +120,7 @@ def default() -> ConfigDict:
     c.data.train = source_fields("train")
     c.data.val = source_fields("val")
     c.data.mixture = ConfigDict()  # several sources in place of data.train: {name: source_fields()}
+    c.data.mixture_rows = 0  # every kind of data has a multiple of these rows in a batch; 0: see mixture.grain_of
     c.data.epoch_source = ""  # of a mixture: whose passes durations in epochs count; "": that with the largest weight
     c.data.scenes = ConfigDict()  # difficulty of the built-in data set
     c.data.scenes.seed = 0
@@ -506,6 +507,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**31 - 1),
     ("batch_size", 1, _BIG),
     ("data.threads", 0, 1024),
+    ("data.mixture_rows", 0, _BIG),
     ("data.max_bad_fraction", 0, 1),
     ("model.width", 0, _BIG),
     ("model.depth", 0, _BIG),

@@ -21,7 +21,9 @@ MAX_PIXELS = 2**26
 
 EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED = "empty file", "not a picture", "too many pixels", "damaged picture"
 
-REASONS = ("", EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED)
+NO_WORDS = "no words"  # of a text that stands alone
+REASONS = ("", EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED, NO_WORDS)
+_MOST_SCANS = 200  # of a progressive JPEG; real ones have about ten, and each is a pass over all pixels
 
 _ORIENTATION = 0x0112  # Exif's tag
 TURNS = {
@@ -135,6 +137,8 @@ def load(encoded: bytes, size: int, crop: Crop = Crop()) -> np.ndarray:
         if crop.mirrored:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(on_white(part))
+    except MemoryError:
+        raise  # says nothing of the picture
     except Exception as error:  # whatever a codec raises on damage: it is never the program's fault
         raise Unusable(TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED) from error
 
@@ -157,13 +161,18 @@ def open_picture(encoded: bytes) -> Image.Image:
         raise Unusable(DAMAGED) from error
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise Unusable(TOO_LARGE)
+    if image.format in ("JPEG", "MPO") and encoded.count(b"\xff\xda") > _MOST_SCANS:
+        raise Unusable(DAMAGED)
     return image
 
 
 def turn_of(image: Image.Image) -> int:
     """Exif's orientation, 1 to 8."""
     # Most files have no Exif; and of a PNG without it Pillow would decode everything to look behind the pixels.
-    found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    except Exception:  # damaged Exif, of which Pillow raises many kinds, says nothing of the pixels
+        found = 1
     return found if found in TURNS else 1
 
 
@@ -188,7 +197,11 @@ def eight_bit(image: Image.Image) -> Image.Image:
     """The picture in L, RGB or RGBA, eight bits a channel."""
     if image.mode.startswith("I"):  # 16 bits: 65535 is white, and Pillow would clip at 255
         deep = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((np.minimum(deep, 65_535) + 128) // 257).astype(np.uint8))
+        grey = ((np.minimum(deep, 65_535) + 128) // 257).astype(np.uint8)
+        if "transparency" not in image.info:
+            return Image.fromarray(grey)
+        seen = np.where(deep == image.info["transparency"], 0, 255).astype(np.uint8)
+        return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(seen))).convert("RGBA")
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return image.convert("RGBA")
     return image if image.mode in ("L", "RGB") else image.convert("RGB")

@@ -125,10 +125,10 @@ class Mixture:
         views = []
         for place in part.members:
             member = self.members[place]
-            name = member.name if self.names else config.data.train.source
-            seed = fold_seed(config.seed, name, "train")
-            order = Order(len(member.source), seed)
-            views.append(View(order, seed, augment=True, caption_fraction=config.data.caption_fraction))
+            seed = fold_seed(config.seed, member.name, "train")
+            # A share of the pictures keeps its caption; texts that have no picture are all kept.
+            fraction = 1.0 if self.names and part.modalities == ("text",) else config.data.caption_fraction
+            views.append(View(Order(len(member.source), seed), seed, augment=True, caption_fraction=fraction))
         sources = tuple(self.members[place].source for place in part.members)
         return Feed(sources, tuple(views), part.members, part.turns)
 
@@ -146,6 +146,7 @@ def open_mixture(config: ConfigDict, unit: int) -> Mixture:
     Raises:
         UserError: a source is missing, or the batch is too small for its parts.
     """
+    grain = grain_of(config, unit)
     if not config.data.mixture:
         source = build_source(config, "train")
         members: tuple[Member, ...] = (Member("train", source, tuple(config.data.modalities), 1.0),)
@@ -156,11 +157,40 @@ def open_mixture(config: ConfigDict, unit: int) -> Mixture:
             wanted = modalities_of(name, spec, config, source.modalities)
             opened.append(Member(name, source, wanted, spec.weight))
         members = tuple(opened)
-    parts = cut([m.modalities for m in members], [m.weight for m in members], config.batch_size, unit)
+    parts = cut([m.modalities for m in members], [m.weight for m in members], config.batch_size, grain)
     names = [member.name for member in members]
     largest = max(range(len(members)), key=lambda i: members[i].weight)
     counted = names.index(config.data.epoch_source) if config.data.epoch_source else largest
     return Mixture(members, parts, config.batch_size, counted)
+
+
+def grain_of(config: ConfigDict, unit: int) -> int:
+    """Rows of which every part of a batch has a multiple: of the config alone, so that no mesh changes the numbers.
+
+    Args:
+        config: resolved.
+        unit: what the mesh and the micro-batches need.
+
+    Raises:
+        UserError: it is not divisible by `unit`.
+    """
+    if not config.data.mixture:
+        return unit
+    power_of_two = config.batch_size & -config.batch_size  # the largest that divides it
+    most = min(256, power_of_two, max(1, config.batch_size // 8))
+    grain = config.data.mixture_rows or 1 << (most.bit_length() - 1)
+    if config.batch_size % grain:
+        raise UserError(f"batch_size={config.batch_size} is not divisible by data.mixture_rows={grain}")
+    if grain % unit:
+        raise UserError(
+            f"data.mixture_rows={grain} (0: the largest power of two up to 256 and an eighth of the batch) is not "
+            f"divisible by {unit} (mesh: data x fsdp, times micro_batches); set it to a multiple (another run)"
+        )
+    return grain
+
+
+_HELD = {"text": ("text",)}
+"""Modalities of formats that hold no others, where the data need not be there."""
 
 
 def modalities_of(
@@ -180,7 +210,7 @@ def modalities_of(
     asked = tuple(spec.modalities)
     if held is not None and any(m not in held for m in asked):
         raise UserError(f"data.mixture.{name}.modalities={asked!r}, but the source holds only {', '.join(held)}")
-    usable = asked or tuple(held if held is not None else config.data.modalities)
+    usable = asked or tuple(held if held is not None else _HELD.get(spec.source, config.data.modalities))
     found = tuple(m for m in config.data.modalities if m in usable)
     if not found:
         raise UserError(
@@ -237,7 +267,16 @@ def spread(counts: np.ndarray) -> np.ndarray:
 
 
 def cut_mixture(config: ConfigDict, batch_size: int, unit: int) -> tuple[Part, ...]:
-    """`cut` of a config's mixture, whose data need not be there; nothing without one."""
+    """`cut` of a config's mixture, whose data need not be there; nothing without one of several sources.
+
+    Args:
+        config: resolved.
+        batch_size: the config's, or a smaller one of which operations are counted.
+        unit: as `grain_of` takes it, of the config's own batch.
+    """
     specs = sorted(config.data.mixture.items())
+    if len(specs) < 2:
+        return ()
     weights = [spec.weight for _, spec in specs]
-    return cut([modalities_of(n, s, config) for n, s in specs], weights, batch_size, unit) if specs else ()
+    grain = grain_of(config, unit) if batch_size == config.batch_size else unit
+    return cut([modalities_of(n, s, config) for n, s in specs], weights, batch_size, grain)

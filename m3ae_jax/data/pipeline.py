@@ -19,6 +19,7 @@ pixels against Pillow's 1.7, knew no Exif, no 16 bits and no alpha, and could no
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Generator
@@ -32,6 +33,8 @@ from m3ae_jax.data.order import ATTEMPTS, Order, fold_seed, keeps_caption, token
 from m3ae_jax.data.sources.base import Record, Source
 from m3ae_jax.data.text import Tokenizer, encode_batch
 from m3ae_jax.errors import UserError
+
+log = logging.getLogger("m3ae_jax")
 
 _READ_TRIES = 4
 _CHUNK = 8  # examples that one thread works on at a time
@@ -121,13 +124,13 @@ class Feed:
 
 def train_view(config: ConfigDict, source: Source) -> View:
     """The endless shuffled view that training draws from."""
-    seed = fold_seed(config.seed, config.data.train.source, "train")
+    seed = fold_seed(config.seed, "train", "train")  # not of the format: repacked data are the same data
     return View(Order(len(source), seed), seed, augment=True, caption_fraction=config.data.caption_fraction)
 
 
 def eval_view(config: ConfigDict, source: Source, examples: int) -> View:
     """The first `examples` examples in order, each with one fixed mask."""
-    seed = fold_seed(config.seed, config.data.val.source, "val")
+    seed = fold_seed(config.seed, "val", "val")
     order = Order(len(source), seed, shuffle=False)
     return View(order, seed, augment=False, end=min(examples, len(source)))
 
@@ -270,6 +273,16 @@ class _Stages:
         return columns
 
     def _load(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
+        try:
+            return self._loaded(places, draws, indices)
+        except Exception as error:  # in tf.data's threads it would become a page of C++ and Python
+            log.debug("reading examples %s failed", indices, exc_info=True)
+            names = ", ".join(sorted({type(self._feed.sources[place]).__name__ for place in places.tolist()}))
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failure = self.failure or UserError(f"{names}: reading examples {indices.tolist()} failed: {said}")
+            return [np.zeros(shape, dtype) for shape, dtype in self._columns(len(draws)).values()]
+
+    def _loaded(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
         out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._columns(len(draws)).items()}
         records = [Record()] * len(draws)
         for place in set(places.tolist()):
@@ -287,7 +300,26 @@ class _Stages:
         if "text" in self.modalities:
             assert self._tokenizer is not None
             out["ids"], out["length"] = encode_batch(self._tokenizer, captions, self._config.data.max_text_tokens)
+            if "image" not in self.modalities:  # beside a picture an empty caption is none; alone it is nothing
+                for row in np.flatnonzero(out["length"] == 0).tolist():
+                    self._replace_text(places[row], draws[row], {n: column[row : row + 1] for n, column in out.items()})
         return list(out.values())
+
+    def _replace_text(self, place: int, draw: int, out: dict[str, np.ndarray]) -> None:
+        """Puts the first candidate with words in the place of a caption without any."""
+        assert self._tokenizer is not None
+        view = self._feed.views[place]
+        out["reason"][0] = images.REASONS.index(images.NO_WORDS)
+        uniform = uniform_numbers(view.seed, int(draw), _DRAWS)
+        for attempt in range(1, ATTEMPTS):
+            index = int(view.order.index(draw, attempt))
+            caption = _drawn(self._read(place, np.array([index]))[0], uniform[5])
+            ids, length = encode_batch(self._tokenizer, [caption], self._config.data.max_text_tokens)
+            if length[0]:
+                out["ids"][:], out["length"][:] = ids, length
+                out["attempt"][0], out["index"][0] = attempt, index
+                return
+        out["attempt"][0] = ATTEMPTS
 
     def _first_usable(
         self, place: int, draw: int, record: Record, uniform: np.ndarray, out: dict[str, np.ndarray]

@@ -73,7 +73,8 @@ def priors(setup: Setup) -> dict[str, float]:
                     statistics[name].count(seen["value"], seen["position"], seen["valid"])
     sums = {name: np.zeros(2) for name in statistics}
     for batch in setup.val_batches:
-        for name, (value, position, valid) in _targets(targets, batch).items():
+        found = _targets(targets, batch)
+        for name, (value, position, valid) in ((n, t) for n, t in found.items() if n in statistics):
             error = np.where(valid, statistics[name].error(value, position), 0.0).sum(axis=-1)
             count = valid.sum(axis=-1)
             if name == "text" and setup.config.loss.text_average == "token":

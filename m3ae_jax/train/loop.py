@@ -256,7 +256,7 @@ class _Tried:
     """Counts candidates that did not decode, over all processes: what is decided by it, all must decide alike."""
 
     def __init__(self) -> None:
-        self._rows: list[np.ndarray] = []
+        self._counts = np.zeros(len(REASONS) + 2, np.int32)  # replaced by reason, draws, draws that gave nothing
         self.by_reason = np.zeros(len(REASONS), np.int64)
         self.draws = 0
         self._nothing = False
@@ -264,19 +264,21 @@ class _Tried:
     def add(self, batch: dict[str, Any]) -> None:
         """Takes the attempts of this process's rows of a batch."""
         for part in batch.get("parts", {"": batch}).values():
-            self._rows.append(np.stack([part["example"]["attempt"], part["example"]["reason"]]))
+            attempt, reason = part["example"]["attempt"], part["example"]["reason"]
+            self._counts[: len(REASONS)] += np.bincount(reason[attempt > 0], minlength=len(REASONS)).astype(np.int32)
+            self._counts[-2:] += np.array([attempt.size, (attempt == ATTEMPTS).sum()], np.int32)
 
     def figures(self) -> dict[str, float]:
         """Of what was added since the last call: replaced draws, in all and by reason."""
-        rows = np.concatenate(self._rows, axis=1)
-        self._rows = []
-        attempt, reason = np.moveaxis(multihost_utils.process_allgather(rows), -2, 0).reshape(2, -1)
-        counts = np.bincount(reason[attempt > 0], minlength=len(REASONS))
+        gathered = np.asarray(multihost_utils.process_allgather(self._counts), np.int64)
+        *found, draws, nothing = gathered.reshape(-1, len(self._counts)).sum(0).tolist()
+        self._counts[:] = 0
+        counts = np.array(found)
         self.by_reason += counts
-        self.draws += attempt.size
-        self._nothing = bool((attempt == ATTEMPTS).all())
-        found = {f"replaced/{r.replace(' ', '_')}": float(n) for r, n in zip(REASONS, counts, strict=True) if r and n}
-        return {"replaced_examples": float((attempt > 0).sum()), **found}
+        self.draws += draws
+        self._nothing = nothing == draws
+        named = {f"replaced/{r.replace(' ', '_')}": float(n) for r, n in zip(REASONS, counts, strict=True) if r and n}
+        return {"replaced_examples": float(counts.sum()), **named}
 
     def summary(self) -> str:
         """All replacements so far, in one line."""

@@ -193,6 +193,11 @@ def prepare(config: ConfigDict) -> Setup:
     train_data = open_mixture(config, batch_parts(mesh) * config.micro_batches)
     has_val = config.data.val.path or config.data.val.source == "scenes"
     val_source = build_source(config, "val") if has_val else None
+    if val_source and not set(val_source.modalities) & set(config.data.modalities):
+        raise UserError(
+            f"data.val holds only {', '.join(val_source.modalities)}, and data.modalities="
+            f"{tuple(config.data.modalities)!r} trains none of it"
+        )
     tokenizer = None
     if "text" in config.data.modalities:
         if not config.data.tokenizer:

@@ -130,7 +130,7 @@ _LossOf = Callable[..., LossOutput]
 def _named(metric: str, sources: tuple[str, ...]) -> str:
     """``TERM/NUMBER`` with the source's name."""
     term, slash, number = metric.partition("/")
-    return f"{term}/{sources[int(number)]}" if slash and sources else metric
+    return f"{term}/{sources[int(number)]}" if slash and sources and number.isdigit() else metric
 
 
 def _gradient(

@@ -145,6 +145,29 @@ def test_exif_orientation_is_applied(form: str, turn: int) -> None:
         assert np.abs(load(file.getvalue(), 24, crop).astype(int) - want).max() <= 1
 
 
+def test_a_deep_grey_that_is_transparent_shows_white() -> None:
+    pixels = np.full((SIDE, SIDE), 1000, np.uint16)
+    pixels[:20] = 65_535 // 2
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", transparency=1000)
+    image = load(file.getvalue(), SIDE)
+    assert (image[0] == 127).all() and (image[-1] == 255).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_says_nothing_of_the_pixels(form: str) -> None:
+    encoded = encode(smooth(), form, exif=b"Exif\0\0garbage that is no TIFF")
+    assert images.size_of(encoded) == (SIDE, SIDE)
+    assert np.abs(load(encoded, SIDE).astype(int) - smooth()).mean() < 16
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    encoded = NEARLY["jpeg progressive"]
+    last = encoded.rindex(b"\xff\xda")
+    with pytest.raises(Unusable, match=images.DAMAGED):
+        load(encoded[:-2] + encoded[last:-2] * 1000 + encoded[-2:], 16)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and has no pixels."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"]

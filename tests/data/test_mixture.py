@@ -119,6 +119,27 @@ def test_too_small_a_batch_is_refused_with_its_numbers():
         mixed(batch_size=8, unit=4)
 
 
+@pytest.mark.parametrize("unit", [1, 2, 8, 64, 256])
+def test_no_mesh_changes_the_parts(unit):
+    c = two(**{"data.mixture.a_pairs.weight": 5.0})
+    assert [part.size for part in open_mixture(c, unit).parts] == [2560, 1536]
+    assert open_mixture(c, unit).fingerprint == open_mixture(c, 1).fingerprint
+
+
+def test_a_mesh_that_does_not_divide_the_parts_is_refused():
+    with pytest.raises(UserError, match=r"data\.mixture_rows=256 .* is not divisible by 512"):
+        open_mixture(two(), 512)
+    with pytest.raises(UserError, match=r"batch_size=4096 is not divisible by data\.mixture_rows=48"):
+        open_mixture(two(**{"data.mixture_rows": 48}), 1)
+    assert [part.size for part in open_mixture(two(**{"data.mixture_rows": 512}), 512).parts] == [1024, 3072]
+
+
+def test_a_share_of_the_captions_leaves_texts_alone():
+    data = open_mixture(two(**{"data.caption_fraction": 0.1}), 1)
+    shares = {part.name: data.feed(part, two(**{"data.caption_fraction": 0.1})).views[0] for part in data.parts}
+    assert {name: view.caption_fraction for name, view in shares.items()} == {"image+text": 0.1, "text": 1.0}
+
+
 # -- draws
 
 

@@ -318,6 +318,30 @@ def test_text_alone_looks_at_no_picture() -> None:
             assert (value[valid] == i + 1).all() and valid.sum() == 1 + i % WORDS
 
 
+def test_a_text_without_words_is_replaced() -> None:
+    blank = {2, 5}
+    data = FakeSource([{"caption": b"" if i in blank else record(i)["caption"]} for i in range(N)], ("text",))
+    found = list(batches(data, groups=(TEXT,)))
+    index, attempt = column(found, "example.index"), column(found, "example.attempt")
+    assert not set(index) & blank and (attempt > 0).any()
+    assert set(column(found, "example.reason")[attempt > 0]) == {images.REASONS.index(images.NO_WORDS)}
+    for i, (value, _, valid) in zip(index, parts(found, "text"), strict=True):
+        assert (value[valid] == i + 1).all() and valid.sum() == 1 + i % WORDS
+    nothing = list(batches(FakeSource([{"caption": b""}] * N, ("text",)), groups=(TEXT,), stop_step=1))
+    assert (column(nothing, "example.attempt") == ATTEMPTS).all() and not column(nothing, "example.valid").any()
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), MemoryError(), StopIteration()])
+def test_whatever_a_source_raises_becomes_one_line(error: Exception) -> None:
+    class Raising(FakeSource):
+        def read(self, indices: np.ndarray) -> list[Record]:
+            raise error
+
+    with pytest.raises(UserError, match=rf"Raising: reading examples \[.*\] failed: {type(error).__name__}") as found:
+        next(iter(batches(Raising(source().records))))
+    assert "\n" not in str(found.value)
+
+
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(UserError, match=r"'text'.*only image"):
         batches(FakeSource([], ("image",)), View(Order(1, 0), 0, False))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from m3ae_jax.data.sources.base import Record, SourceOptions, class_captions
-from m3ae_jax.data.sources.folder import Names, is_picture, local_folder, read_whole, sizes_digest, summary
+from m3ae_jax.data.sources.folder import Names, is_picture, local_folder, read_picture, sizes_digest, summary
 from m3ae_jax.data.sources.index import Tally, printable, skip_line
 from m3ae_jax.errors import UserError, one_of
 
@@ -92,7 +92,7 @@ class ClassFoldersSource:
         """
         records = []
         for i, label in zip(indices.tolist(), self._labels[indices].tolist(), strict=True):
-            record = Record(image=read_whole(os.path.join(self._root, self._names[i])), label=label)
+            record = Record(image=read_picture(self._root, self._names[i]), label=label)
             if self._captions:
                 record["caption"] = self._captions[label]
             records.append(record)

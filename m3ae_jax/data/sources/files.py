@@ -75,7 +75,7 @@ def _expand_ranges(name: str) -> list[str]:
 
 
 def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[str]:
-    names = sorted(os.listdir(folder))
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     found = [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
     if not found:
         for name in names:

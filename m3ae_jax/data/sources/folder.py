@@ -135,6 +135,19 @@ def read_whole(path: bytes) -> bytes:
         return file.read()
 
 
+def read_picture(root: bytes, name: bytes) -> bytes:
+    """A picture's bytes; none if that file alone cannot be read, which the pipeline then replaces.
+
+    Raises:
+        OSError: the storage failed, or the whole folder is gone.
+    """
+    try:
+        return read_whole(os.path.join(root, name))
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+        os.listdir(root)
+        return b""
+
+
 def sizes_digest(root: bytes, names: Names) -> bytes:
     """A hash of the sizes of at most `_SIZED` of the files, evenly spread.
 
@@ -582,7 +595,7 @@ class FolderSource:
         """
         records = self._captions.read(indices)
         for record, number in zip(records, self._captions.pictures[indices].tolist(), strict=True):
-            record["image"] = read_whole(os.path.join(self._root, self._names[number]))
+            record["image"] = read_picture(self._root, self._names[number])
         return records
 
 

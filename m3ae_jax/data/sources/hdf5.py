@@ -47,7 +47,7 @@ from m3ae_jax.data.sources.base import (
     several,
 )
 from m3ae_jax.data.sources.files import expand, is_remote
-from m3ae_jax.data.sources.index import IndexReport
+from m3ae_jax.data.sources.index import Shard, Tally, report
 from m3ae_jax.errors import UserError
 
 _FORMS = (
@@ -104,7 +104,18 @@ class HDF5Source:
                     f"data.*.path={part.strip()!r}: HDF5 is read from local files; copy it or mount the store"
                 )
         paths = expand(path, (".h5", ".hdf5", ".hdf"), _FORMS)
-        self._files = [_inspect(file, options) for file in paths]
+        tally = Tally("data.*.path")
+        self._files: list[_File] = []
+        for name in paths:
+            try:
+                self._files.append(_inspect(name, options))
+            except _NotWhole as error:
+                if len(paths) == 1:
+                    raise
+                _log.warning("hdf5: left out: %s", error)
+                tally.add("unusable file", str(error))
+        if not self._files:
+            raise UserError(f"data.*.path={path!r}: none of its {len(paths)} files can be read")
         first = self._files[0]
         self._caption_count = first.captions
         for file in self._files:
@@ -122,7 +133,8 @@ class HDF5Source:
         self._starts = np.cumsum([0] + [file.length * self._per_row for file in self._files], dtype=np.int64)
         if not len(self):
             raise UserError(f"data.*.path={path!r} holds no example: {first.said} has no rows")
-        self.report = IndexReport(len(self._files), len(self), {}, {})
+        left_out = Shard(0, 0, np.zeros((0, 0)), tally.skipped)
+        self.report = dataclasses.replace(report([left_out]), shards=len(self._files), examples=len(self))
         parts = [(os.path.basename(f.path), f.size, f.length, f.image, f.caption, f.label) for f in self._files]
         told = json.dumps([parts, self._per_row, options.template if self._class_captions else ""])
         self._fingerprint = hashlib.sha256(f"hdf5 1 {told}".encode()).hexdigest()[:16]
@@ -311,6 +323,10 @@ def _open(path: str) -> Any:
     return _h5py().File(path, "r", locking=False, rdcc_nbytes=_CHUNK_CACHE)
 
 
+class _NotWhole(UserError):
+    """A damaged file, which does not stop the others."""
+
+
 def _inspect(path: str, options: SourceOptions) -> _File:
     """Finds the data sets of a file and checks them.
 
@@ -326,7 +342,7 @@ def _inspect(path: str, options: SourceOptions) -> _File:
     except _DAMAGE as error:
         _raise_failure(error)
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise UserError(f"data.*.path: {path} is no whole HDF5 file: {reason or type(error).__name__}") from None
+        raise _NotWhole(f"data.*.path: {path} is no whole HDF5 file: {reason or type(error).__name__}") from None
 
 
 def _inspect_open(path: str, size: int, file: Any, options: SourceOptions) -> _File:

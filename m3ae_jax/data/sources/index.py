@@ -13,7 +13,6 @@ import logging
 import os
 import time
 import uuid
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_jax.data.sources.files import is_remote, open_file
+from m3ae_jax.errors import UserError
 
 _SCAN_THREADS = 4  # for slow disks; with more, and data at hand, threads stand in each other's way
 
@@ -138,7 +138,8 @@ class Index:
         _log.info("%s: indexing %d files of %s (once)", self._kind, len(missing), folder)
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
             paths = [os.path.join(folder, name) for name in missing]
-            fresh = dict(zip(missing, pool.map(self._scan, paths), strict=True))
+            scan = self._scan if len(names) == 1 else self._scan_or_leave_out
+            fresh = dict(zip(missing, pool.map(scan, paths), strict=True))
         known |= fresh
         saved = self._save(places, known)
         self._tell(fresh, time.monotonic() - began, saved)
@@ -147,14 +148,20 @@ class Index:
     def _load(self, place: Path, folder: str) -> dict[str, Shard]:
         """The files of an index that are still as they were; none where it cannot be read."""
         try:
-            with open(place, "rb") as file, np.load(file, allow_pickle=False) as index:
-                if int(index["version"]) != self._version or index["rows"].shape[1] != self._columns:
-                    return {}
-                columns = zip(*(index[column].tolist() for column in ("sizes", "times", "grouped")), strict=True)
-                names, skipped = json.loads(str(index["names"])), json.loads(str(index["skipped"]))
-                rows = np.split(index["rows"], np.cumsum(index["counts"])[:-1])
-        except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile):
+            return self._loaded(place, folder)
+        except FileNotFoundError:
             return {}
+        except Exception as error:  # a damaged zip raises many kinds, and an index can be built again
+            _log.warning("%s: the index %s cannot be read (%s) and is built anew", self._kind, place, error)
+            return {}
+
+    def _loaded(self, place: Path, folder: str) -> dict[str, Shard]:
+        with open(place, "rb") as file, np.load(file, allow_pickle=False) as index:
+            if int(index["version"]) != self._version or index["rows"].shape[1] != self._columns:
+                return {}
+            columns = zip(*(index[column].tolist() for column in ("sizes", "times", "grouped")), strict=True)
+            names, skipped = json.loads(str(index["names"])), json.loads(str(index["skipped"]))
+            rows = np.split(index["rows"], np.cumsum(index["counts"])[:-1])
         shards = {}
         for name, (size, mtime_ns, grouped), part, left_out in zip(names, columns, rows, skipped, strict=True):
             with contextlib.suppress(OSError):  # a file that is gone is not known
@@ -181,6 +188,17 @@ class Index:
                 _write_atomically(place, arrays)
                 return place
         return None
+
+    def _scan_or_leave_out(self, path: str) -> Shard:
+        """One bad file among others never ends a run."""
+        try:
+            return self._scan(path)
+        except (UserError, FileNotFoundError, IsADirectoryError) as error:
+            _log.warning("%s: left out: %s", self._kind, error)
+            tally = Tally(os.path.basename(path))
+            tally.add("unusable file", " ".join(str(error).split()))
+            size, time_ns = (0, 0) if isinstance(error, OSError) else _size_and_time(path)
+            return Shard(size, time_ns, np.zeros((0, self._columns), np.int64), tally.skipped)
 
     def _tell(self, fresh: dict[str, Shard], seconds: float, saved: Path | None) -> None:
         where = saved or "nowhere: no folder can be written, so the next start indexes again"

@@ -12,6 +12,7 @@ is left out and counted by reason.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -81,7 +82,7 @@ class WebDatasetSource:
         index = Index("webdataset", _INDEX_VERSION, 5, _scan, options.cache_dir)
         self._each = options.captions == "all"
         if self._each:
-            kind = "webdataset_all_" + re.sub(r"\W", "_", caption_key)
+            kind = "webdataset_all_" + hashlib.sha256(caption_key.encode()).hexdigest()[:8]
             index = Index(kind, _INDEX_VERSION, 6, lambda path: _scan_all(path, caption_key), options.cache_dir)
         shards = index.of(self._paths)
         self.report = report(shards)
@@ -213,7 +214,7 @@ def _scan_all(path: str, caption_key: str) -> Shard:
         max(len(_json_captions(file.read(offset, size), caption_key)), 1) if kind == _KIND_JSON else 1
         for _, _, offset, size, kind in shard.rows.tolist()
     ]
-    numbers = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0)]).astype(np.int64)
+    numbers = np.concatenate([np.arange(count) for count in counts] or [np.arange(0)]).astype(np.int64)
     rows = np.concatenate([np.repeat(shard.rows, counts, axis=0), numbers[:, None]], axis=1)
     return dataclasses.replace(shard, rows=rows)
 

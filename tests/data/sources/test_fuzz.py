@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 CHECKED = ("tfrecord", "array_record")
 """Formats whose records carry checksums: a changed byte must not come through."""
 
-_PROGRAM = r'''
+_PROGRAM = r"""
 import json, os, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
@@ -104,7 +104,7 @@ for number in range(int(sys.argv[4])):
         results["failed"].append([number, str(victim), str(status), why])
     shutil.rmtree(case)
 print(json.dumps(results))
-'''
+"""
 
 
 @pytest.mark.parametrize(

@@ -431,3 +431,13 @@ def test_shared_class_names(shared: Path) -> None:
     assert len(source) == 666 and len(source.classes) == 15
     for record in source.read(np.array([0, 665])):
         assert record["caption"].decode() == f"a drawing of {source.classes[record['label']].replace('_', ' ')}"
+
+
+def test_a_damaged_file_is_left_out_beside_a_good_one(tmp_path: Path) -> None:
+    pairs = [(b"%d" % i, b"caption %d" % i) for i in range(6)]
+    path = Path(write(tmp_path, pairs))
+    last = sorted(path.glob("*.h5"))[-1]
+    last.write_bytes(last.read_bytes()[:500])
+    source = HDF5Source(str(path))
+    assert [r["image"] for r in source.read(np.arange(len(source)))] == [image for image, _ in pairs[: len(source)]]
+    assert 0 < len(source) < 6 and source.report.skipped == {"unusable file": 1}

@@ -529,6 +529,33 @@ def test_a_store_is_read_as_a_folder(tmp_path: Path, cache: Path) -> None:
         WebDatasetSource("ram://shards/absent.tar")
 
 
+def test_bad_shards_are_left_out_beside_good_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = three_shards(tmp_path)
+    (tmp_path / "8.tar").write_bytes(b"<html>404</html>" * 100)
+    (tmp_path / "9.tar").write_bytes(gzip.compress(b"x" * 2000))
+    (tmp_path / "7.tar").mkdir()
+    (tmp_path / "6.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "._0.tar").write_bytes(b"\0\5\x16\7")
+    with caplog.at_level(logging.WARNING):
+        source = WebDatasetSource(str(tmp_path))
+    assert everything(source) == pairs(*keys)  # type: ignore[arg-type]
+    assert source.report.skipped == {"unusable file": 4}
+    assert any("gunzip" in r.getMessage() for r in caplog.records)
+    with pytest.raises(UserError, match="is not a tar file"):
+        WebDatasetSource(str(tmp_path / "8.tar"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_index_is_built_anew(tmp_path: Path, seed: int) -> None:
+    keys = three_shards(tmp_path)
+    WebDatasetSource(str(tmp_path))
+    place, rng = tmp_path / ".m3ae_jax_index.npz", np.random.default_rng(seed)
+    data = bytearray(place.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    place.write_bytes(data)
+    assert everything(WebDatasetSource(str(tmp_path))) == pairs(*keys)  # type: ignore[arg-type]
+
+
 # --- the index file ----------------------------------------------------------------------------------------
 
 
