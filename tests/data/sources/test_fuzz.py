@@ -28,8 +28,13 @@ key, checked, folder = sys.argv[1], sys.argv[2] == "1", Path(sys.argv[3])
 os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 name, write = WRITERS[key]
 (folder / "whole").mkdir()
-path = Path(write(folder / "whole", PAIRS))
-place = path.relative_to(folder / "whole")
+# In a process of its own: some libraries start threads, which a fork would leave behind.
+writer = os.fork()
+if not writer:
+    (folder / "path").write_text(write(folder / "whole", PAIRS))
+    os._exit(0)
+assert os.waitpid(writer, 0)[1] == 0
+path = (folder / "path").read_text()
 files = sorted(p for p in (folder / "whole").rglob("*") if p.is_file() and p.stat().st_size)
 rng = np.random.default_rng(0)
 pictures = {{image: i for i, (image, _) in enumerate(PAIRS)}}
@@ -47,7 +52,7 @@ def damaged(data):
 
 def read(case):
     try:
-        source = open_format(name, str(case / place), SourceOptions(), "data.train.")
+        source = open_format(name, path.replace(str(folder / "whole"), str(case)), SourceOptions(), "data.train.")
         records = source.read(np.arange(len(source)))
     except UserError as error:
         assert "\n" not in str(error)
@@ -111,12 +116,12 @@ print(json.dumps(results))
     "key", ["webdataset", "tfrecord", "array_record", "hdf5", "parquet", "folder", "tfds", "tfds of array_record"]
 )
 def test_damage_never_crashes_hangs_or_mispairs(key, tmp_path):
-    arguments = [key, str(int(key in CHECKED)), str(tmp_path), "40"]
+    arguments = [key, str(int(key in CHECKED)), str(tmp_path), "24"]
     program = _PROGRAM.format(root=ROOT)
     run = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     results = json.loads(run.stdout.splitlines()[-1])
-    assert results["failed"] == [] and results["cases"] == 40
+    assert results["failed"] == [] and results["cases"] == 24
     assert results["read"] > 0
