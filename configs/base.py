@@ -4,7 +4,7 @@ r"""M3AE base: the paper's recipe (256 px, patch 16, 64 text tokens, batch 4096)
         --config.data.val.path=SHARDS --config.data.tokenizer=FILE.model
 
 Encoder width / depth / heads 768 / 12 / 12, decoder 512 / 8 / 16; 151 million parameters with BERT's vocabulary.
-Meant for: TPU v5e-64 or 16 GPUs or more; a smaller --config.batch_size fits less. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

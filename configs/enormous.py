@@ -4,7 +4,7 @@ r"""M3AE enormous: an encoder of about 4 billion parameters, beyond the paper's 
         --config.data.val.path=SHARDS --config.data.tokenizer=FILE.model
 
 Encoder width / depth / heads 2560 / 52 / 40, decoder 512 / 8 / 16; 4.2 billion parameters with BERT's vocabulary.
-Meant for: TPU v5p-128 or v6e-256 or more. Result: not measured.
+Meant for: TPU v5e-16, v5p or v6e, by the plan (docs/plans.md); run on none of them. Result: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ r"""M3AE giant: an encoder of about 1 billion parameters, beyond the paper's siz
         --config.data.val.path=SHARDS --config.data.tokenizer=FILE.model
 
 Encoder width / depth / heads 1536 / 36 / 24, decoder 512 / 8 / 16; 1.1 billion parameters with BERT's vocabulary.
-Meant for: TPU v5p-64 or v6e-256 or more. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

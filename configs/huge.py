@@ -4,7 +4,7 @@ r"""M3AE huge: the paper's recipe (256 px, patch 16, 64 text tokens, batch 4096)
         --config.data.val.path=SHARDS --config.data.tokenizer=FILE.model
 
 Encoder width / depth / heads 1280 / 32 / 16, decoder 512 / 8 / 16; 712 million parameters with BERT's vocabulary.
-Meant for: TPU v5e-256 or more; a smaller --config.batch_size fits less. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ r"""MAE base: the image-only twin of ``base.py``, for pictures whose captions ar
         --config.data.val.path=SHARDS
 
 Encoder width / depth / heads 768 / 12 / 12, decoder 512 / 8 / 16; 112 million parameters.
-Meant for: TPU v5e-64 or 16 GPUs or more; a smaller --config.batch_size fits less. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

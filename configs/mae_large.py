@@ -4,7 +4,7 @@ r"""MAE large: the image-only twin of ``large.py``, for pictures whose captions 
         --config.data.val.path=SHARDS
 
 Encoder width / depth / heads 1024 / 24 / 16, decoder 512 / 8 / 16; 329 million parameters.
-Meant for: TPU v5e-256 or more; a smaller --config.batch_size fits less. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

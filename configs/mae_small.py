@@ -4,7 +4,7 @@ r"""MAE small: the image-only twin of ``small.py``, for pictures whose captions 
         --config.data.val.path=SHARDS
 
 Encoder width / depth / heads 384 / 12 / 6, decoder 512 / 8 / 16; 47 million parameters.
-Meant for: TPU v5e-16 or 8 GPUs or more; a smaller --config.batch_size fits less. Result: not measured.
+Meant for: TPU v5e-8 or more, by the plan (docs/plans.md); neither run on TPUs nor on GPUs. Result: not measured.
 """
 
 from ml_collections import ConfigDict

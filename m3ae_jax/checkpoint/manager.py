@@ -232,9 +232,9 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 _remove_unfinished(self._folder, save.step)
         raise UserError(
-            f"step {save.step} could not be saved in {self._folder}: {trouble}, {len(pauses) + 1} times; "
+            f"step {save.step} could not be saved in {self._folder} (attempts: {len(pauses) + 1}): {trouble}; "
             f"{self._intact(save.step)}"
-        ) from None
+        ) from error
 
     def _reopen(self, step: int) -> None:
         # After a failure orbax's manager believes that it still saves, and has forgotten what it meant to delete.
@@ -304,10 +304,10 @@ def _newest(folder: Path) -> int | None:
     found = manifest.survey(folder)
     if found.whole is None and (found.damaged or found.unfinished):
         wrong = {step: manifest.summary(problems) for step, problems in found.damaged.items()}
-        wrong |= {step: f"{manifest.NAME}: missing" for step in found.unfinished}
+        wrong |= dict.fromkeys(found.unfinished, f"{manifest.NAME}: missing")
         raise UserError(f"no whole checkpoint in {folder}: {'; '.join(f'{s}: {w}' for s, w in wrong.items())}")
     if found.unlisted:
-        log.warning("%s: no checkpoint has a %s, so damage cannot be seen; taken as it is", folder, manifest.NAME)
+        _warn_of_unlisted(folder)
     for step, problems in found.damaged.items():
         log.warning(
             "checkpoint %s is damaged: %s; using step %d", folder / str(step), manifest.summary(problems), found.whole
@@ -315,8 +315,13 @@ def _newest(folder: Path) -> int | None:
     return found.whole
 
 
+def _warn_of_unlisted(folder: Path) -> None:
+    if not manifest.finished(folder):
+        log.warning("%s: no checkpoint has a %s, so damage cannot be seen; taken as it is", folder, manifest.NAME)
+
+
 def _named(folder: Path, step: int) -> int:
-    """`step`, if it is whole."""
+    """`step`, if it is whole or no checkpoint beside it has a manifest."""
     problems = manifest.problems(folder / str(step))
     if problems and manifest.finished(folder):
         raise UserError(f"checkpoint {folder / str(step)} is damaged: {manifest.summary(problems)}")
@@ -367,10 +372,14 @@ def find(path: str) -> tuple[Path, int]:
     Returns:
         The ``checkpoints`` folder and the step: the newest whole one, unless a step's folder was named.
 
+    Where none has a manifest, as before manifests existed, it is taken as it is, with a warning.
+
     Raises:
         UserError: nothing there, the named one is damaged, or none is whole.
     """
     folder, named = _place(path)
+    if named is not None:
+        _warn_of_unlisted(folder)
     step = _on_first_process(lambda: _newest(folder) if named is None else _named(folder, named))
     assert step is not None  # _place saw one
     return folder, step
@@ -400,6 +409,7 @@ def load_params(path: str) -> dict[str, Any]:
     """
     folder, named = _place(path)
     newest = max(manifest.finished(folder) or manifest.steps(folder))
+    _warn_of_unlisted(folder)
     step = _on_first_process(lambda: _named(folder, newest if named is None else named))
     place = folder / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
