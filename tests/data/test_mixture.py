@@ -83,6 +83,11 @@ def whole():
     return batches(mixed())
 
 
+@pytest.fixture(scope="module")
+def wide():
+    return batches(mixed(16, 4))
+
+
 # -- counts
 
 
@@ -180,14 +185,14 @@ def test_draws_are_a_closed_form_of_the_step(step):
         assert sum(part.drawn(m, step) for m in part.members) == step * part.size
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 1, 4])
-def test_hosts_and_resumes_read_the_same_batches(whole, hosts, start):
+def test_hosts_and_resumes_read_the_same_batches(wide, hosts, start):
     def rows_of(host):
         return lambda size: slice(host * size // hosts, (host + 1) * size // hosts)
 
-    by_host = [batches(mixed(), start=start, rows=rows_of(host)) for host in range(hosts)]
-    for name, found in whole.items():
+    by_host = [batches(mixed(16, 4), start=start, rows=rows_of(host)) for host in range(hosts)]
+    for name, found in wide.items():
         for number, want in enumerate(found[start:]):
             got = [flat(host[name][number]) for host in by_host]
             for key, value in flat(want).items():

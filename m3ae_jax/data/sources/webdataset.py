@@ -12,6 +12,7 @@ is left out and counted by reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from m3ae_jax.errors import UserError
 
 _IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 _CAPTION_EXTENSIONS = frozenset({"txt", "json"})
-_KIND_TXT, _KIND_JSON = 0, 1
+_KIND_TXT, _KIND_JSON, _KIND_NONE = 0, 1, 2
 
 _INDEX_VERSION = 1
 
@@ -55,7 +56,7 @@ class WebDatasetSource:
     order of the pictures within a shard. A caption of zero bytes is a caption: the example stays.
 
     Attributes:
-        modalities: `("image", "text")`.
+        modalities: `("image", "text")`; where no shard holds a pair `("image",)`, or without pictures `("text",)`.
         fingerprint: hash of the shards' base names and sizes and of all offsets (not of times of change), so
             that two copies of the data have the same.
         report: what was found and what was left out.
@@ -86,6 +87,14 @@ class WebDatasetSource:
             index = Index(kind, _INDEX_VERSION, 6, lambda path: _scan_all(path, caption_key), options.cache_dir)
         shards = index.of(self._paths)
         self.report = report(shards)
+        alone = [f"no {half}" for half in ("caption", "image") if f"no {half}" in self.report.skipped]
+        if not self.report.examples and alone:  # not one pair: pictures alone, or texts alone
+            self._each, wanted = False, "image" if alone[0] == "no caption" else "text"
+            self.modalities = (wanted,)
+            scan = functools.partial(_scan, alone=wanted)
+            index = Index(f"webdataset_{wanted}", _INDEX_VERSION, 5, scan, options.cache_dir)
+            shards = index.of(self._paths)
+            self.report = report(shards)
         if not self.report.examples:
             found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
             raise UserError(f"data.*.path={path!r} holds no KEY.jpg (png, ...) with a KEY.txt or KEY.json{found}")
@@ -121,12 +130,18 @@ class WebDatasetSource:
         for shard, row in zip(shards.tolist(), self._rows[indices].tolist(), strict=True):
             image_offset, image_size, caption_offset, caption_size, kind = row[:5]
             opened = self._open(self._paths[shard])
+            if kind == _KIND_NONE:
+                records.append({"image": opened.read(image_offset, image_size)})
+                continue
             captions = [opened.read(caption_offset, caption_size)]
             if kind == _KIND_JSON:
                 captions = _json_captions(captions[0], self._caption_key)
             if self._each:
                 captions = captions[row[5] : row[5] + 1]
-            records.append({"image": opened.read(image_offset, image_size), **several(captions)})
+            record = several(captions)
+            if "image" in self.modalities:
+                record["image"] = opened.read(image_offset, image_size)
+            records.append(record)
         return records
 
 
@@ -185,8 +200,12 @@ class _Part(NamedTuple):
     name: str
 
 
-def _scan(path: str) -> Shard:
+def _scan(path: str, alone: str = "") -> Shard:
     """Walks one shard's headers and pairs its members.
+
+    Args:
+        path: the shard.
+        alone: ``image`` takes every picture without a caption, ``text`` every caption without a picture.
 
     Raises:
         UserError: it is no uncompressed tar.
@@ -200,7 +219,7 @@ def _scan(path: str) -> Shard:
     grouped = all(len({part.run for part in of_key}) == 1 for of_key in parts.values() if not _repeats(of_key))
     rows = []
     for of_key in parts.values():
-        row = _pair(_first_sample(of_key, grouped, tally) if _repeats(of_key) else of_key, tally)
+        row = _pair(_first_sample(of_key, grouped, tally) if _repeats(of_key) else of_key, tally, alone)
         if row is not None:
             rows.append(row)
     table = np.array(sorted(rows), np.int64).reshape(len(rows), 5)
@@ -288,15 +307,18 @@ def _roles(parts: list[_Part]) -> tuple[bool, bool]:
     return pictures > 0, pictures < len(parts)
 
 
-def _pair(parts: list[_Part], tally: Tally) -> tuple[int, int, int, int, int] | None:
-    """The row of one sample, or None (counted) where it has no picture or no caption."""
+def _pair(parts: list[_Part], tally: Tally, alone: str = "") -> tuple[int, int, int, int, int] | None:
+    """The row of one sample, or None (counted) where it has no picture or no caption (`alone`: see `_scan`)."""
     if not parts:
         return None
     image = next((part for part in parts if part.extension in _IMAGE_EXTENSIONS), None)
     captions = {part.extension: part for part in parts if part.extension in _CAPTION_EXTENSIONS}
-    if image is None or not captions:
+    if image is not None and not captions and alone == "image":
+        return image.offset, image.size, 0, 0, _KIND_NONE
+    if (image is None and alone != "text") or not captions:
         tally.add("no image" if image is None else "no caption", parts[0].name)
         return None
+    image = image or _Part("", 0, 0, 0, "")
     text, fields = captions.get("txt"), captions.get("json")
     if text is not None and (text.size or fields is None):
         return image.offset, image.size, text.offset, text.size, _KIND_TXT

@@ -490,14 +490,12 @@ def test_forms_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("packed/00000.tar.gz", "run: gunzip -k {}/packed/00000.tar.gz"),
         ("sly.tar", "run: mv {0}/sly.tar {0}/sly.tar.gz && gunzip -k {0}/sly.tar.gz"),
         ("empty.tar", "holds no KEY.jpg (png, ...) with a KEY.txt or KEY.json"),
-        ("half.tar", "left out: no caption 1 (e.g. half.tar:a.jpg)"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, path: str, message: str) -> None:
     three_shards(tmp_path / "wds" / "train", 1)
     (tmp_path / "note.txt").write_text("<html>404</html>")
     write_tar(tmp_path / "empty.tar", [])
-    write_tar(tmp_path / "half.tar", sample("a")[:1])
     packed = gzip.compress((tmp_path / "empty.tar").read_bytes())
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "00000.tar.gz").write_bytes(packed)
@@ -527,6 +525,22 @@ def test_a_store_is_read_as_a_folder(tmp_path: Path, cache: Path) -> None:
     assert len(list(cache.rglob("*.npz"))) == 1
     with pytest.raises(UserError, match="no such file"):
         WebDatasetSource("ram://shards/absent.tar")
+
+
+def test_pictures_alone_and_texts_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "i" / "0.tar", [("a.jpg", b"A"), ("a.cls", b"3"), ("b.png", b"B")])
+    write_tar(tmp_path / "i" / "1.tar", [("c.jpg", b"C")])
+    write_tar(tmp_path / "t" / "0.tar", [("a.txt", b"one"), ("b.json", b'{"caption": ["two", "three"]}')])
+    pictures, texts = WebDatasetSource(str(tmp_path / "i")), WebDatasetSource(str(tmp_path / "t"))
+    assert pictures.modalities == ("image",) and texts.modalities == ("text",)
+    assert pictures.read(np.arange(3)) == [{"image": b"A"}, {"image": b"B"}, {"image": b"C"}]
+    assert texts.read(np.arange(2)) == [
+        {"caption": b"one"},
+        {"caption": b"two", "captions": (b"two", b"three")},
+    ]
+    assert not pictures.report.skipped and not texts.report.skipped
+    write_tar(tmp_path / "i" / "2.tar", sample("d"))  # one pair, and the others are halves
+    assert everything(WebDatasetSource(str(tmp_path / "i"))) == pairs("d")  # type: ignore[arg-type]
 
 
 def test_bad_shards_are_left_out_beside_good_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
