@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.data.order import Order, fold_seed
-from m3ae_jax.data.pipeline import Feed, View
+from m3ae_jax.data.pipeline import Feed, train_view
 from m3ae_jax.data.sources import build_source, open_source
 from m3ae_jax.data.sources.base import Source
 from m3ae_jax.errors import UserError
@@ -125,10 +124,11 @@ class Mixture:
         views = []
         for place in part.members:
             member = self.members[place]
-            seed = fold_seed(config.seed, member.name, "train")
-            # A share of the pictures keeps its caption; texts that have no picture are all kept.
-            fraction = 1.0 if self.names and part.modalities == ("text",) else config.data.caption_fraction
-            views.append(View(Order(len(member.source), seed), seed, augment=True, caption_fraction=fraction))
+            view = train_view(config, member.source, member.name)
+            if self.names and part.modalities == ("text",):
+                # A share of the pictures keeps its caption; texts that have no picture are all kept.
+                view = dataclasses.replace(view, caption_fraction=1.0)
+            views.append(view)
         sources = tuple(self.members[place].source for place in part.members)
         return Feed(sources, tuple(views), part.members, part.turns)
 

@@ -12,17 +12,18 @@ not: its place in `images.REASONS`. Of a mixture of sources a step has one such 
 ``{"parts": {name: batch}}``.
 
 Order, masks and the batch are tf.data's; a chunk of examples at a time is read, decoded and tokenized by Pillow and the
-tokenizer, which work side by side in tf.data's threads. In the graph decoding and resizing took 2.9 ms a picture of 256
-pixels against Pillow's 1.7, knew no Exif, no 16 bits and no alpha, and could not say why a picture did not decode.
+tokenizer, which work side by side in tf.data's threads. TensorFlow's own operations are slower at resizing, know no
+Exif, no 16 bits and no alpha, and cannot say why a picture does not decode.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,9 @@ class Feed:
         return found
 
 
-def train_view(config: ConfigDict, source: Source) -> View:
-    """The endless shuffled view that training draws from."""
-    seed = fold_seed(config.seed, "train", "train")  # not of the format: repacked data are the same data
+def train_view(config: ConfigDict, source: Source, name: str = "train") -> View:
+    """The endless shuffled view that training draws from; `name` is the source's in a mixture."""
+    seed = fold_seed(config.seed, name, "train")  # not of the format: repacked data are the same data
     return View(Order(len(source), seed), seed, augment=True, caption_fraction=config.data.caption_fraction)
 
 
@@ -308,12 +309,10 @@ class _Stages:
     def _replace_text(self, place: int, draw: int, out: dict[str, np.ndarray]) -> None:
         """Puts the first candidate with words in the place of a caption without any."""
         assert self._tokenizer is not None
-        view = self._feed.views[place]
         out["reason"][0] = images.REASONS.index(images.NO_WORDS)
-        uniform = uniform_numbers(view.seed, int(draw), _DRAWS)
-        for attempt in range(1, ATTEMPTS):
-            index = int(view.order.index(draw, attempt))
-            caption = _drawn(self._read(place, np.array([index]))[0], uniform[5])
+        uniform = uniform_numbers(self._feed.views[place].seed, int(draw), _DRAWS)
+        for attempt, index, record in self._others(place, draw):
+            caption = _drawn(record, uniform[5])
             ids, length = encode_batch(self._tokenizer, [caption], self._config.data.max_text_tokens)
             if length[0]:
                 out["ids"][:], out["length"][:] = ids, length
@@ -329,22 +328,25 @@ class _Stages:
         crop = images.Crop()
         if view.augment:
             crop = images.Crop(uniform[:5], tuple(data.crop_scale), tuple(data.crop_ratio), data.flip)
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                index = int(view.order.index(draw, attempt))
-                record = self._read(place, np.array([index]))[0]
-                out["index"][0] = index
+        first = (0, int(out["index"][0]), record)
+        for attempt, index, candidate in itertools.chain([first], self._others(place, draw)):
             try:
-                picture = images.load(record.get("image", b""), data.image_size, crop)
+                picture = images.load(candidate.get("image", b""), data.image_size, crop)
             except images.Unusable as error:
                 if not attempt:
                     out["reason"][0] = images.REASONS.index(str(error))
             else:
                 out["patches"][:] = images.patchify(picture[None], data.patch_size)
-                out["attempt"][0] = attempt
-                return record
-        out["attempt"][0], out["index"][0] = ATTEMPTS, int(view.order.index(draw))
+                out["attempt"][0], out["index"][0] = attempt, index
+                return candidate
+        out["attempt"][0] = ATTEMPTS
         return Record()
+
+    def _others(self, place: int, draw: int) -> Iterator[tuple[int, int, Record]]:
+        """The candidates of a draw after the first: attempt, index, record."""
+        for attempt in range(1, ATTEMPTS):
+            index = int(self._feed.views[place].order.index(draw, attempt))
+            yield attempt, index, self._read(place, np.array([index]))[0]
 
     def _read(self, place: int, indices: np.ndarray) -> list[Record]:
         """Retries a failing storage, then stops the run: skipping would make two runs differ."""

@@ -14,9 +14,7 @@ written between blanks, for a closed vocabulary; the model built into the packag
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ import numpy as np
 import sentencepiece as spm
 from absl import app, flags
 
+from m3ae_jax.atomic import replacing
 from m3ae_jax.data.sources import NAMES, open_format
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.text import clean_caption
@@ -121,14 +120,10 @@ def _explain(error: str, vocab_size: int) -> str:
 
 
 def _write_atomically(output: Path, data: bytes) -> None:
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(output)
+        with replacing(output) as fresh:
+            fresh.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"output={str(output)!r} cannot be written ({error.strerror})") from error
 
 

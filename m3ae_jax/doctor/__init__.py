@@ -19,7 +19,6 @@ from m3ae_jax.doctor.speed import Speed, measure, need
 from m3ae_jax.doctor.survey import Sample, Words, draws, figures, look, together
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
-from m3ae_jax.parallel.mesh import batch_parts, make_mesh
 from m3ae_jax.report import page
 from m3ae_jax.train.setup import BERT_VOCABULARY
 
@@ -53,7 +52,7 @@ def inspect(config: ConfigDict, workdir: Path, examples: int = EXAMPLES, topolog
     tokenizer = named or Words()
     vocab_size = (named.vocab_size if named else BERT_VOCABULARY) if has_text else 0
     needed = need(config, vocab_size, topology)
-    mixture = open_mixture(config, _unit(config))
+    mixture = open_mixture(config, 1)  # its parts are the same on any mesh
     samples = []
     for member, count in zip(mixture.members, draws(mixture, examples), strict=True):
         log.info("%s: looking at %s of %s examples", member.name, f"{count:,}", f"{len(member.source):,}")
@@ -72,15 +71,6 @@ def inspect(config: ConfigDict, workdir: Path, examples: int = EXAMPLES, topolog
         log.info("%s %s", "!!" if finding.level == PROBLEM else " -", finding.text)
     log.info("the data doctor's page: %s", Path(workdir) / "report.html")
     return report
-
-
-def _unit(config: ConfigDict) -> int:
-    """Rows into which every part must be divisible: the run's where it could start here, else the micro-batches."""
-    try:
-        unit = batch_parts(make_mesh(config)) * config.micro_batches
-    except UserError:
-        unit = config.micro_batches
-    return unit if config.batch_size % unit == 0 else config.micro_batches
 
 
 def _view(mixture: Mixture, name: str, config: ConfigDict) -> Any:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from m3ae_jax.atomic import replacing
 
 _DPI = 130
 
@@ -164,13 +164,8 @@ def save(file: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def build(workdir: Path, title: str) -> Path:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax import config as config_lib
 from m3ae_jax import console, evals
+from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.data.images import REASONS
@@ -177,9 +178,8 @@ class _Loop:
     def _save_config(self) -> None:
         if jax.process_index() > 0:
             return
-        fresh = self._workdir / (_CONFIG_FILE + ".tmp")  # a kill while writing must not leave half a config
-        fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
-        fresh.replace(self._workdir / _CONFIG_FILE)
+        with replacing(self._workdir / _CONFIG_FILE) as fresh:  # a kill while writing must not leave half a config
+            fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
 
     def _check_identity(self, meta: dict[str, Any]) -> None:
         # The checkpoint's own copy: config.json may have been lost or edited.

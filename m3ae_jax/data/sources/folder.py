@@ -5,8 +5,8 @@ folder (field ``file_name``) and holds its caption, or a list of them. Without m
 ``a/b.jpg``; without any, it is a source of pictures alone.
 
 The folder is walked at each start, and its metadata read once. Kept are the pictures' names, one after the other in
-one bytes object, and where each line of the metadata lies: some 60 bytes an example, where Python's objects would
-take 300. What cannot be used is left out and counted by reason.
+one bytes object, and where each line of the metadata lies: a fraction of what Python's objects would take. What
+cannot be used is left out and counted by reason.
 """
 
 from __future__ import annotations

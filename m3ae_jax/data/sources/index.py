@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from m3ae_jax.atomic import replacing
 from m3ae_jax.data.sources.files import is_remote, open_file
 from m3ae_jax.errors import UserError
 
@@ -226,14 +226,8 @@ def _write_atomically(place: Path, arrays: dict[str, Any]) -> None:
     # For root, as in most containers, the system lets this pass; what is marked read-only stays untouched.
     if not place.parent.stat().st_mode & 0o222:
         raise PermissionError(f"{place.parent} is read-only")
-    # Unique over hosts that share a disk, and (unlike tempfile's) as readable to others as any new file.
-    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(place) as fresh, open(fresh, "xb") as file:
+        np.savez(file, **arrays)
 
 
 def report(shards: Iterable[Shard]) -> IndexReport:

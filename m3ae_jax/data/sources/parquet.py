@@ -49,7 +49,7 @@ _FORMS = (
     "e.g. 'data/train-{00000..00012}-of-00013.parquet'"
 )
 _CACHE_BYTES = 256 * 2**20
-_SLOW_GROUP = 8 * 2**20  # bytes; decoding that many takes about 8 ms of a core
+_SLOW_GROUP = 8 * 2**20  # bytes, all of which an example out of order may cost decoding
 _MAX_FOOTERS = 256
 _SCAN_THREADS = 4
 _MAX_CLASSES = 10**6

@@ -3,7 +3,7 @@
 A file is a list of records: the length of the data (8 bytes, little-endian), the length's checksum (4), the data,
 their checksum (4); a checksum is a masked CRC-32C. The files are indexed once: one walk over the lengths notes
 where each record lies, and from then on a record is one read at an offset, with its checksum verified at each
-read (20 kB in some 0.05 ms). There is no end mark: a file cut off exactly between two records looks whole.
+read. There is no end mark: a file cut off exactly between two records looks whole.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _verified(file: File, offset: int, size: int) -> bytes | None:
 # --- CRC-32C (Castagnoli; RFC 3720, appendix B.4) ----------------------------------------------------------
 # The checksum is linear over GF(2): that of a block is the exclusive or over its bytes of a table's entry for
 # (distance from the end, value). Blocks of bytes, then the blocks' 4-byte checksums, are looked up all at once.
-# TensorFlow computes it too, but offers no call; its reader at an offset takes 2 ms a record.
+# TensorFlow computes it too, but offers no call.
 
 _POLYNOMIAL = 0x82F63B78  # reversed
 _PER_BLOCK = 512  # bytes of a block; and blocks of a chunk, so that a chunk has 256 KiB
