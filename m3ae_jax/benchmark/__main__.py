@@ -1,7 +1,10 @@
 r"""Measures a part of the program on this machine.
 
-python -m m3ae_jax.benchmark --what=input
-python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
+    python -m m3ae_jax.benchmark --what=input
+    python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
+    python -m m3ae_jax.benchmark --what=index
+
+`--output=FILE` saves the figures as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from absl import app, flags  # noqa: E402
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import UserError, one_of  # noqa: E402
 
-WHAT = ("input",)
+WHAT = ("input", "index")
 
 _WHAT = flags.DEFINE_string("what", "input", f"One of {', '.join(WHAT)}.")
 _CONFIG = flags.DEFINE_string("config", "configs/base.py", "As of m3ae_jax.main, with --config.NAME=VALUE.")
@@ -45,9 +48,14 @@ def _main(argv: list[str]) -> None:
         config = config_lib.load(_CONFIG.value)
         config_lib.apply_overrides(config, _overrides)
         console.import_tensorflow()
-        from m3ae_jax.benchmark.input import measure
+        resolved = config_lib.resolve(config)
+        from m3ae_jax.benchmark import index, input
 
-        figures = measure(config_lib.resolve(config), own_data=_OWN_DATA.value, repeats=_REPEATS.value)
+        figures: index.IndexFigures | input.InputFigures
+        if _WHAT.value == "index":
+            figures = index.measure(resolved)
+        else:
+            figures = input.measure(resolved, own_data=_OWN_DATA.value, repeats=_REPEATS.value)
         print(figures.text())
         if _OUTPUT.value:
             Path(_OUTPUT.value).write_text(json.dumps(figures.record(), indent=1) + "\n", encoding="utf-8")

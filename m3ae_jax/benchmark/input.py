@@ -32,6 +32,7 @@ _WORDS = 19
 _CAPTIONS_VOCABULARY = 4000
 _BATCH = 64
 _SAMPLE = 256  # examples of a stage
+_SECONDS = 5.0  # of a repetition of the whole, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _rate(config: ConfigDict, feed: Feed, tokenizer: Tokenizer, groups: tuple[Gr
         for _ in range(4):  # fills what is read ahead
             next(iterator)
         begin, count = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - begin) < 5.0 or count < 3:
+        while (seconds := time.perf_counter() - begin) < _SECONDS or count < 3:
             next(iterator)
             count += 1
     return count * _BATCH / seconds

@@ -1,0 +1,32 @@
+"""The benchmarks run, small, and say what they measured; no figure is judged."""
+
+import json
+
+import pytest
+
+from m3ae_jax.benchmark import index, input
+from m3ae_jax.config import default, resolve
+
+
+def config():
+    c = default()
+    c.data.image_size, c.data.patch_size, c.data.max_text_tokens = 32, 8, 16
+    return resolve(c)
+
+
+def test_the_input_benchmark_measures_every_stage(monkeypatch):
+    monkeypatch.setattr(input, "_PICTURES", 80)
+    monkeypatch.setattr(input, "_SECONDS", 0.0)
+    figures = input.measure(config(), repeats=2)
+    assert list(figures.stages) == ["read", "draw", "decode", "crop and resize", "patch", "tokenize", "mask and batch"]
+    assert min(figures.stages.values()) > 0 and len(figures.rates) == 2 and min(figures.rates) > 0
+    text = figures.text()
+    assert "80 JPEGs of 256 px" in text and "to 32 px and at most 16 tokens" in text
+    assert json.loads(json.dumps(figures.record()))["rate"] == pytest.approx(figures.rate)
+
+
+def test_the_index_benchmark_goes_on_at_nine_tenths():
+    figures = index.measure(config(), records=1000)
+    assert figures.records == 1000 and figures.position == 896
+    assert "1,000 lines of text: indexed in" in figures.text()
+    assert json.loads(json.dumps(figures.record()))["position"] == 896
