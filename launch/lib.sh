@@ -17,6 +17,12 @@ say() {
   echo "launch: $*" >&2
 }
 
+# start_again CODE: whether a run that ended so should be started again: it was preempted, hung or lost another process
+# (75), or one of its processes was killed.
+start_again() {
+  (($1 == 75 || $1 >= 128))
+}
+
 # need NAME VALUE FLAG: refuses to go on without a value.
 need() {
   [[ -n $2 ]] || die "$1 is missing: give $3"

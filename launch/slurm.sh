@@ -5,8 +5,8 @@
 #                   [--python=.venv/bin/python] [--dry_run] -- arguments of m3ae_jax.main
 #
 # Prints the job's script in a dry run. A job of the same name that waits or runs is left alone. Slurm queues the job
-# again after a node failed or was taken, and the job itself after its processes stopped early (exit code 75, as
-# before the time limit); the run then goes on from its last checkpoint. 120 s before the time limit
+# again after a node failed or was taken, and the job itself (at most 100 times) after its processes stopped early (exit
+# code 75, as before the time limit) or one was killed; the run then goes on from its last checkpoint. 120 s before the time limit
 # the processes are told to save and stop.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -35,7 +35,9 @@ script() {
   echo "#SBATCH --signal=TERM@120"
   echo "srun --kill-on-bad-exit=0 $(quoted "$python" -m m3ae_jax.main --distributed --workdir="$workdir" "${main_arguments[@]}")"
   echo "status=\$?"
-  echo "[ \$status -ne 75 ] || scontrol requeue \$SLURM_JOB_ID"
+  echo "if [ \$status -eq 75 ] || [ \$status -ge 128 ]; then"
+  echo "  [ \${SLURM_RESTART_COUNT:-0} -ge 100 ] || scontrol requeue \$SLURM_JOB_ID"
+  echo "fi"
   echo "exit \$status"
 }
 

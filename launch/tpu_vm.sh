@@ -5,9 +5,10 @@
 #
 # Actions: up (create, or use what is there), install (this checkout, on every worker), start (the run, on every
 # worker), logs (of worker 0, followed), status, stop (ends the run), delete, and run: up, install, start, then watch,
-# and begin again after a preemption until the run has ended.
+# and begin again after a preemption, or when the run asks for it (exit code 75) or was killed, until it has ended.
 #
-# Options: --type=v5litepod-16, --version=RUNTIME, --spot, --queued (as a queued resource), --poll=SECONDS, --dry_run.
+# Options: --type=v5litepod-16, --version=RUNTIME, --spot, --queued (as a queued resource), --poll=SECONDS,
+# --restarts=10 (of a slice that was not preempted), --dry_run.
 # The bucket is mounted on every worker at ~/bucket; the run's folder is ~/bucket/runs/NAME. Everything may be repeated.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,8 +18,8 @@ cd "$here/.."
 
 action=${1:-}
 [[ $# -eq 0 ]] || shift
-name="" project="" zone="" bucket="" type=v5litepod-16 version="" spot="" queued="" poll=60
-read_options "name project zone bucket type version poll" "spot queued" "$@"
+name="" project="" zone="" bucket="" type=v5litepod-16 version="" spot="" queued="" poll=60 restarts=10
+read_options "name project zone bucket type version poll restarts" "spot queued" "$@"
 
 bucket=${bucket#gs://}
 bucket=${bucket%/}
@@ -175,7 +176,7 @@ install() {
 start() {
   local command
   command="cd m3ae_jax && if [ -f ~/run.pid ] && kill -0 \$(cat ~/run.pid) 2>/dev/null; then echo running already; else"
-  command+=" rm -f ~/run.exit; (nohup .venv/bin/python -m m3ae_jax.main --distributed"
+  command+=" rm -f ~/run.exit ~/run.stop; (nohup .venv/bin/python -m m3ae_jax.main --distributed"
   command+=" --workdir=\$HOME/bucket/runs/$(quoted "$name") $(quoted "${main_arguments[@]}") > ~/run.log 2>&1;"
   command+=' echo $? > ~/run.exit) < /dev/null > /dev/null 2>&1 & echo $! > ~/run.pid; fi'
   on_all "$command"
@@ -184,8 +185,11 @@ start() {
 # The run's exit code on worker 0; empty while it goes on.
 exit_code() { query gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="cat run.exit 2>/dev/null || true"; }
 
+# Something if `stop` ended the run.
+asked_to_stop() { query gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="ls run.stop 2>/dev/null || true"; }
+
 watch() {
-  local state code
+  local state code asked
   [[ -z $DRY_RUN ]] || return 0
   while true; do
     sleep "$poll"
@@ -194,7 +198,16 @@ watch() {
       READY)
         code=$(exit_code) || code="" # a worker that cannot be reached is asked again
         [[ $code =~ ^[0-9]+$ ]] || continue
-        ((code != 75)) || die "the run was stopped and saved: the same command goes on"
+        if start_again "$code"; then
+          asked=$(asked_to_stop)
+          [[ -z $asked ]] || die "the run was stopped and saved: the same command goes on"
+          ((restarts > 0)) || die "the run ended with exit code $code once more: see launch/tpu_vm.sh logs"
+          restarts=$((restarts - 1))
+          say "the run ended with exit code $code: it begins again from the last checkpoint"
+          on_all 'pkill -KILL -f "[m]3ae_jax.main" || true; sleep 2' # what waits for a lost process
+          start
+          continue
+        fi
         ((code == 0)) || die "the run ended with exit code $code: see launch/tpu_vm.sh logs"
         say "the run is done"
         return 0
@@ -234,7 +247,7 @@ case $action in
     tpu describe "$name"
     [[ -z $queued ]] || resource describe "$name"
     ;;
-  stop) on_all 'if [ -f ~/run.pid ]; then pkill -TERM -f "[m]3ae_jax.main" || true; fi' ;;
+  stop) on_all 'touch ~/run.stop; if [ -f ~/run.pid ]; then pkill -TERM -f "[m]3ae_jax.main" || true; fi' ;;
   delete) delete ;;
   run)
     up

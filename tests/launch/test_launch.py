@@ -220,10 +220,22 @@ esac
     starts = [call for call in calls if "m3ae_jax.main" in call]
     assert verbs(calls).count("create") == 2 and verbs(calls).count("delete") == 1 and len(starts) == 2
     (cloud / "script").unlink()
-    for code, message in (("3", "exit code 3"), ("75", "was stopped and saved")):
-        (cloud / "exit").write_text(code)
-        done, _ = tpu_vm(cloud, "run", *MAIN)
-        assert done.returncode == 2 and message in done.stderr
+    (cloud / "exit").write_text("3")
+    done, _ = tpu_vm(cloud, "run", *MAIN)
+    assert done.returncode == 2 and "exit code 3" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["75", "137"])
+def test_a_run_that_asks_for_it_is_started_again_unless_it_was_stopped(cloud, code):
+    (cloud / "exit").write_text(code)
+    done, calls = tpu_vm(cloud, "run", "--restarts=2", *MAIN)
+    assert done.returncode == 2 and f"exit code {code} once more" in done.stderr
+    assert sum("-m m3ae_jax.main" in call for call in calls) == 3
+    (cloud / "script").write_text('[[ "$*" != *"ls run.stop"* ]] || echo run.stop\n')
+    before = len(calls)
+    done, calls = tpu_vm(cloud, "run", *MAIN)
+    assert done.returncode == 2 and "was stopped and saved" in done.stderr
+    assert sum("-m m3ae_jax.main" in call for call in calls[before:]) == 1
 
 
 @pytest.mark.parametrize("program", ["sbatch", "kubectl", "gcloud"])
@@ -277,3 +289,23 @@ def test_local_runs_all_processes_and_ends_them_together(tmp_path):
         capture_output=True,
     )
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize(("code", "restarts", "starts"), [(75, 2, 3), (137, 1, 2), (7, 2, 1), (75, 0, 1)])
+def test_local_starts_again_what_was_preempted_or_lost_a_process(tmp_path, code, restarts, starts):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[[ "$*" != *process_index=1* ]] || exit {code}\nexec sleep 50\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "local.sh"), "--processes=2", f"--restarts={restarts}", *MAIN],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls")},
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    # Process 0 may be ended before it has written its line.
+    assert (tmp_path / "calls").read_text().count("process_index=1") == starts
