@@ -145,7 +145,7 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
     if "image" in modalities:
         whole = [record for record in records if _size(record)]
         crops = [images.Crop(uniform_numbers(1, i, 5), tuple(data.crop_scale)) for i in range(len(whole))]
-        clock("decode", lambda: [Image.open(io.BytesIO(r["image"])).load() for r in whole], len(whole))
+        clock("decode", lambda: [images.open_picture(r["image"]).load() for r in whole], len(whole))
         pictures = [images.load(r["image"], data.image_size, c) for r, c in zip(whole, crops, strict=True)]
 
         def load() -> None:

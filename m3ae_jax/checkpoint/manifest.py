@@ -124,9 +124,14 @@ def _text(files: _Files) -> str:
 def _read(path: Path) -> _Files:
     text = path.read_text(encoding="utf-8")
     files: _Files = json.loads(text)["files"]
-    if text != _text(files):
+    if text != _text(files) or not all(_is_within(name) for name in files):
         raise ValueError
     return files
+
+
+def _is_within(name: str) -> bool:
+    """Whether a name leads to a file of the checkpoint, which may be somebody else's, and not to /dev/zero."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _size_problem(path: Path, name: str, size: int) -> str | None:

@@ -187,7 +187,7 @@ def _locked(output: Path, split: str) -> Iterator[None]:
     """Makes the folder and keeps other processes from writing this split; a killed one's lock is free at once."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / f".{split}.lock"
-    with open(path, "wb") as file:
+    with open(path, "ab") as file:  # a link there is not to empty what it leads to
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -216,7 +216,8 @@ def _write_classes(output: Path, named: str, classes: tuple[str, ...]) -> None:
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # a link there would be written through
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -324,6 +325,10 @@ class _Manifest:
             }
             manifest = cls(path, head, shards)
             assert manifest.number_of_shards > 0 and manifest.split and head["version"] == _VERSION
+            # It may have come with somebody's data: no name in it leads out of the folder.
+            own = all(shard.file == manifest.file(number) for number, shard in shards.items())
+            if not own or path.name != f"{manifest.split}.manifest.json":
+                raise ValueError("names of other files")
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
             raise UserError(f"{path} is no manifest of this program's; remove it and the files it tells of") from error
         return manifest
@@ -466,6 +471,7 @@ class _Work:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         counts = _Counts()
         try:
+            temporary.unlink(missing_ok=True)  # a link there would be written through
             with _array_record(temporary) as write:
                 for start in range(examples.start, examples.stop, _BLOCK):
                     block = range(start, min(start + _BLOCK, examples.stop))

@@ -190,7 +190,7 @@ class _Listing:
 
     def __init__(self, root: bytes, prefix: bytes, tally: Tally) -> None:
         self.prefix, self.names, self.texts = prefix, list[bytes](), set[bytes]()
-        inside = os.path.join(os.path.realpath(root), b"")
+        inside = _inside(root)
         with os.scandir(os.path.join(root, prefix)) as entries:
             for entry in entries:
                 name = entry.name
@@ -218,9 +218,18 @@ class _Listing:
         return sorted(self.prefix + stem + b".txt" for stem in self.texts - stems)
 
 
+def _inside(root: bytes) -> bytes:
+    """What the true path of whatever is in a folder begins with."""
+    return os.path.join(os.path.realpath(root), b"")
+
+
+def _within(path: bytes, inside: bytes) -> bool:
+    return os.path.realpath(path).startswith(inside)
+
+
 def _refused(entry: os.DirEntry[bytes], inside: bytes) -> str:
     """Why a file must not be used, or an empty string."""
-    if entry.is_symlink() and not os.path.realpath(entry.path).startswith(inside):
+    if entry.is_symlink() and not _within(entry.path, inside):
         return "link out of the folder"
     return "" if entry.is_file() else "not a regular file"
 
@@ -564,6 +573,8 @@ class FolderSource:
     def _find_captions(self, path: str, walked: _Walked, options: SourceOptions, tally: Tally) -> _Captions:
         for name in _METADATA:
             if os.path.lexists(place := os.path.join(self._root, name)):
+                if not _within(place, _inside(self._root)):
+                    raise UserError(f"data.*.path={path!r}: {name.decode()} is a link out of the folder; copy it there")
                 return _Described(_Metadata(place, options), self._names, options.captions == "all", tally)
         if any(walked.with_text):
             return _Beside(self._root, walked, tally)

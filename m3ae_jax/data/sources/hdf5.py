@@ -347,7 +347,8 @@ def _inspect(path: str, options: SourceOptions) -> _File:
 
 def _inspect_open(path: str, size: int, file: Any, options: SourceOptions) -> _File:
     names = list(itertools.islice(_names(file), _MAX_NAMES))
-    image, caption, label = (None if key is None else file[key] for key in _choose(options, names, path))
+    chosen = _choose(options, names, path)
+    image, caption, label = (None if key is None else _dataset(file, key, path) for key in chosen)
     lengths = {key.name[1:]: _rows(key, path) for key in (image, caption, label) if key is not None}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} has {rows} rows" for name, rows in lengths.items())
@@ -360,9 +361,9 @@ def _inspect_open(path: str, size: int, file: Any, options: SourceOptions) -> _F
     labels, others, class_names = None, np.zeros(0, np.int64), tuple[str, ...]()
     if label is not None:
         labels = _labels(label, path)
-        same = [file[name] for name in names if name != label.name[1:] and _split_of(name, LABEL_KEYS)]
+        same = [_dataset(file, name, path) for name in names if name != label.name[1:] and _split_of(name, LABEL_KEYS)]
         others = np.concatenate([others, *(_labels(other, path) for other in same if other.dtype.kind in "iu")])
-        class_names = _class_names(file, label)
+        class_names = _class_names(file, label, path)
     keys = [None if key is None else key.name[1:] for key in (image, caption, label)]
     length = next(iter(lengths.values()))
     return _File(path, size, keys[0], keys[1], keys[2], length, captions, labels, others, class_names)
@@ -376,12 +377,40 @@ def _names(file: Any) -> Iterator[str]:
     """
     h5py = _h5py()
     for name in file:
-        is_link = not isinstance(file.get(name, getlink=True), h5py.HardLink)
-        found = file.get(name) if is_link else file[name]  # a link may lead nowhere
+        link = file.get(name, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            yield name  # not followed; told of where it is chosen
+            continue
+        found = file[name] if isinstance(link, h5py.HardLink) else file.get(name)  # a link may lead nowhere
         if isinstance(found, h5py.Dataset):
             yield name
         elif isinstance(found, h5py.Group):
-            yield from (f"{name}/{inner}" for inner in found if isinstance(found.get(inner), h5py.Dataset))
+            yield from (f"{name}/{inner}" for inner in found if _is_dataset(found, inner))
+
+
+def _is_dataset(group: Any, name: str) -> bool:
+    """Whether it is a data set, or a link to another file that is not followed."""
+    h5py = _h5py()
+    return isinstance(group.get(name, getlink=True), h5py.ExternalLink) or isinstance(group.get(name), h5py.Dataset)
+
+
+def _dataset(file: Any, name: str, path: str) -> Any:
+    """A data set that is in the file itself.
+
+    HDF5 can take the rows of a data set from any file of this machine that its author names, which nothing here should
+    read for him; nor would a change of that file be noticed.
+
+    Raises:
+        UserError: its rows are in another file.
+    """
+    within = not isinstance(file.get(name, getlink=True), _h5py().ExternalLink)
+    found = file[name] if within else None
+    if found is None or found.file.filename != file.filename or found.external or found.is_virtual:
+        raise UserError(
+            f"data.*.path: {path}: the rows of {name} are in another file (an external link, external storage or a "
+            "virtual data set), which is not read; name the file that holds them"
+        )
+    return found
 
 
 def _choose(options: SourceOptions, names: Sequence[str], path: str) -> list[str | None]:
@@ -488,7 +517,7 @@ def _kind(dataset: Any) -> str:
 # --- classes -----------------------------------------------------------------------------------------------
 
 
-def _class_names(file: Any, label: Any) -> tuple[str, ...]:
+def _class_names(file: Any, label: Any, path: str) -> tuple[str, ...]:
     """What a file says of its classes: their names, or the numbers up to `num_classes`; else nothing."""
     for attributes in (label.attrs, file.attrs):
         for key in _NAMES_KEYS:
@@ -497,8 +526,8 @@ def _class_names(file: Any, label: Any) -> tuple[str, ...]:
         if "num_classes" in attributes:
             return tuple(map(str, range(min(int(attributes["num_classes"]), _MAX_CLASSES))))
     for key in _NAMES_KEYS:
-        if isinstance(file.get(key), _h5py().Dataset):
-            return _parse_names(file[key][()])
+        if _is_dataset(file, key):
+            return _parse_names(_dataset(file, key, path)[()])
     return ()
 
 

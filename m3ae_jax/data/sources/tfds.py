@@ -8,6 +8,7 @@ is not needed, and not built: unless its data are there, its constructor asks a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -15,6 +16,8 @@ import importlib
 import json
 import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +43,8 @@ _INDEX_VERSION = 1
 _BLOCK = 64  # records read at once while captions are counted
 _SEQUENCE_KEYS = ("captions/text", "captions/caption")  # of data sets as coco_captions
 _INFO = "dataset_info.json"
+_FEATURES = "tensorflow_datasets.core.features."  # the library's own classes are in modules below it
+_OPENING = threading.Lock()
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _AFTER_NAME = r"(?:/(?P<config>[\w\-.+]+))?(?::(?P<version>\d+(?:\.(?:\d+|\*)){2}))?"
 _NAME = re.compile(rf"(?P<name>\w+){_AFTER_NAME}")
@@ -300,17 +305,50 @@ def _open_builder(folder: str, path: str) -> Any:
     """What the library knows of a prepared data set.
 
     Raises:
-        UserError: it is of an old version of the library, or damaged.
+        UserError: it is of an old version of the library, or damaged, or would import code.
     """
     tfds = _import_tfds()
     try:
-        builder = tfds.builder_from_directory(folder)
-    except OSError:
+        with _importing_nothing(folder):
+            builder = tfds.builder_from_directory(folder)
+    except (OSError, UserError):
         raise
     except Exception as error:  # it promises nothing about what a damaged file raises
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"data.*.path={path!r}: {folder} cannot be opened: {reason}") from error
     return builder
+
+
+@contextlib.contextmanager
+def _importing_nothing(folder: str) -> Iterator[None]:
+    """Keeps the library from importing the modules of features' classes that a data set names, but its own.
+
+    It imports whatever ``features.json`` or ``dataset_info.json`` says, in any of several notations, and so would run
+    a file that comes with the data where Python looks for modules there, as in the working directory. So the one
+    function that all notations end in is replaced for as long as a data set is opened.
+
+    Raises:
+        UserError: a class is neither the library's nor of a module that is imported already.
+    """
+    connector = _import_tfds().features.FeatureConnector
+
+    def cls_from_name(name: str) -> Any:
+        module = name.rpartition(".")[0]
+        if not module.startswith(_FEATURES) and module not in sys.modules:
+            raise UserError(
+                f"data.*.path: the features of {folder} (features.json) name the class {name!r}, which is not of "
+                "TensorFlow Datasets and would be imported; if you trust it, name the data set by its builder's class, "
+                "as package.module:BuilderClass"
+            )
+        return original.__get__(None, connector)(name)
+
+    with _OPENING:
+        original = vars(connector)["cls_from_name"]
+        connector.cls_from_name = staticmethod(cls_from_name)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original
 
 
 # --- what its records hold ---------------------------------------------------------------------------------
@@ -436,7 +474,7 @@ def _slices(builder: Any, split: str, path: str) -> list[_Slice]:
     """The parts of files that a split is made of.
 
     Raises:
-        UserError: there is no such split, or it is no split.
+        UserError: there is no such split, it is no split, or its files are said to lie outside the data set's folder.
     """
     splits = builder.info.splits
     for part in split.split("+"):
@@ -450,6 +488,10 @@ def _slices(builder: Any, split: str, path: str) -> list[_Slice]:
     except Exception as error:  # it promises nothing; ValueError, AssertionError and KeyError were seen
         reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise UserError(f"data.*.split={split!r}: {reason}") from error
+    folder = str(builder.data_path)
+    for one in instructions:  # named by a template in its dataset_info.json; an index is written beside them
+        if not os.path.normpath(str(one.filename)).startswith(_join(os.path.normpath(folder), "")):
+            raise UserError(f"data.*.path={path!r}: {_INFO} names a file outside of {folder}: {str(one.filename)!r}")
     return [_Slice(str(one.filename), one.skip, one.take) for one in instructions]
 
 
