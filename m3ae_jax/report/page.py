@@ -97,6 +97,28 @@ def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
     return element("div", whole, class_="wide")
 
 
+def facts(pairs: Iterable[tuple[object, object]]) -> Html:
+    """A table of two columns without a heading: what, and what it is."""
+    rows = (element("tr", element("th", what, scope="row"), element("td", told, dir="auto")) for what, told in pairs)
+    return element("div", element("table", element("tbody", *rows)), class_="wide")
+
+
+def alert(*parts: object) -> Html:
+    """A box that nobody overlooks."""
+    return element("p", *parts, class_="alert bad")
+
+
+def details(summary: object, *parts: object) -> Html:
+    """Parts that show when the summary is clicked."""
+    return element("details", element("summary", summary), *parts)
+
+
+def preformatted(text: object) -> Html:
+    """Text whose lines and blanks stay as they are; a wide one scrolls by itself."""
+    lines = (escape(line.expandtabs()) for line in str(text).splitlines())  # so that no line end shows as an escape
+    return element("div", element("pre", join(lines, "\n")), class_="wide")
+
+
 def _cell(value: object) -> Html:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return element("td", f"{value:,}", class_="number")
@@ -151,10 +173,20 @@ def write(workdir: Path, number: int, name: str, title: str, *parts: object) -> 
         ValueError: a name that `build` would not find.
         OSError: it cannot be written.
     """
+    file = place(workdir, number, name)
+    save(file, join([element("h2", title), *parts], "\n") + "\n")
+    return file
+
+
+def place(workdir: Path, number: int, name: str) -> Path:
+    """The file of a fragment.
+
+    Raises:
+        ValueError: a name that `build` would not find.
+    """
     file = Path(workdir) / "report" / f"{number:02d}_{name}.html"
     if not _FRAGMENT.fullmatch(file.name):
         raise ValueError(f"a fragment's name is letters, digits, _ and -, not {name!r}")
-    save(file, join([element("h2", title), *parts], "\n") + "\n")
     return file
 
 
@@ -215,9 +247,11 @@ BODY
 """
 
 _STYLE = """
-:root { --ink: #1a1a1a; --faint: #5f6368; --paper: #ffffff; --line: #d5d8dc; --mark: #ffe08a; --bad: #b3261e; }
+:root { --ink: #1a1a1a; --faint: #5f6368; --paper: #ffffff; --line: #d5d8dc; --mark: #ffe08a; --bad: #b3261e;
+  --c1: #1f77b4; --c2: #d95f02; --c3: #2b8a3e; --c4: #7b3294; --c5: #b8860b; --c6: #6d4c41; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --faint: #a2a7ad; --paper: #16181b; --line: #3b4047; --mark: #6b5200; --bad: #ff8a80; }
+  :root { --ink: #e6e6e6; --faint: #a2a7ad; --paper: #16181b; --line: #3b4047; --mark: #6b5200; --bad: #ff8a80;
+    --c1: #6cb4ee; --c2: #ff9f5a; --c3: #69c779; --c4: #c99be0; --c5: #e3b341; --c6: #c9a491; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -238,5 +272,15 @@ figure img { background: #ffffff; }
 .gallery { display: flex; flex-wrap: wrap; gap: 1rem; }
 .gallery figure { flex: 1 1 9rem; max-width: 14rem; min-width: 0; margin: 0; }
 mark { background: var(--mark); color: inherit; border-radius: 2px; }
+.alert { border: 2px solid var(--bad); border-radius: 6px; padding: 0.6rem 0.9rem; }
+h4 { font-size: 0.95rem; margin: 0; } pre { font-size: 0.8rem; margin: 0; } summary { cursor: pointer; }
+th[scope] { font-weight: normal; color: var(--faint); white-space: nowrap; }
+.nobreak { white-space: nowrap; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 1.25rem; }
+.charts figure { margin: 0; min-width: 0; } .chart { display: block; width: 100%; height: auto; }
+.chart text { font: 11.5px system-ui, sans-serif; fill: var(--faint); } .chart path { fill: none; stroke-width: 1.5; }
+.legend { font-size: 0.8rem; color: var(--faint); display: flex; flex-wrap: wrap; gap: 0 0.9rem; }
+.legend span::before, .bar { content: ""; display: inline-block; background: var(--key); height: 0.6em; }
+.legend span::before { width: 0.9em; margin-inline-end: 0.35em; border-radius: 2px; }
 .words { color: var(--ink); font-size: 0.95rem; margin: 0.25rem 0; }
 """

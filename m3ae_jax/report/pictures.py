@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -28,11 +28,12 @@ _CAPTION_WIDTH = 440
 _TEXT_ONLY_WIDTH = 760
 _COLUMNS = ("original", "masked", "reconstruction")
 
-_UNITS = {
+UNITS = {
     "loss": "weighted sum of the terms",
     "image_loss": "squared error per pixel value",
     "text_loss": "nats per word",
 }
+"""Of the losses, by term."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def curves(rows: Sequence[Mapping[str, float]], path: str | Path, title: str) ->
     Raises:
         OSError: the file cannot be written.
     """
-    terms = _terms(rows)
+    terms = loss_terms(key for row in rows for key in row)
     count = max(len(terms), 1)
     across = min(count, 3)
     down = -(-count // across)
@@ -181,14 +182,13 @@ def curves(rows: Sequence[Mapping[str, float]], path: str | Path, title: str) ->
     figure.savefig(path)
 
 
-def _terms(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """The loss terms in `rows`, the total first, the others in order of appearance."""
+def loss_terms(names: Iterable[str]) -> list[str]:
+    """The loss terms among figures' names, the total first, the others in order of appearance."""
     found: dict[str, None] = {}
-    for row in rows:
-        for key in row:
-            split, _, term = key.partition("/")
-            if split in ("train", "val") and term.endswith("loss"):
-                found[term] = None
+    for name in names:
+        split, _, term = name.partition("/")
+        if split in ("train", "val") and term.endswith("loss") and "/" not in term:  # TERM/NAME: of one source
+            found[term] = None
     return sorted(found, key=lambda term: term != "loss")
 
 
@@ -208,7 +208,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, float]], term: str) -> None:
     axes.set_title(term.replace("_", " "), fontsize=10, parse_math=False)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.set_ylabel(_UNITS.get(term, "loss"))
+    axes.set_ylabel(UNITS.get(term, "loss"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

@@ -124,9 +124,10 @@ def metric_rows() -> list[dict[str, float]]:
 
 
 def test_curves_have_one_panel_a_term_with_the_total_first() -> None:
-    rows = metric_rows()
-    assert pictures._terms(rows) == ["loss", "text_loss", "image_loss"]
-    assert pictures._terms(rows[::-1])[0] == "loss"
+    names = [name for row in metric_rows() for name in row]
+    assert pictures.loss_terms(names) == ["loss", "text_loss", "image_loss"]
+    assert pictures.loss_terms(names[::-1])[0] == "loss"
+    assert pictures.loss_terms(["train/image_loss/some_loss", "prior/loss", "time/loss"]) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])

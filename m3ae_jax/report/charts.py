@@ -1,0 +1,314 @@
+"""Charts of a run's figures, drawn as SVG within the page.
+
+A picture by matplotlib takes a tenth of a second and more, one of these some milliseconds: a run can afford a page of
+them while it trains. They follow the page's light and dark, and their words stay words. Lengths are in units of the
+drawing, about a pixel each.
+
+Legend: `N` points of a line, `S` steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from m3ae_jax.report import page
+from m3ae_jax.report.page import Html
+
+_WIDTH, _HEIGHT = 460, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 26, 20, 32
+_POINTS = 600  # of a line: more than one a unit of the width does not show
+_FEW = 30  # points that also get dots: a line of one is seen by them alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One figure over a run.
+
+    Attributes:
+        steps: `[N] int64`, rising.
+        values: `[N] float64`; NaN where it was not finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        """The newest value, NaN or not."""
+        return float(self.values[-1])
+
+    def scaled(self, by: float) -> Series:
+        """The same in another unit."""
+        return Series(self.steps, self.values * by)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A series with a name.
+
+    Attributes:
+        label: in the legend.
+        series: its points.
+        colour: as CSS says it; "" for one of `colours`.
+    """
+
+    label: str
+    series: Series
+    colour: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """Maps values from `low` to `high` onto the drawing, from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, values: np.ndarray | float) -> np.ndarray:
+        if self.log:
+            share = np.log(np.asarray(values) / self.low) / math.log(self.high / self.low)
+        else:
+            share = (np.asarray(values) - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        if self.log:
+            return _log_ticks(self.low, self.high)
+        found = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1).tick_values(self.low, self.high)
+        return [
+            0.0 if abs(tick) < 1e-12 * self.high else float(tick) for tick in found if self.low <= tick <= self.high
+        ]
+
+
+def collect(rows: Iterable[Mapping[str, object]]) -> dict[str, Series]:
+    """Every figure of metric rows, each with the steps at which it was written.
+
+    Args:
+        rows: in order of steps, each with ``step``; what is no number is left out.
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        step = row["step"]
+        assert isinstance(step, int)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+    return {
+        name: Series(np.array(steps), np.where(np.isfinite(values), values, math.nan))
+        for name, (steps, values) in found.items()
+    }
+
+
+def short(value: float) -> str:
+    """A number in about four digits."""
+    if not math.isfinite(value):
+        return "not finite"
+    return _written(value, 4)
+
+
+def colours(count: int) -> list[str]:
+    """Colours that differ from each other, in the light and in the dark."""
+    if count <= 6:
+        return [f"var(--c{number})" for number in range(1, count + 1)]
+    return [f"hsl({360 * number // count} 65% 50%)" for number in range(count)]
+
+
+def gallery(charts: Iterable[Html]) -> Html:
+    """Charts side by side, as many as fit."""
+    return page.element("div", *charts, class_="charts")
+
+
+def chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    *,
+    level: tuple[str, float] | None = None,
+    skipped: Sequence[int] = (),
+    log_from: float = math.inf,
+    from_zero: bool = False,
+) -> Html:
+    """Lines over the step.
+
+    Args:
+        title: above.
+        unit: of the values.
+        lines: at least one. What is not finite is a cross at the upper edge.
+        level: name and value of a dashed line across.
+        skipped: steps that get a stroke at the lower edge.
+        log_from: the axis is logarithmic if the values are positive and the greatest is so many times the least.
+        from_zero: the axis begins at 0, so that a ripple of a great value looks like one.
+    """
+    lines = _coloured(lines)
+    extra = [level[1]] if level and math.isfinite(level[1]) else []
+    x = _steps_axis(lines)
+    y = _values_axis(np.concatenate([*(line.series.values for line in lines), extra, [0.0] * from_zero]), log_from)
+    drawn = [_frame(x, y, unit)]
+    legend = [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines]
+    if level and extra:
+        drawn.append(_stroke(f"M{x.start} {y.at(level[1]):.1f}H{x.end}", "var(--faint)", dashed=True))
+        legend.append(("var(--faint)", f"{level[0]} {short(level[1])}"))
+    for line in lines:
+        drawn += _curve(line, x, y)
+    lost = np.concatenate([line.series.steps[np.isnan(line.series.values)] for line in lines])
+    if lost.size:
+        drawn.append(_marks(x, lost, "m-3 -3l6 6m-6 0l6 -6", _TOP + 4))
+        legend.append(("var(--bad)", "✕ not finite"))
+    if len(skipped):
+        drawn.append(_marks(x, np.asarray(skipped), "v-7", _HEIGHT - _BOTTOM))
+        legend.append(("var(--bad)", "| skipped steps"))
+    return _figure(title, drawn, legend)
+
+
+def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
+    """Areas upon each other over the step.
+
+    Args:
+        title: above.
+        unit: of the values.
+        lines: from the bottom up, none below 0; where one has no value, it counts as 0.
+    """
+    lines = _coloured(lines)
+    steps = np.unique(np.concatenate([line.series.steps for line in lines]))
+    heights = np.zeros((len(lines), len(steps)))
+    for height, line in zip(heights, lines, strict=True):
+        height[np.searchsorted(steps, line.series.steps)] = np.nan_to_num(line.series.values)
+    some = np.unique(np.linspace(0, len(steps) - 1, _POINTS // 2).astype(int))
+    # The first value counts from the beginning: of one point alone there would be no area.
+    steps, heights = np.append(0, steps[some]), heights[:, np.append(0, some)]
+    edges = np.concatenate([np.zeros((1, len(steps))), np.cumsum(heights, axis=0)])
+    x, y = _steps_axis(lines), _Axis(0.0, max(float(edges.max()), 1e-9), _HEIGHT - _BOTTOM, _TOP)
+    drawn = [_frame(x, y, unit)]
+    for line, (below, above) in zip(lines, itertools.pairwise(edges), strict=True):
+        around = _path(np.append(x.at(steps), x.at(steps[::-1])), np.append(y.at(above), y.at(below[::-1])))
+        drawn.append(page.element("path", d=around + "Z", style=f"fill:{line.colour};fill-opacity:0.75"))
+    return _figure(title, drawn, [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines])
+
+
+def bar(share: float) -> Html:
+    """A bar as long as a share, 0 to 1, of six times the letters' size."""
+    return page.element("span", class_="bar", style=f"--key:var(--c1);width:{6 * min(max(share, 0), 1):.2f}em")
+
+
+def thinned(series: Series, most: int = _POINTS) -> Series:
+    """The finite points, or the least and the greatest of each of `most / 2` stretches: peaks stay."""
+    finite = np.isfinite(series.values)
+    steps, values = series.steps[finite], series.values[finite]
+    if len(values) <= most:
+        return Series(steps, values)
+    edges = np.linspace(0, len(values), most // 2 + 1).astype(int)
+    kept = {0, len(values) - 1}
+    for low, high in itertools.pairwise(edges.tolist()):
+        part = values[low:high]
+        kept |= {low + int(part.argmin()), low + int(part.argmax())}
+    index = sorted(kept)
+    return Series(steps[index], values[index])
+
+
+def _coloured(lines: Sequence[Line]) -> list[Line]:
+    return [
+        dataclasses.replace(line, colour=line.colour or colour)
+        for line, colour in zip(lines, colours(len(lines)), strict=True)
+    ]
+
+
+def _steps_axis(lines: Sequence[Line]) -> _Axis:
+    last = max(int(line.series.steps[-1]) for line in lines)
+    return _Axis(0.0, float(max(last, 1)), _LEFT, _WIDTH - _RIGHT)
+
+
+def _values_axis(values: np.ndarray, log_from: float) -> _Axis:
+    """From a little below the least finite value to a little above the greatest."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if low > 0 and high / low > log_from:
+        room = (high / low) ** 0.04
+        return _Axis(low / room, high * room, _HEIGHT - _BOTTOM, _TOP, log=True)
+    room = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    # Of what is never negative, the axis shows no negative part.
+    return _Axis(max(low - room, 0.0) if low >= 0 else low - room, high + room, _HEIGHT - _BOTTOM, _TOP)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for parts in ((1, 2, 5), (1, 3), (1,)):
+        found = [part * 10.0**decade for decade in decades for part in parts]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) <= 6:
+            return found
+    return found[:: -(-len(found) // 6)]
+
+
+def _frame(x: _Axis, y: _Axis, unit: str) -> Html:
+    """Grid, numbers and units."""
+    parts = [_text(2, _TOP - 9, unit, "start")]
+    for tick, place in ((tick, float(y.at(tick))) for tick in y.ticks()):
+        parts.append(_stroke(f"M{x.start} {place:.1f}H{x.end}", "var(--line)"))
+        parts.append(_text(x.start - 6, place + 4, _written(tick, 6), "end"))
+    for tick, place in ((tick, float(x.at(tick))) for tick in x.ticks(whole=True)):
+        parts.append(_stroke(f"M{place:.1f} {y.start}v4", "var(--faint)"))
+        parts.append(_text(place, y.start + 16, f"{tick:,.0f}", "middle"))
+    parts.append(_stroke(f"M{x.start} {y.start}H{x.end}", "var(--faint)"))
+    parts.append(_text(_WIDTH - 2, _HEIGHT - 3, "step", "end"))
+    return page.join(parts)
+
+
+def _written(value: float, digits: int) -> str:
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e8:
+        number, exponent = f"{value:.2e}".split("e")
+        return f"{number.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.{digits}g}"
+
+
+def _curve(line: Line, x: _Axis, y: _Axis) -> Iterator[Html]:
+    points = thinned(line.series)
+    if not points.values.size:
+        return
+    places = x.at(points.steps), y.at(points.values)
+    yield _stroke(_path(*places), line.colour)
+    if points.values.size <= _FEW:
+        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(*places, strict=True))
+        style = f"stroke:{line.colour};stroke-width:5;stroke-linecap:round"
+        yield page.element("path", d=dots, style=style)
+
+
+def _marks(x: _Axis, steps: np.ndarray, shape: str, height: float) -> Html:
+    # Of those that would lie upon each other, one.
+    places = np.unique(np.round(x.at(np.clip(steps, x.low, x.high))).astype(int))
+    return _stroke("".join(f"M{place} {height}{shape}" for place in places), "var(--bad)")
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _stroke(path: str, colour: str, *, dashed: bool = False) -> Html:
+    return page.element("path", d=path, style=f"stroke:{colour}" + (";stroke-dasharray:5 4" if dashed else ""))
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> Html:
+    return page.element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", **{"text-anchor": anchor})
+
+
+def _figure(title: str, drawn: Iterable[Html], legend: Iterable[tuple[str, str]]) -> Html:
+    box = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": title}
+    keys = (page.element("span", page.data(told), style=f"--key:{colour}") for colour, told in legend)
+    return page.element(
+        "figure",
+        page.element("h4", page.data(title)),
+        page.element("div", *keys, class_="legend"),
+        page.element("svg", *drawn, class_="chart", **box),
+    )

@@ -1,0 +1,235 @@
+"""What a run left in files beside its figures, as parts of its page: pictures, evaluations, replays."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m3ae_jax.report import page
+from m3ae_jax.report.charts import bar, short
+from m3ae_jax.report.page import Html
+
+_BETWEEN = 6  # pictures between the first and the last
+_BYTES = 330_000  # of a picture: eight of them, a third longer as text, leave the page room below 5 MB
+_WIDTH = 1200  # pixels: the page is 990 wide
+_HEIGHT = 6000  # pixels of a sheet: the rest is cut off
+_PIXELS = 50_000_000  # of a sheet that is read at all
+_COLUMNS = 6  # steps of an evaluation side by side
+_REPLAYS = 3
+_WORST = 32
+_LAYERS = 100
+_CAPTION = 500  # characters
+_CHARACTERS = 20_000  # of a text
+
+
+def reconstructions(folder: Path) -> Iterator[Html]:
+    """The section of the sheets in ``pictures/``: the first, some between, the last; nothing without any.
+
+    Args:
+        folder: the run's.
+    """
+    sheets = numbered(folder / "pictures", r"step_([0-9]+)\.png")
+    chosen = spread(list(sheets))
+    if len(chosen) < len(sheets):
+        yield page.note(f"{len(chosen)} of the {len(sheets):,} sheets in ", page.code("pictures/"), ".")
+    for step in chosen:
+        yield picture(sheets[step], f"Reconstructions at step {step:,}", f"Step {step:,}")
+
+
+def numbered(folder: Path, pattern: str) -> dict[int, Path]:
+    """Files whose name is the pattern's, by the number in it, rising."""
+    found = {int(match[1]): file for file in _files(folder) if (match := re.fullmatch(pattern, file.name))}
+    return dict(sorted(found.items()))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def spread(steps: list[int], between: int = _BETWEEN) -> list[int]:
+    """The first, the last and at most `between` others, evenly over the logarithm of the step.
+
+    >>> spread([0, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000], between=2)
+    [0, 1000, 3000, 8000]
+    """
+    if len(steps) <= between + 2:
+        return steps
+    others = np.log(np.maximum(steps[1:-1], 1))
+    wanted = np.linspace(others[0], math.log(steps[-1]), between + 1)[:-1]
+    return sorted({steps[0], steps[-1], *(steps[1 + int(np.abs(others - one).argmin())] for one in wanted)})
+
+
+def picture(file: Path, alt: str, caption: str) -> Html:
+    """A sheet, small enough for the page; a line where it cannot be read."""
+    try:
+        found = file.stat()
+        encoded, cut = _fitting(file, found.st_mtime_ns, found.st_size)
+    except Exception as error:  # over damaged files Pillow raises errors of many kinds
+        return page.note(f"{caption}: ", page.code(file.name), " cannot be shown: ", page.data(error))
+    more = f". The upper part alone: all of it is in {file.parent.name}/{file.name}" if cut else ""
+    return page.figure(encoded, alt, caption + more)
+
+
+@functools.lru_cache(maxsize=16)  # a page is made anew at each evaluation, of mostly the same sheets
+def _fitting(file: Path, changed: int, size: int) -> tuple[bytes, bool]:
+    """The file's bytes if they are few, or a JPEG of about `_BYTES`; and whether the lower part is cut off."""
+    del changed
+    with Image.open(file, formats=("PNG", "JPEG")) as opened:
+        width, height = opened.size
+        if size <= _BYTES and width <= _WIDTH and height <= _HEIGHT:
+            opened.verify()
+            return file.read_bytes(), False
+        if width * height > _PIXELS:
+            raise ValueError(f"{width:,} × {height:,} pixels are too many")
+        sheet = opened.convert("RGB").crop((0, 0, width, min(height, _HEIGHT)))
+    encoded, scale = b"", min(1.0, _WIDTH / width)
+    for _ in range(3):
+        shape = max(1, round(sheet.width * scale)), max(1, round(sheet.height * scale))
+        out = io.BytesIO()
+        sheet.resize(shape, Image.Resampling.BICUBIC, reducing_gap=2.0).save(out, "JPEG", quality=80)
+        encoded = out.getvalue()
+        if len(encoded) <= _BYTES:
+            break
+        scale *= 0.95 * math.sqrt(_BYTES / len(encoded))
+    return encoded, sheet.height < height
+
+
+def evaluations(folder: Path) -> Iterator[Html]:
+    """The section of ``evals/``: the newest step of each name, and its figures over the steps.
+
+    Args:
+        folder: the run's.
+    """
+    files = [file for file in _files(folder / "evals") if re.fullmatch(r".+_[0-9]+\.json", file.name)]
+    for name in sorted({file.stem.rpartition("_")[0] for file in files}):
+        by_step = numbered(folder / "evals", re.escape(name) + r"_([0-9]+)\.json")
+        newest = max(by_step)
+        yield page.heading(f"{name} at step {newest:,}")
+        written = by_step[newest].with_suffix(".md")
+        if written.exists():
+            yield told(written.read_text(encoding="utf-8", errors="replace"))
+        if len(by_step) > 1 or not written.exists():
+            yield _over_steps(by_step)
+
+
+def told(text: str) -> Html:
+    """A text as it is written; one that is nothing but a Markdown table, as a table."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if len(lines) > 2 and all(line.startswith("|") and line.endswith("|") for line in lines):
+        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+        if set("".join(cells[1])) <= set("-: "):
+            return page.table(cells[0], cells[2:])
+    cut = f"\n… and {len(text) - _CHARACTERS:,} characters more" if len(text) > _CHARACTERS else ""
+    return page.preformatted(text[:_CHARACTERS] + cut)
+
+
+def _over_steps(by_step: dict[int, Path]) -> Html:
+    shown = list(by_step)[-_COLUMNS:]
+    results = {step: _numbers(load(by_step[step])) for step in shown}
+    names = {name: None for result in results.values() for name in result if name != "step"}
+    rows = [[name, *(short(r[name]) if name in r else "" for r in results.values())] for name in names]
+    older = f" The newest {_COLUMNS} of {len(by_step)} steps." if len(shown) < len(by_step) else ""
+    table = page.table(["", *(f"step {step:,}" for step in shown)], rows)
+    return page.join([table, page.note(older) if older else ""])
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file holds none, as after a kill while it was written."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """The numbers in an object; null is NaN."""
+    if not isinstance(values, dict):
+        return {}
+    return {key: _number(value) for key, value in values.items() if value is None or isinstance(value, int | float)}
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def replays(folder: Path) -> Iterator[Html]:
+    """The section of ``replay/``: steps that were computed again, the newest first.
+
+    Args:
+        folder: the run's.
+    """
+    by_step = numbered(folder / "replay", r"step_([0-9]+)\.json")
+    for step in list(by_step)[: -_REPLAYS - 1 : -1]:
+        yield page.heading(f"Step {step:,}")
+        yield from _replay(load(by_step[step]), by_step[step].with_suffix(".png"), step)
+    if len(by_step) > _REPLAYS:
+        yield page.note(f"{len(by_step) - _REPLAYS:,} older ones are in ", page.code("replay/"), ".")
+
+
+def _replay(found: dict[str, Any], sheet: Path, step: int) -> Iterator[Html]:
+    if not found:
+        yield page.paragraph("Its file cannot be read.")
+        return
+    yield _verdict(found)
+    terms = [(name, short(value)) for name, value in _numbers(found.get("terms")).items()]
+    if terms:
+        yield page.table(("term", "value"), terms)
+    yield from _layers(_numbers(found.get("gradient_norms")))
+    listed = found.get("worst")
+    worst = [one for one in listed if isinstance(one, dict)][:_WORST] if isinstance(listed, list) else []
+    if worst:
+        yield page.paragraph("Examples with the greatest losses:")
+        rows = [_example(one) for one in worst]
+        yield page.table(("position", "source", "example", "loss", "caption"), rows)
+    if sheet.exists():
+        yield picture(sheet, f"The examples of step {step:,} with the greatest losses", "The same, as pictures")
+
+
+def _example(one: dict[str, Any]) -> list[str]:
+    position, source, index, caption = (str(one.get(key, "")) for key in ("position", "source", "index", "caption"))
+    return [position, source, index, short(_number(one.get("loss"))), caption[:_CAPTION]]
+
+
+def _verdict(found: dict[str, Any]) -> Html:
+    loss, recorded = (_exact(found.get(name)) for name in ("loss", "recorded_loss"))
+    begin = f"Computed again from step {found.get('from_step')}: loss {loss}. "
+    if found.get("equal") is None:
+        wrote: object = "The run wrote no loss of this step to compare with."
+    elif found["equal"]:
+        wrote = "The run wrote the same."
+    else:
+        wrote = page.element("span", f"The run wrote {recorded}.", class_="bad")
+    verdict = f" The verdict on the step: {found['verdict']}." if found.get("verdict") else ""
+    return page.paragraph(begin, wrote, verdict)
+
+
+def _exact(value: object) -> str:
+    number = _number(value)
+    return f"{number:.9g}" if math.isfinite(number) else "not finite"
+
+
+def _layers(norms: dict[str, float]) -> Iterator[Html]:
+    """The norm of each layer's gradient, as numbers and bars."""
+    lost = [name for name, value in norms.items() if not math.isfinite(value)]
+    if lost:
+        yield page.element("p", "Not finite: ", page.data(", ".join(lost[:_LAYERS])), class_="bad")
+    finite = {name: value for name, value in norms.items() if math.isfinite(value)}
+    if not finite:
+        return
+    most = max(finite.values()) or 1.0
+    rows = [(name, short(value), bar(value / most)) for name, value in list(finite.items())[:_LAYERS]]
+    more = page.note(f"{len(finite) - _LAYERS:,} more are left out.") if len(finite) > _LAYERS else ""
+    yield page.details("Gradient norms by layer", page.table(("layer", "L2", ""), rows), more)

@@ -1,0 +1,361 @@
+"""The page of a run: what happened, how far it is, what it learnt, how fast, and how to go on.
+
+Everything is read from files of the run's folder. Each may be missing, cut off by a kill, or strange: the page is for
+the day on which something went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3ae_jax import config as config_lib
+from m3ae_jax import console
+from m3ae_jax.errors import UserError
+from m3ae_jax.metrics.writers import read_lines, read_rows
+from m3ae_jax.report import measured, page, results
+from m3ae_jax.report.charts import Series, collect, short
+from m3ae_jax.report.page import Html
+
+log = logging.getLogger("m3ae_jax")
+
+_METRICS, _EVENTS, _CONFIG = "metrics.jsonl", "events.jsonl", "config.json"
+_SHOWN = 200  # events
+_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that hold its last row
+_STARTS = ("started", "resumed")
+_ENDS = {"finished": "finished", "stopped": "stopped", "preempted": "stopped (preempted)", "failed": "failed"}
+_BAD = ("stopped", "preempted", "failed", "stalled", "skipped", "warning")
+_TOTAL = re.compile(r"(?:all )?(\d+) steps\b.*")  # in the text of started and of finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A line of ``events.jsonl``.
+
+    Attributes:
+        time: in UTC; None where the line tells none.
+        step: or None.
+        kind: one word, such as ``saved``.
+        text: one line.
+    """
+
+    time: datetime.datetime | None
+    step: int | None
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the folder of a run tells.
+
+    Attributes:
+        folder: of the run.
+        found: its figures, by name.
+        events: as they happened.
+        config: ``config.json``; empty where there is none that can be read.
+        trouble: what could not be read.
+    """
+
+    folder: Path
+    found: dict[str, Series]
+    events: list[Event]
+    config: dict[str, Any]
+    trouble: list[str]
+
+    @property
+    def last(self) -> Event | None:
+        """The newest event."""
+        return self.events[-1] if self.events else None
+
+    @property
+    def ending(self) -> Event | None:
+        """How the newest start ended; None if it has not, as far as it tells."""
+        told = next((event for event in reversed(self.events) if event.kind in (*_STARTS, *_ENDS)), None)
+        return told if told and told.kind in _ENDS else None
+
+    @property
+    def done(self) -> int:
+        """Steps done, as far as figures and events tell."""
+        rows = max((int(series.steps[-1]) for series in self.found.values()), default=0)
+        told = next((event for event in reversed(self.events) if event.step is not None), None)
+        if told is None or told.step is None:
+            return rows
+        if told is self.last and told.kind in _STARTS and not self._wrote_since(told):
+            return told.step  # a start falls back to its checkpoint: the rows are of the start before
+        return max(rows, told.step)
+
+    @property
+    def checkpoint(self) -> int | None:
+        """The step of the newest checkpoint."""
+        names = [one.name for one in (self.folder / "checkpoints").glob("*")]
+        return max((int(name) for name in names if re.fullmatch(r"[0-9]+", name)), default=None)
+
+    def _wrote_since(self, event: Event) -> bool:
+        return bool(self._wrote and event.time and self._wrote > event.time)
+
+    @property
+    def _wrote(self) -> datetime.datetime | None:
+        metrics = self.folder / _METRICS
+        return datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC) if metrics.exists() else None
+
+    @property
+    def heard_of(self) -> datetime.datetime | None:
+        """When the run last wrote anything."""
+        times = [event.time for event in self.events if event.time]
+        if self._wrote and not self.ending:
+            times.append(self._wrote)
+        return max(times, default=None)
+
+
+def build_run(workdir: Path) -> Path:
+    """Makes the run's parts of the page anew, and the page; other parts, as the data doctor's, stay as they are.
+
+    Args:
+        workdir: the run's folder.
+
+    Returns:
+        ``WORKDIR/report.html``.
+
+    Raises:
+        UserError: the folder holds no run.
+        OSError: the page cannot be written.
+    """
+    run = read(Path(workdir))
+    for number, name, title, section in _SECTIONS:
+        try:
+            parts = list(section(run))
+        except Exception as error:  # of a run gone wrong anything may be found; the other parts are wanted all the more
+            log.warning("report: the part %r could not be made: %s", title, error, exc_info=True)
+            parts = [page.alert("This part could not be made: ", page.data(f"{type(error).__name__}: {error}"))]
+        if parts:
+            page.write(run.folder, number, name, title, *parts)
+        else:  # there may have been something before
+            page.place(run.folder, number, name).unlink(missing_ok=True)
+    return page.build(run.folder, run.folder.resolve().name)
+
+
+def read(folder: Path) -> Run:
+    """What the files of a run tell.
+
+    Raises:
+        UserError: none of them exists.
+    """
+    if not any((folder / name).is_file() for name in (_METRICS, _EVENTS, _CONFIG)):
+        raise UserError(f"--workdir={folder} holds no run: none of {_METRICS}, {_EVENTS} and {_CONFIG} is there")
+    trouble = []
+    found: dict[str, Series] = {}
+    events: list[Event] = []
+    try:
+        events = [_event(line) for line in read_lines(folder / _EVENTS)]
+        found = collect(read_rows(folder, until=_last_written(folder / _METRICS)))
+    except Exception as error:  # no run writes such a line, but an editor or a failing disk may
+        trouble.append(f"{_METRICS if events else _EVENTS} cannot be read: {type(error).__name__}: {error}")
+    config = results.load(folder / _CONFIG)
+    if not config and (folder / _CONFIG).exists():
+        trouble.append(f"{_CONFIG} cannot be read")
+    return Run(folder, found, events, config, trouble)
+
+
+def _last_written(file: Path) -> int | None:
+    """The step of the last row: those beyond it are of a start that was killed, from before the run fell back."""
+    if not file.exists():
+        return None
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - _TAIL))
+        lines = opened.read().splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # of a line that a kill has cut
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                return row["step"]
+    return None
+
+
+def _event(line: dict[str, Any]) -> Event:
+    step = line.get("step")
+    kind, text = (str(line.get(name) or "") for name in ("kind", "text"))
+    return Event(_time(line.get("time")), step if isinstance(step, int) else None, kind, text)
+
+
+def _time(told: object) -> datetime.datetime | None:
+    try:
+        found = datetime.datetime.fromisoformat(str(told))
+    except ValueError:
+        return None
+    return found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found.astimezone(datetime.UTC)
+
+
+# --- at a glance -------------------------------------------------------------------------------------------
+
+
+def _summary(run: Run) -> Iterator[Html]:
+    alarm = run.last if run.last and run.last.kind == "stalled" else run.ending
+    if alarm and alarm.kind != "finished":
+        at = f" at step {alarm.step:,}" if alarm.step is not None else ""
+        yield page.alert(f"{alarm.kind}{at}: ", page.data(alarm.text))
+        yield page.note(*_going_on(run, alarm))
+    for trouble in run.trouble:
+        yield page.alert(page.data(trouble))
+    yield page.facts(_facts(run))
+
+
+def _going_on(run: Run, alarm: Event) -> Iterator[object]:
+    yield from ("All that was said is in ", page.code("log.txt"), ". ")
+    # A stop was asked for: nothing needs to be mended.
+    yield (
+        "The same command " if alarm.kind in ("stopped", "preempted") else "Once the cause is mended, the same command "
+    )
+    step = run.checkpoint
+    yield "begins anew: there is no checkpoint." if step is None else f"goes on from the checkpoint of step {step:,}."
+
+
+def _facts(run: Run) -> Iterator[tuple[str, object]]:
+    yield "status", _status(run)
+    total = _total(run)
+    yield "steps", f"{run.done:,}" + (f" of {total:,} ({_percent(run.done / total)})" if total else "")
+    batch = run.config.get("batch_size")
+    if isinstance(batch, int):
+        yield "examples", f"{run.done * batch:,}"
+    if any(event.time for event in run.events):
+        yield "wall time", console.duration(_worked(run))
+    starts = sum(event.kind in _STARTS for event in run.events)
+    if starts:
+        yield "starts", f"{starts:,}"
+    yield from _losses(run.found)
+    skipped = measured.total(run.found, "train/skipped_steps")
+    if "train/skipped_steps" in run.found:
+        yield "skipped steps", f"{skipped:,.0f}"
+    replaced = measured.total(run.found, "train/replaced_examples")
+    if "train/replaced_examples" in run.found:
+        reasons = measured.parts_of(run.found, "train/replaced/")
+        told = ", ".join(f"{reason.replace('_', ' ')} {count:,.0f}" for reason, count in reasons)
+        yield "replaced examples", page.join([f"{replaced:,.0f}", page.data(f" ({told})" if told else "")])
+    if run.checkpoint is not None:
+        yield "newest checkpoint", f"step {run.checkpoint:,}"
+
+
+def _status(run: Run) -> str:
+    if run.ending:
+        return _ENDS[run.ending.kind] + (f" at {_utc(run.ending.time)}" if run.ending.time else "")
+    heard = f"; last heard of at {_utc(run.heard_of)}" if run.heard_of else ""
+    if not run.events:
+        return f"unknown: there is no {_EVENTS}{heard}"
+    return f"running, or killed without a word{heard}"
+
+
+def _utc(time: datetime.datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _percent(share: float) -> str:
+    # Never 100 % of a run that is not done.
+    return f"{math.floor(1000 * share) / 10:g} %"
+
+
+def _total(run: Run) -> int | None:
+    """All steps of the run: of its config, unless that counts in epochs, or as its newest event tells that does."""
+    batch = run.config.get("batch_size")
+    try:
+        _, unit = config_lib.parse_duration("duration", run.config.get("duration", ""))
+        if unit == "steps" or (unit == "examples" and isinstance(batch, int) and batch > 0):
+            return config_lib.steps("duration", run.config["duration"], batch or 1, 1)
+    except UserError:
+        pass
+    for event in reversed(run.events):
+        if event.kind in ("started", "finished") and (match := _TOTAL.fullmatch(event.text)):
+            return int(match[1])
+    return None
+
+
+def _worked(run: Run) -> float:
+    """Seconds from each start to the last sign of it; the time between two starts does not count."""
+    seconds, begin, latest = 0.0, None, None
+    for event in (event for event in run.events if event.time):
+        if event.kind in _STARTS or begin is None:
+            seconds += (latest - begin).total_seconds() if begin and latest else 0.0
+            begin = event.time
+        latest = event.time
+    heard = run.heard_of
+    return seconds + ((heard - begin).total_seconds() if begin and heard else 0.0)
+
+
+def _losses(found: dict[str, Series]) -> Iterator[tuple[str, str]]:
+    for name, label in (("train/loss", "training loss"), ("val/loss", "validation loss")):
+        if series := found.get(name):
+            yield f"newest {label}", f"{short(series.last)} at step {series.steps[-1]:,}"
+    validation = found.get("val/loss")
+    if validation and np.isfinite(validation.values).any():
+        best = int(np.nanargmin(validation.values))
+        yield "best validation loss", f"{short(validation.values[best])} at step {validation.steps[best]:,}"
+
+
+# --- events and config -------------------------------------------------------------------------------------
+
+
+def _table_of_events(run: Run) -> Iterator[Html]:
+    if not run.events:
+        return
+    groups = list(_folded(run.events))
+    older = len(groups) - _SHOWN
+    yield page.note("Newest first." + (f" {older:,} older ones are left out: see {_EVENTS}." if older > 0 else ""))
+    yield page.table(("time, UTC", "step", "what", ""), map(_row, groups[: -_SHOWN - 1 : -1]))
+
+
+def _folded(events: Iterable[Event]) -> Iterator[list[Event]]:
+    """Each event by itself, but skipped steps in a row together."""
+    for kind, group in itertools.groupby(events, lambda event: event.kind):
+        if kind == "skipped":
+            yield list(group)
+        else:
+            yield from ([event] for event in group)
+
+
+def _row(group: list[Event]) -> tuple[object, ...]:
+    first, last = group[0], group[-1]
+    time = page.element("span", f"{last.time:%Y-%m-%d %H:%M:%S}" if last.time else "", class_="nobreak")
+    step = "" if last.step is None else f"{last.step:,}"
+    told: list[object] = [page.data(last.text)]
+    if len(group) > 1:
+        begin = "" if first.step is None else f" since step {first.step:,}"
+        told = [f"{len(group):,} times{begin}; the last: ", *told]
+    kind = page.element("span", last.kind, class_="bad") if last.kind in _BAD else page.escape(last.kind)
+    return time, step, kind, page.join(told)
+
+
+def _config(run: Run) -> Iterator[Html]:
+    if run.config:
+        values = [(name, page.element("code", value)) for name, value in _flat(run.config)]
+        yield page.details(f"{len(values):,} fields", page.facts(values))
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values as JSON; an empty group is a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield before + name, json.dumps(value, ensure_ascii=False)
+
+
+_SECTIONS: tuple[tuple[int, str, str, Callable[[Run], Iterator[Html]]], ...] = (
+    (0, "run", "Run", _summary),
+    (5, "events", "What happened when", _table_of_events),
+    (20, "curves", "Curves", lambda run: measured.curves(run.found)),
+    (25, "throughput", "Throughput", lambda run: measured.throughput(run.found)),
+    (30, "reconstructions", "Reconstructions", lambda run: results.reconstructions(run.folder)),
+    (40, "evaluations", "Evaluations", lambda run: results.evaluations(run.folder)),
+    (60, "replay", "Replay", lambda run: results.replays(run.folder)),
+    (80, "config", "Config", _config),
+)
