@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ PROGRAM_FIELDS = (
 """Fields (``group.``: all in it) that change how a step is computed, and neither its numbers (up to rounding, and
 to which numbers dropout draws) nor the parameters."""
 DURATION_UNITS = ("steps", "examples", "epochs")
+
+_BUILDER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]")  # of tfds: ``module:BuilderClass``; not ``mnist:3.0.1``, ``gs://``
 
 CC12M_MEAN = (0.5762, 0.5503, 0.5213)
 CC12M_STD = (0.3207, 0.3169, 0.3307)
@@ -142,6 +145,12 @@ def default() -> ConfigDict:
     c.data.threads = 0  # that read and decode, of each process; 0: one a core. More help where reading waits
     c.data.caption_fraction = 1.0  # share of the training examples that keep their caption
 
+    c.anomaly = ConfigDict()
+    # A step changes nothing but is counted if its loss or gradient is not finite, or its loss lies so many standard
+    # deviations above the mean of the last 128 steps' (0: however high).
+    c.anomaly.spike = 10.0
+    c.anomaly.stop_after = 20  # skipped steps in a row; then the run stops
+
     c.log_every = "50 steps"
     c.checkpoint = ConfigDict()
     c.checkpoint.every = "1 epochs"
@@ -151,6 +160,10 @@ def default() -> ConfigDict:
     c.eval.examples = 4096  # of the validation source, the same ones each time
     c.eval.batch_size = 256
     c.eval.pictures = 8  # reconstructions drawn at each evaluation; 0: none
+    c.stall = ConfigDict()  # seconds without a step, or anything else that is done; 0: never
+    c.stall.report_after = 600.0  # then the stacks of all threads are printed
+    c.stall.stop_after = 3600.0  # then the process ends, to be started again
+    c.profile = ""  # "A-B": a trace of the steps A to B, for TensorBoard
     c.evals = ()  # names under evals/, run at the end of training and with --mode=eval
     return c
 
@@ -310,7 +323,7 @@ def load(path: str) -> ConfigDict:
         found = f" (there are {', '.join(beside)})" if beside else ""
         raise UserError(f"--config={path!r}: no such file{found}{hint}")
     if file.suffix == ".json":
-        return from_json(file.read_text(encoding="utf-8"))
+        return from_json(file.read_bytes())
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path!r} is neither a Python file nor a run's config.json")
@@ -328,7 +341,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str | bytes) -> ConfigDict:
     """Reads what `to_json` wrote.
 
     Raises:
@@ -336,7 +349,7 @@ def from_json(text: str) -> ConfigDict:
     """
     try:
         stored = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the config is not JSON: {error}") from None
     if not isinstance(stored, dict):
         raise UserError("the config is not a JSON object")
@@ -348,6 +361,8 @@ def from_json(text: str) -> ConfigDict:
 def _merge(config: ConfigDict, stored: dict[str, Any], prefix: str) -> None:
     for key, value in stored.items():
         if prefix == "data.mixture.":
+            if "." in key:
+                raise UserError(f"the config's {prefix}{key}: the name of a source has no dot")
             config[key] = source_fields()
         if key not in config:
             near = _nearest(prefix + key, [prefix + name for name, _ in _leaves(config)])
@@ -358,16 +373,63 @@ def _merge(config: ConfigDict, stored: dict[str, Any], prefix: str) -> None:
             _merge(config[key], value, f"{prefix}{key}.")
         else:
             try:
+                if value is None:
+                    raise TypeError
                 config[key] = tuple(value) if isinstance(value, list) else value
-            except TypeError:
+            except (TypeError, ValueError, AttributeError):  # the last two of groups with odd names
                 kind = type(config[key]).__name__
                 raise UserError(f"the config's field {prefix}{key}={value!r} is not of type {kind}") from None
+
+
+def check_named_code(path: str, config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
+    """Refuses code that a run's config.json names by an import path, unless the command line names it too.
+
+    Such a file comes with other people's checkpoints, and what it names would be imported and so run. A Python file
+    is code itself: who gives one has decided.
+
+    Args:
+        path: the file that the config was loaded from.
+        config: with the overrides applied.
+        overrides: those of the command line, as (path, text).
+
+    Raises:
+        UserError: it names code; with the overrides that allow it.
+    """
+    if Path(path).suffix != ".json":
+        return
+    given = {field for field, _ in overrides}
+    found = {field: value for field, value in _named_code(config).items() if field not in given}
+    if not found:
+        return
+    said = ", ".join(f"{field}={value!r}" for field, value in found.items())
+    # Quoted, as the line may be copied into a shell.
+    allow = " ".join(shlex.quote(f"--config.{field}={_printable(value)}") for field, value in found.items())
+    raise UserError(f"{path} names code to import: {said}; if you trust it, name it on the command line too: {allow}")
+
+
+def _named_code(config: ConfigDict) -> dict[str, str]:
+    """The fields that hold an import path, ``package.module:Class``."""
+    fields = {"objective": str(config.objective)}
+    for group, spec in _source_specs(config).items():
+        fields[f"{group}.source"] = str(spec.source)
+        if spec.source == "tfds" and _BUILDER.match(str(spec.path)):
+            fields[f"{group}.path"] = spec.path
+    return {field: value for field, value in fields.items() if ":" in value}
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
     """Fields that differ, as (name, value in `a`, value in `b`)."""
     left, right = dict(_leaves(a)), dict(_leaves(b))
     return [(name, left.get(name), right.get(name)) for name in right if left.get(name) != right.get(name)]
+
+
+def names(config: ConfigDict) -> list[str]:
+    """All fields, as ``group.name``."""
+    return [name for name, _ in _leaves(config)]
 
 
 def is_among(name: str, fields: tuple[str, ...]) -> bool:
@@ -398,6 +460,20 @@ def parse_duration(name: str, text: str) -> tuple[float, str]:
     if not math.isfinite(amount):
         raise UserError(f"{name}={text!r}: {forms}")
     return amount, unit
+
+
+def parse_profile(text: str) -> tuple[int, int] | None:
+    """First and last step of the field `profile`, ``"A-B"``; None if it is empty.
+
+    Raises:
+        UserError: not of this form.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+    if not text:
+        return None
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f'profile={text!r}: "A-B", the first and the last step, from 1 on')
+    return int(match[1]), int(match[2])
 
 
 def steps(name: str, text: str, batch_size: int, examples: int) -> int:
@@ -471,6 +547,7 @@ def _check_values(c: ConfigDict) -> None:
         amount, _ = parse_duration(name, _get(c, name))
         if amount == 0 and name != "optimizer.warmup":
             raise UserError(f"{name}={_get(c, name)!r}: must be more than 0")
+    parse_profile(c.profile)
     _check_sources(c)
     for name, length in (
         ("data.crop_scale", 2),
@@ -487,10 +564,14 @@ def _check_values(c: ConfigDict) -> None:
             raise UserError(f"{name}={_get(c, name)!r}: (least, most), shares of the picture at most 1")
 
 
+def _source_specs(c: ConfigDict) -> dict[str, ConfigDict]:
+    """All `source_fields`, by the name of their group."""
+    mixture = {f"data.mixture.{name}": spec for name, spec in c.data.mixture.items()}
+    return {"data.train": c.data.train, "data.val": c.data.val, **mixture}
+
+
 def _check_sources(c: ConfigDict) -> None:
-    specs = {"data.train": c.data.train, "data.val": c.data.val}
-    specs |= {f"data.mixture.{name}": spec for name, spec in c.data.mixture.items()}
-    for field, spec in specs.items():
+    for field, spec in _source_specs(c).items():
         if spec.captions not in ("draw", "all"):
             raise UserError(one_of(f"{field}.captions", spec.captions, ("draw", "all")))
         if not spec.weight > 0:
@@ -544,6 +625,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("eval.examples", 1, _BIG),
     ("eval.batch_size", 1, _BIG),
     ("eval.pictures", 0, 1000),
+    ("anomaly.spike", 0.0, _BIG),
+    ("anomaly.stop_after", 1, _BIG),
+    ("stall.report_after", 0.0, _BIG),
+    ("stall.stop_after", 0.0, _BIG),
 )
 
 

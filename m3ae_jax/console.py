@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from m3ae_jax.errors import STOPPED
 
 log = logging.getLogger("m3ae_jax")
 
@@ -18,6 +23,25 @@ def quiet_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # also: bit-equal results from run to run
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM ends the program with the exit code for "start again"; the training loop puts its own handler over it."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    print("stopped outside the training steps; the same command goes on", flush=True)
+    sys.exit(STOPPED)  # not an Exception, which a library might catch
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program without waiting for its threads: those of a failed save would hold it for five minutes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def use_huge_pages() -> None:
@@ -37,6 +61,7 @@ def start_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for a stack trace a line
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)
     root = logging.getLogger()

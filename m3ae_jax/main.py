@@ -8,13 +8,14 @@ from pathlib import Path
 from m3ae_jax import console
 
 console.quiet_environment()
+console.exit_on_sigterm()
 
 from absl import app, flags  # noqa: E402
 
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
 
-MODES = ("train", "eval", "plan", "inspect_data", "print_config")
+MODES = ("train", "eval", "plan", "inspect_data", "replay", "report", "print_config")
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -24,6 +25,11 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
+
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
+    "allow_config_change", [], "Fields, with commas, in which a run that goes on may differ from what it was."
+)
+_STEP = flags.DEFINE_integer("step", 0, "For --mode=replay: which step, from 1.")
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes; TPU pods, Slurm, Kubernetes and MPI say which."
@@ -62,9 +68,15 @@ def _run() -> None:
         raise UserError(one_of("--mode", _MODE.value, MODES))
     config = config_lib.load(_CONFIG.value)
     config_lib.apply_overrides(config, _overrides)
+    config_lib.check_named_code(_CONFIG.value, config, _overrides)
     config_file = Path(_CONFIG.value)
     default = config_file.parent if config_file.suffix == ".json" else Path("runs") / config_file.stem
     workdir = Path(_WORKDIR.value or default).expanduser().resolve()
+    if _MODE.value == "report":
+        from m3ae_jax.report.run import build_run
+
+        print(build_run(workdir))
+        return
     console.import_tensorflow()
     _meet()
     if _MODE.value == "print_config":
@@ -84,14 +96,22 @@ def _run() -> None:
         from m3ae_jax.evals import evaluate
 
         evaluate(config, workdir)
+    elif _MODE.value == "replay":
+        from m3ae_jax.train.replay import replay
+
+        replay(config, workdir, _STEP.value)
     else:
         from m3ae_jax.train.loop import train
 
-        train(config, workdir)
+        train(config, workdir, tuple(_ALLOW_CONFIG_CHANGE.value))
+
+
+def _several() -> bool:
+    return bool(_DISTRIBUTED.value or _COORDINATOR.value or _PROCESS_COUNT.value or _PROCESS_INDEX.value >= 0)
 
 
 def _meet() -> None:
-    if not (_DISTRIBUTED.value or _COORDINATOR.value or _PROCESS_COUNT.value or _PROCESS_INDEX.value >= 0):
+    if not _several():
         return
     from m3ae_jax.parallel.processes import Cluster, start
 
@@ -106,7 +126,9 @@ def main(argv: list[str]) -> None:
         _run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if _several():
+            sys.exit(2)  # through JAX, which tells the others
+        console.leave(2)
     except Stopped as stopped:
         console.log.info("%s", stopped)
         sys.exit(STOPPED)

@@ -66,6 +66,11 @@ def _check_fits(meta: dict[str, Any], setup: Setup, run: Path) -> None:
     """Refuses a config under which a checkpoint's parameters would mean something else."""
     from m3ae_jax.config import PROGRAM_FIELDS, difference, from_json, is_among
 
+    if meta.get("state_version") != setup.identity()["state_version"]:
+        raise UserError(
+            f"the checkpoint's state_version is {meta.get('state_version')!r}, this program reads "
+            f"{setup.identity()['state_version']!r}: its weights alone can be used, with --config.init_from={run}"
+        )
     fields = ("model.", "data.modalities", "data.image_size", "data.patch_size", "data.max_text_tokens")
     stored = from_json(json.dumps(meta["config"]))
     changed = [
@@ -97,6 +102,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from m3ae_jax.config import resolve
     from m3ae_jax.evals.reconstructions import Reconstructions
     from m3ae_jax.evals.validation import Validation
+    from m3ae_jax.train.loop import build_page
     from m3ae_jax.train.setup import prepare
 
     setup = prepare(resolve(config))
@@ -113,7 +119,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for name in setup.config.evals:
         results.append(run(name, setup, state))
         log.info(results[-1].text)
-    for result in results:
-        if jax.process_index() == 0:
+    if jax.process_index() == 0:
+        for result in results:
             result.save(folder.parent / "evals", step)
+        build_page(folder.parent)
     return {key: value for result in results for key, value in result.scalars.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.pipeline import grid
@@ -49,46 +50,57 @@ class Reconstructions:
         guesses = fetch(self._reconstruct(state.params, self._on_device))
         if jax.process_index() > 0:
             return None
-        rows = [self._row(int(example), guesses) for example in np.flatnonzero(self._batch["example"]["valid"])]
+        valid = np.flatnonzero(self._batch["example"]["valid"]).tolist()
         step = int(state.step)
-        sheet = reconstruction_sheet(rows, f"step {step}")
+        sheet = reconstruction_sheet([row_of(self._setup, self._batch, guesses, i) for i in valid], f"step {step}")
         self._folder.mkdir(parents=True, exist_ok=True)
         sheet.save(self._folder / f"step_{step:08d}.png")
         return np.asarray(sheet)
 
-    def _row(self, example: int, guesses: dict[str, np.ndarray]) -> Reconstruction:
-        groups = {
-            name: {part: {k: v[example] for k, v in tokens.items()} for part, tokens in group.items()}
-            for name, group in self._batch["groups"].items()
-        }
-        original = masked = restored = None
-        if "image" in groups:
-            original, masked, restored = self._pictures(groups["image"], guesses["image"][example])
-        words: tuple[Word, ...] = ()
-        if "text" in groups and self._setup.tokenizer:
-            words = _words(groups["text"], guesses["text"][example], self._setup.tokenizer)
-        return Reconstruction(original, masked, restored, words)
 
-    def _pictures(self, group: dict[str, Any], guess: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        config = self._setup.config
-        if config.loss.normalize_patches:
-            # Only the patch's own statistics give such a guess a colour, as in MAE's pictures.
-            mean, std = patch_statistics(normalize_pixels(group["target"]["value"], config))
-            guess = guess * std + mean
-        rows, columns = grid(config)
-        visible, target = group["visible"], group["target"]
-        patches = np.full((rows * columns, visible["value"].shape[-1]), _HIDDEN_GREY, np.uint8)
+def row_of(setup: Setup, batch: Any, guesses: dict[str, np.ndarray], example: int) -> Reconstruction:
+    """One example of a batch beside what the model made of it.
 
-        def filled(values: dict[str, np.ndarray], where: dict[str, np.ndarray], base: np.ndarray) -> np.ndarray:
-            out = base.copy()
-            out[where["position"][where["valid"]]] = values["value"][where["valid"]]
-            return out
+    Args:
+        setup: the run's parts.
+        batch: in host memory.
+        guesses: of `Objective.reconstruct`, likewise.
+        example: its row.
+    """
+    groups = {
+        name: {part: {k: v[example] for k, v in tokens.items()} for part, tokens in group.items()}
+        for name, group in batch["groups"].items()
+    }
+    original = masked = restored = None
+    if "image" in groups:
+        original, masked, restored = _pictures(setup.config, groups["image"], guesses["image"][example])
+    words: tuple[Word, ...] = ()
+    if "text" in groups and setup.tokenizer:
+        words = _words(groups["text"], guesses["text"][example], setup.tokenizer)
+    return Reconstruction(original, masked, restored, words)
 
-        masked = filled(visible, visible, patches)
-        original = filled(target, target, masked)
-        restored = filled({"value": np.asarray(denormalize_pixels(jnp.asarray(guess), config))}, target, masked)
-        whole = unpatchify(np.stack([original, masked, restored]), config.data.patch_size, (rows, columns))
-        return whole[0], whole[1], whole[2]
+
+def _pictures(
+    config: ConfigDict, group: dict[str, Any], guess: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if config.loss.normalize_patches:
+        # Only the patch's own statistics give such a guess a colour, as in MAE's pictures.
+        mean, std = patch_statistics(normalize_pixels(group["target"]["value"], config))
+        guess = guess * std + mean
+    rows, columns = grid(config)
+    visible, target = group["visible"], group["target"]
+    patches = np.full((rows * columns, visible["value"].shape[-1]), _HIDDEN_GREY, np.uint8)
+
+    def filled(values: dict[str, np.ndarray], where: dict[str, np.ndarray], base: np.ndarray) -> np.ndarray:
+        out = base.copy()
+        out[where["position"][where["valid"]]] = values["value"][where["valid"]]
+        return out
+
+    masked = filled(visible, visible, patches)
+    original = filled(target, target, masked)
+    restored = filled({"value": np.asarray(denormalize_pixels(jnp.asarray(guess), config))}, target, masked)
+    whole = unpatchify(np.stack([original, masked, restored]), config.data.patch_size, (rows, columns))
+    return whole[0], whole[1], whole[2]
 
 
 def _words(group: dict[str, Any], logits: np.ndarray, tokenizer: Tokenizer) -> tuple[Word, ...]:

@@ -1,63 +1,113 @@
-"""Where figures go: TensorBoard and the log through clu, a JSON-lines file, and one console line."""
+"""Where figures go: TensorBoard and the log through clu, and JSON-lines files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 log = logging.getLogger("m3ae_jax")
 
+ROWS = "metrics.jsonl"
+EVERY_STEP = "every_step.jsonl"
+
 
 class MetricWriter:
-    """Writes scalars and pictures of a run.
+    """Writes scalars and pictures of a run. Never raises: what fails is told once a kind of writer, and tried again.
 
     Args:
-        workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
+        workdir: gets ``metrics.jsonl``, ``every_step.jsonl`` and ``tensorboard/``.
         enabled: False on all but one process.
     """
 
     def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
-        self._file = None
-        self._writers = None
+        self._workdir = workdir if enabled else None
+        self._clu: Any = None
+        self._failed: set[str] = set()
         if enabled:
-            from clu import metric_writers
-
-            path = workdir / "metrics.jsonl"
-            cut = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
-            self._file = path.open("a", encoding="utf-8")
-            self._file.write("\n" if cut else "")
-            board = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-            self._writers = metric_writers.MultiWriter([board, metric_writers.LoggingWriter()])
+            self._try("TensorBoard", self._open_clu)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row of figures."""
-        if self._file and self._writers:
-            # JSON knows no NaN: null is what readers expect.
-            row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._file.write(json.dumps({"step": step, **row}) + "\n")
-            self._file.flush()
-            self._writers.write_scalars(step, dict(values))
+        self._line(ROWS, {"step": step, **_jsonable(values)})
+        if self._clu:
+            self._try("TensorBoard", lambda: self._clu.write_scalars(step, dict(values)))
+
+    def every_step(self, first: int, values: Mapping[str, Sequence[float]]) -> None:
+        """Writes some figures of all steps from `first` on, a list each."""
+        self._line(EVERY_STEP, {"step": first, **{name: _jsonable_list(of) for name, of in values.items()}})
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, `[H, W, 3] uint8`."""
-        if self._writers:
-            self._writers.write_images(step, {name: picture[None]})
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Writes a text."""
-        if self._writers:
-            self._writers.write_texts(step, {name: text})
+        if self._clu:
+            self._try("TensorBoard", lambda: self._clu.write_images(step, {name: picture[None]}))
 
     def close(self) -> None:
         """Flushes and closes."""
-        if self._file and self._writers:
-            self._file.close()
-            self._writers.close()
+        if self._clu:
+            self._try("TensorBoard", self._clu.close)
+
+    def _open_clu(self) -> None:
+        from clu import metric_writers
+
+        board = metric_writers.SummaryWriter(str(self._workdir / "tensorboard"))  # type: ignore[operator]
+        self._clu = metric_writers.MultiWriter([board, metric_writers.LoggingWriter()])
+
+    def _line(self, name: str, row: dict[str, Any]) -> None:
+        if self._workdir is not None:
+            path = self._workdir / name
+            self._try(name, lambda: append_line(path, json.dumps(row)))
+
+    def _try(self, what: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:  # a store, a full disk, TensorFlow: training goes on without
+            if what not in self._failed:
+                log.warning("%s cannot be written (%s); training goes on", what, " ".join(str(error).split()))
+            self._failed.add(what)
+        else:
+            if what in self._failed:
+                log.warning("%s can be written again", what)
+            self._failed.discard(what)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line, on a new one if a kill or a full disk cut the last.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab+") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        cut = file.read(1) not in (b"\n", b"")
+        file.write(b"\n" * cut + line.encode() + b"\n")
+
+
+def _jsonable(values: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON knows no NaN: null is what readers expect.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _jsonable_list(values: Sequence[float]) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, without a line that a kill has cut; none if there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found
 
 
 def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
@@ -67,14 +117,21 @@ def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]
         workdir: the run's folder.
         until: rows beyond this step are left out (they were written by a run that then fell back).
     """
-    path = workdir / "metrics.jsonl"
     rows: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill can cut the last line
-        if until is None or row["step"] <= until:
+    for row in read_lines(workdir / ROWS):
+        if "step" in row and (until is None or row["step"] <= until):
             values = {name: math.nan if value is None else value for name, value in row.items()}
             rows.setdefault(row["step"], {}).update(values)
     return [rows[step] for step in sorted(rows)]
+
+
+def read_every_step(workdir: Path, step: int) -> dict[str, float] | None:
+    """What ``every_step.jsonl`` has of one step, the last time that it was done; None if it has nothing."""
+    found = None
+    for row in read_lines(workdir / EVERY_STEP):
+        first = row.pop("step", 0)
+        lists = {name: of for name, of in row.items() if isinstance(of, list)}
+        place = step - first
+        if lists and 0 <= place < min(map(len, lists.values())):
+            found = {name: math.nan if of[place] is None else of[place] for name, of in lists.items()}
+    return found

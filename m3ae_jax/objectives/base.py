@@ -39,13 +39,14 @@ class LossOutput:
         terms: parts of the loss, each a sum and its weight, not yet divided.
         metrics: figures to report, in the same form.
         aux: what `Objective.update_extra` needs, `[B, ...]` leaves.
-        per_example: the terms as `[B] float32` sums and weights, for figures by source.
+        per_example: the terms as `[B] float32` sums and weights, for figures by source and for replay; of a mixture
+            ``{part: terms}``.
     """
 
     terms: Terms
     metrics: Terms
     aux: Any = None
-    per_example: dict[str, tuple[jax.Array, jax.Array]] = flax.struct.field(default_factory=dict)
+    per_example: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -166,7 +167,7 @@ def batch_loss(
         objective: its loss.
         params: parameters.
         extra: its own state.
-        batch: a batch, or ``{"parts": {name: batch}}``; `aux` is then ``{name: aux}``.
+        batch: a batch, or ``{"parts": {name: batch}}``; `aux` is then ``{name: aux}``, `per_example` likewise.
         rng: of dropout, or None.
         step: steps done.
         sources: how many there are, of each of which ``TERM/NUMBER`` is to be among the metrics; 0: none.
@@ -174,19 +175,19 @@ def batch_loss(
     if "parts" not in batch:
         output = objective.loss(params, extra, batch, rng, step)
         by_source = _by_source(output, batch["example"]["source"], sources) if sources else {}
-        return LossOutput(output.terms, {**output.metrics, **by_source}, output.aux)
+        return LossOutput(output.terms, {**output.metrics, **by_source}, output.aux, output.per_example)
     terms: Terms = {}
     metrics: Terms = {}
-    aux = {}
+    aux, per_example = {}, {}
     for number, (name, part) in enumerate(sorted(batch["parts"].items())):
         of_part = None if rng is None else jax.random.fold_in(rng, number)
         output = batch_loss(objective, params, extra, part, of_part, step, sources)
-        aux[name] = output.aux
+        aux[name], per_example[name] = output.aux, output.per_example
         for into, of in ((terms, output.terms), (metrics, output.metrics)):
             for key, (total, weight) in of.items():
                 before = into.get(key, (0.0, 0.0))
                 into[key] = (before[0] + total, before[1] + weight)
-    return LossOutput(terms, metrics, aux)
+    return LossOutput(terms, metrics, aux, per_example)
 
 
 def _by_source(output: LossOutput, source: jax.Array, sources: int) -> Terms:
@@ -196,6 +197,19 @@ def _by_source(output: LossOutput, source: jax.Array, sources: int) -> Terms:
             mine = (source == number).astype(jnp.float32)
             found[f"{name}/{number}"] = (jnp.sum(total * mine), jnp.sum(weight * mine))
     return found
+
+
+def token_counts(batch: Batch) -> Terms:
+    """Real tokens of each group, ``tokens/<group>_visible`` and ``_target``; the weight is the examples."""
+    counts: Terms = {}
+    parts = [part for _, part in sorted(batch["parts"].items())] if "parts" in batch else [batch]
+    for part in parts:
+        for group, sets in part.get("groups", {}).items():
+            for kind, tokens in sets.items():
+                valid, name = tokens["valid"], f"tokens/{group}_{kind}"
+                total, weight = counts.get(name, (jnp.float32(0.0), jnp.float32(0.0)))
+                counts[name] = (total + jnp.sum(valid, dtype=jnp.float32), weight + valid.shape[0])
+    return counts
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:

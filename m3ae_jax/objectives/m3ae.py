@@ -66,7 +66,6 @@ class M3AE:
                 words = cross_entropy(restored[name], head["kernel"], head["bias"], target, blocks)
                 losses["text_loss"] = _per_example(words.loss, valid, self._config.loss.text_average)
                 metrics["text_accuracy"] = _sum(_per_example(words.correct, valid, "token"))
-            metrics[f"{name}_targets"] = (jnp.sum(valid, dtype=jnp.float32), jnp.float32(valid.shape[0]))
         return LossOutput({name: _sum(loss) for name, loss in losses.items()}, metrics, per_example=losses)
 
     def targets(self, batch: Batch) -> dict[str, jax.Array]:

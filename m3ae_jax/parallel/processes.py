@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 import socket
 import time
 
@@ -16,6 +17,8 @@ from m3ae_jax.errors import UserError
 log = logging.getLogger("m3ae_jax")
 
 _RETRY = 0.5  # seconds between two tries to reach process 0
+_SILENCE = 60  # seconds without a sign of life after which JAX ends those who wait for a process
+_LOST = re.compile(r"\bGloo\b|ncclRemoteError|remote process exited|heartbeat|coordination service|Socket closed", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ def start(cluster: Cluster) -> None:
             cluster.count or None,
             cluster.index if cluster.index >= 0 else None,
             initialization_timeout=cluster.timeout,
+            heartbeat_timeout_seconds=_SILENCE,
+            shutdown_timeout_seconds=_SILENCE,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -61,6 +66,18 @@ def start(cluster: Cluster) -> None:
     if jax.process_index() > 0:
         console.only_errors()  # process 0 tells
     log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
+
+
+def tells_of_a_loss(error: BaseException | None) -> bool:
+    """Whether an error of a computation over all processes says that another one is gone."""
+    if jax.process_count() == 1:
+        return False
+    while error is not None:
+        # The class says nothing: the same failure is a JaxRuntimeError when waited for, a ValueError when dispatched.
+        if isinstance(error, (RuntimeError, ValueError)) and _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check(cluster: Cluster) -> None:

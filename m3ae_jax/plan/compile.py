@@ -156,7 +156,9 @@ def _lower(objective: Objective, config: ConfigDict, mesh: Any) -> Any:
     shapes = abstract_batches(config, objective, config.batch_size, batch_parts(mesh) * config.micro_batches)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
     names = tuple(sorted(config.data.mixture))
-    jitted = jit_train_step(objective, chain, config.seed, config.micro_batches, state, mesh, names)
+    jitted = jit_train_step(
+        objective, chain, config.seed, config.micro_batches, state, mesh, names, config.anomaly.spike
+    )
     with activations_on(mesh, rules):
         return jitted.lower(state, batch)
 

@@ -33,20 +33,35 @@ class Work:
 
 def work(config: ConfigDict, vocab_size: int) -> Work:
     """Counts the operations of a resolved config's step; traces, compiles nothing."""
-    objective = build(config, vocab_size)
-    params = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    traced = _Traced(config, vocab_size)
+    return Work(
+        flops_per_example=traced.flops_per_example(),
+        executed_flops=matmul_flops(jax.grad(traced.loss), *traced.arguments) / traced.examples * config.batch_size,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(traced.arguments[0])),
+    )
 
-    def loss(params: Any, batch: Any) -> Any:
-        output = batch_loss(objective, params, objective.init_extra(params), batch, None, jnp.int32(0))
+
+def flops_per_example(config: ConfigDict, vocab_size: int) -> float:
+    """`Work.flops_per_example` alone, which is quicker to count."""
+    return _Traced(config, vocab_size).flops_per_example()
+
+
+class _Traced:
+    """The loss of a config, and shapes of its arguments."""
+
+    def __init__(self, config: ConfigDict, vocab_size: int) -> None:
+        self._objective = build(config, vocab_size)
+        self.examples = min(config.batch_size, 840)  # traced alone; divides well
+        params = nn.unbox(jax.eval_shape(self._objective.init, jax.random.key(0)))
+        self.arguments = (params, abstract_batches(config, self._objective, self.examples, 1))
+
+    def loss(self, params: Any, batch: Any) -> Any:
+        extra = self._objective.init_extra(params)
+        output = batch_loss(self._objective, params, extra, batch, None, jnp.int32(0))
         return sum(total for total, _ in output.terms.values())
 
-    examples = min(config.batch_size, 840)  # traced alone; divides well
-    batch = abstract_batches(config, objective, examples, 1)
-    return Work(
-        flops_per_example=3 * matmul_flops(loss, params, batch) / examples,
-        executed_flops=matmul_flops(jax.grad(loss), params, batch) / examples * config.batch_size,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-    )
+    def flops_per_example(self) -> float:
+        return 3 * matmul_flops(self.loss, *self.arguments) / self.examples
 
 
 @dataclasses.dataclass(frozen=True)

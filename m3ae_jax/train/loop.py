@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import fcntl
 import logging
-import re
-import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from m3ae_jax import config as config_lib
@@ -24,123 +20,229 @@ from m3ae_jax import console, evals
 from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
-from m3ae_jax.data.images import REASONS
-from m3ae_jax.data.order import ATTEMPTS
-from m3ae_jax.errors import Stopped, UserError
+from m3ae_jax.errors import STOPPED, Stopped, UserError
 from m3ae_jax.evals.reconstructions import Reconstructions
 from m3ae_jax.evals.validation import Validation, priors
+from m3ae_jax.metrics.events import Events
 from m3ae_jax.metrics.writers import MetricWriter, read_rows
 from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.report.pictures import curves
+from m3ae_jax.report.run import build_run
+from m3ae_jax.train.guard import FINE, VERDICTS
+from m3ae_jax.train.identity import Identity
+from m3ae_jax.train.profile import Profile
+from m3ae_jax.train.progress import Progress, memory
+from m3ae_jax.train.replacements import Replacements
 from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState
+from m3ae_jax.train.stopping import StopFlag
+from m3ae_jax.train.watchdog import Watchdog
 
 log = logging.getLogger("m3ae_jax")
 
-FREE_FIELDS = (
-    *config_lib.PROGRAM_FIELDS,
-    "log_every",
-    "checkpoint.",
-    "eval.",
-    "evals",
-    "data.train.path",
-    "data.val.",
-    "data.threads",
-    "data.max_bad_fraction",
-    "init_from",
-)
-"""Fields that may change when a run goes on; any other makes it another run."""
-
-_CONFIG_FILE = "config.json"
-_FEW_DRAWS = 1000  # before so many a share of bad examples says little
+CONFIG_FILE = "config.json"
+_LOCK_WAIT = 10.0  # seconds for which a process that was just killed may still hold the folder
+_EVERY_STEP = ("loss", "gradient_norm", "skipped")
+_OUTPUTS = ("checkpoints", "report.html", "pictures")
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainState:
+def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...] = ()) -> TrainState:
     """Trains, or goes on with, the run in `workdir`.
 
     Args:
         config: as loaded and overridden, not yet resolved.
         workdir: the run's folder; made if missing.
+        allow_config_change: names of what may differ from what the run has (`identity.Identity`).
 
     Raises:
-        UserError: the config, the data or the folder does not fit.
+        UserError: the config, the data or the folder does not fit, or the run cannot go on.
         Stopped: a signal asked for it.
     """
+    begun = time.perf_counter()
     resolved = config_lib.resolve(config)
     setup = prepare(resolved)
-    _open_workdir(workdir, resolved)
-    if jax.process_index() == 0:
-        console.log_to(workdir / "log.txt")
-    checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
-    writer = MetricWriter(workdir, enabled=jax.process_index() == 0)
-    try:
-        return _Loop(setup, workdir, checkpoints, writer).run()
-    finally:
-        checkpoints.close()
-        writer.close()
+    identity = Identity(resolved, setup.identity(), allow_config_change)
+    identity.check_allowed()
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_opened(workdir, identity))
+        events = Events(workdir, enabled=first)
+        log.addHandler(events)
+        stack.callback(log.removeHandler, events)
+        if first:
+            console.log_to(workdir / "log.txt")
+            stack.callback(build_page, workdir)
+        stack.enter_context(_ending_told(events))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep))
+        )
+        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
+        return _Loop(setup, workdir, identity, checkpoints, writer, events, begun).run()
 
 
-def _open_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder; refuses one whose run has another config."""
-    saved = workdir / _CONFIG_FILE
+@contextlib.contextmanager
+def _opened(workdir: Path, identity: Identity) -> Iterator[None]:
+    """Makes the folder and holds it against other processes; refuses one whose run has another config."""
+    saved = workdir / CONFIG_FILE
     if saved.exists():
-        _check_same_run(workdir, saved.read_text(encoding="utf-8"), config)
+        identity.check(f"--workdir={workdir}", {"config": config_lib.load(str(saved)).to_dict()})
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "log.txt").touch()
+        lock = (workdir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    with lock:
+        if jax.process_index() == 0:
+            _lock(lock.fileno(), workdir)
+        yield
 
 
-def _check_same_run(workdir: Path, stored: str, config: ConfigDict) -> None:
-    changed = [
-        f"{name}={new!r} (the run has {old!r})"
-        for name, old, new in config_lib.difference(config_lib.from_json(stored), config)
-        if not config_lib.is_among(name, FREE_FIELDS) and not re.fullmatch(r"data\.mixture\..*\.path", name)
-    ]
-    if changed:
-        raise UserError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}. "
-            "Choose another --workdir, or start from its weights with --config.init_from"
-        )
+def _lock(file: int, workdir: Path) -> None:
+    deadline = time.monotonic() + _LOCK_WAIT
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"--workdir={workdir}: another process trains there now") from None
+            time.sleep(0.2)
+        except OSError:
+            return None  # a file system without locks
+
+
+@contextlib.contextmanager
+def _ending_told(events: Events) -> Iterator[None]:
+    """Writes down how the run ended."""
+    try:
+        yield
+    except Stopped as stopped:
+        events.add("preempted", str(stopped))
+        raise
+    except KeyboardInterrupt:
+        events.add("stopped", "interrupted; the same command goes on from the last checkpoint")
+        raise
+    except SystemExit:
+        events.add("preempted", "stopped outside the steps; the same command goes on")
+        raise
+    except BaseException as error:
+        events.add("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+
+
+def _leave_alone(workdir: Path, events: Events, error: Exception) -> NoReturn:
+    """Ends this process at once, to be started again, as another one is gone.
+
+    An ordinary end would wait for the lost one, in the last save's barriers and in JAX's own, until JAX aborts with a
+    page of stack traces.
+    """
+    text = "lost another process of the run; start all again: the same command goes on from the last checkpoint"
+    log.debug("lost", exc_info=error)
+    events.add("preempted", text)
+    if jax.process_index() == 0:
+        build_page(workdir)
+    print(f"error: {text}", file=sys.stderr)
+    console.leave(STOPPED)
+
+
+def fresh_state(setup: Setup) -> TrainState:
+    """What a run begins with: fresh parameters, or those of ``init_from``."""
+    state = setup.init_state()
+    if not setup.config.init_from:
+        return state
+    params, matched = take_weights(state.params, setup.config.init_from)
+    for line in matched.lines():
+        log.info(line)
+    return dataclasses.replace(state, params=params, extra=setup.objective.init_extra(params))
+
+
+def build_page(workdir: Path) -> None:
+    """Rebuilds the run's page; a full disk or the like is told and stops nothing."""
+    with _may_fail(workdir / "report.html"):
+        build_run(workdir)
+
+
+@contextlib.contextmanager
+def _may_fail(file: Path) -> Iterator[None]:
+    """What is told to people, and not needed to go on."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        log.warning("%s cannot be written (%s); the run goes on", file, getattr(error, "strerror", None) or error)
 
 
 class _Loop:
-    def __init__(self, setup: Setup, workdir: Path, checkpoints: Checkpoints, writer: MetricWriter) -> None:
-        self._setup, self._workdir = setup, workdir
-        self._checkpoints, self._writer = checkpoints, writer
+    def __init__(
+        self,
+        setup: Setup,
+        workdir: Path,
+        identity: Identity,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        events: Events,
+        begun: float,
+    ) -> None:
+        self._setup, self._workdir, self._identity = setup, workdir, identity
+        self._checkpoints, self._writer, self._events = checkpoints, writer, events
         self._validate = Validation(setup)
         self._draw = Reconstructions(setup, workdir / "pictures")
         self._metrics: dict[str, float] = {}
         self._priors: dict[str, float] = {}
-        self._progress = _Progress(setup)
+        self._replaced = Replacements()
+        self._since_log: list[dict[str, jax.Array]] = []
+        config = setup.config
+        self._watchdog = Watchdog(config.stall.report_after, config.stall.stop_after)
+        flops = flops_per_example(config, setup.tokenizer.vocab_size if setup.tokenizer else 0)
+        kind = jax.devices()[0].device_kind
+        self._progress = Progress(config.batch_size, setup.total_steps, flops, setup.mesh.size, kind, begun)
 
     def run(self) -> TrainState:
-        """Every step: train, log, evaluate, save; in this order and nowhere else."""
-        setup, state = self._setup, self._first_state()
-        start, total = int(state.step), setup.total_steps
-        if start >= total:
-            log.info("the run has all its %d steps; nothing to train", total)
+        """From the first state to the closing evaluations, watched."""
+        with self._watchdog:
+            self._watchdog.stage("starting", patient=True)
+            state = self._first_state()
+            if int(state.step) < self._setup.total_steps:
+                state = self._train(state)
+            else:
+                log.info("the run has all its %d steps; nothing to train", self._setup.total_steps)
+            self._watchdog.stage("the closing evaluations", patient=True)
             self._finish(state)
-            return state
+        return state
+
+    def _train(self, state: TrainState) -> TrainState:
+        """Every step: train, log, evaluate, save; in this order and nowhere else."""
+        setup, watchdog = self._setup, self._watchdog
+        start, total = int(state.step), setup.total_steps
         step_fn = setup.train_step()
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
         if start == 0:
             self._priors = priors(setup)
             self._evaluate(state)
+        log.info(self._progress.formula())
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
         figures: dict[str, jax.Array] = {}
-        tried = _Tried()
-        with _StopFlag() as stop, contextlib.closing(iter(setup.train_batches(start))) as batches:
+        with (
+            StopFlag() as stop,
+            Profile(setup.config.profile, self._workdir / "profile", self._events) as profile,
+            contextlib.closing(iter(setup.train_batches(start))) as batches,
+        ):
             for step in range(start + 1, total + 1):
                 self._metrics = {}
+                watchdog.stage("waiting for data")
                 batch = self._progress.waiting(lambda: next(batches), figures)
-                tried.add(batch)
-                state, figures = step_fn(state, put_batch(batch, setup.mesh))
+                self._replaced.add(batch)
+                profile.before(step)
+                watchdog.stage("compiling the step" if step == start + 1 else "running steps")
+                with self._progress.spent_on("compile") if step == start + 1 else contextlib.nullcontext():
+                    state, figures = step_fn(state, put_batch(batch, setup.mesh))
+                watchdog.started(step, figures["loss"])
+                profile.after(step, figures)
+                self._since_log.append({name: figures[name] for name in _EVERY_STEP})
                 last = step == total or stop.at(step)
                 if step % log_every == 0 or step == start + 1 or last:
-                    self._log(step, figures, tried)
+                    self._log(step, figures, state)
                 if step % eval_every == 0 or step == total:
                     self._evaluate(state)
                 if step % save_every == 0 or last:
@@ -150,9 +252,8 @@ class _Loop:
                     break
         if int(state.step) < total:
             raise Stopped(f"stopped at step {int(state.step)}, saved; the same command goes on")
-        if tried.by_reason.sum():
-            log.warning(tried.summary())
-        self._finish(state)
+        if self._replaced.by_reason.sum():
+            log.warning(self._replaced.summary())
         return state
 
     def _first_state(self) -> TrainState:
@@ -160,87 +261,140 @@ class _Loop:
         setup = self._setup
         step = self._checkpoints.latest()
         if step is not None:
-            self._check_identity(self._checkpoints.meta(step))
+            state = self._restored(step)
             self._save_config()
-            state = self._checkpoints.restore(step, setup.abstract_state())
-            log.info("going on from step %d of %s", step, self._workdir)
+            self._tell("resumed", f"going on from step {step} of {self._workdir}", step)
             return state
         self._save_config()
-        state = setup.init_state()
+        state = fresh_state(setup)
         _log_overview(setup, state)
-        if setup.config.init_from:
-            params, matched = take_weights(state.params, setup.config.init_from)
-            for line in matched.lines():
-                log.info(line)
-            state = dataclasses.replace(state, params=params, extra=setup.objective.init_extra(params))
+        self._tell("started", f"{setup.total_steps} steps of {setup.config.batch_size} examples", 0)
         return state
+
+    def _restored(self, step: int) -> TrainState:
+        # The checkpoint's own copy of the config counts: config.json may have been lost or edited.
+        changed = self._identity.check(str(self._workdir), self._checkpoints.meta(step))
+        for line in changed:
+            self._tell("config", f"going on with another {line}", step)
+        try:
+            return self._checkpoints.restore(step, self._setup.abstract_state())
+        except (ValueError, KeyError, TypeError) as error:
+            if not changed:
+                raise
+            raise UserError(
+                f"--allow_config_change={','.join(self._identity.allowed)}: the checkpoint's parameters do not fit the "
+                f"changed config; start a new run from its weights with --config.init_from={self._workdir}"
+            ) from error
 
     def _save_config(self) -> None:
         if jax.process_index() > 0:
             return
-        with replacing(self._workdir / _CONFIG_FILE) as fresh:  # a kill while writing must not leave half a config
-            fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
+        try:
+            with replacing(self._workdir / CONFIG_FILE) as fresh:  # a kill while writing must not leave half a config
+                fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--workdir={self._workdir} cannot be written: {error.strerror}") from None
 
-    def _check_identity(self, meta: dict[str, Any]) -> None:
-        # The checkpoint's own copy: config.json may have been lost or edited.
-        _check_same_run(self._workdir, json.dumps(meta["config"]), self._setup.config)
-        for name, now in self._setup.identity().items():
-            if meta[name] != now:
-                raise UserError(
-                    f"{self._workdir}: {name} was {meta[name]!r} and is now {now!r}; the run cannot go on with it. "
-                    "Choose another --workdir, or start from its weights with --config.init_from"
-                )
+    def _tell(self, kind: str, text: str, step: int) -> None:
+        log.info(text)
+        self._events.add(kind, text, step)
 
-    def _log(self, step: int, figures: dict[str, jax.Array], tried: _Tried) -> None:
+    def _log(self, step: int, figures: dict[str, jax.Array], state: TrainState) -> None:
+        self._watchdog.stage(f"waiting for step {step}")
         values = {name: float(value) for name, value in jax.device_get(figures).items()}
-        values |= tried.figures()
+        self._events.step = step
+        values["skipped_steps"] = float(self._tell_every_step(step))
+        values |= self._replaced.figures()
         values |= self._setup.train_data.progress(step)
-        values["learning_rate"] = float(self._setup.learning_rate(step - 1))
+        values["learning_rate"] = float(self._setup.learning_rate(max(int(state.guard.accepted) - 1, 0)))
         timing = self._progress.interval(step)
-        self._writer.scalars(step, {f"train/{k}": v for k, v in {**values, **timing}.items()} | self._priors)
+        del values["skipped"]
+        row = {k if k.startswith("tokens/") else f"train/{k}": v for k, v in {**values, **timing}.items()}
+        self._writer.scalars(step, row | self._progress.shares() | memory() | self._priors)
         self._priors = {}
         log.info(self._progress.line(step, values, timing))
-        tried.check(self._setup.config.data.max_bad_fraction)
+        self._replaced.check(self._setup.config.data.max_bad_fraction)
+        self._check_skipped(state)
+
+    def _tell_every_step(self, step: int) -> int:
+        """Writes down loss and verdict of all steps since the last time; how many were skipped."""
+        of_steps = jax.device_get(self._since_log)
+        first = step - len(of_steps) + 1
+        self._since_log = []
+        columns = {name: [float(of[name]) for of in of_steps] for name in _EVERY_STEP}
+        self._writer.every_step(first, columns)
+        skipped = [i for i, of in enumerate(of_steps) if int(of["skipped"]) != FINE]
+        for i in skipped:
+            slots = self._setup.slots(first + i)
+            where = ", ".join(f"{name} {low}-{high}" for name, (low, high) in slots.items())
+            log.warning(
+                "step %d was skipped: %s (loss %g, gradient norm %g); positions %s",
+                *(first + i, VERDICTS[int(of_steps[i]["skipped"])]),
+                *(columns["loss"][i], columns["gradient_norm"][i], where),
+                extra={"kind": "skipped", "step": first + i},
+            )
+        return len(skipped)
+
+    def _check_skipped(self, state: TrainState) -> None:
+        """Stops a run that only skips; before it saves, so that no good checkpoint makes room for its state."""
+        in_a_row = int(state.guard.in_a_row)
+        if in_a_row >= self._setup.config.anomaly.stop_after:
+            step = int(state.step)
+            raise UserError(
+                f"{in_a_row} steps in a row were skipped, the last of them step {step}; the parameters are those of "
+                f"step {step - in_a_row}. --mode=replay --step={step} shows what is wrong; then mend the data, or go "
+                "on with another optimizer.learning_rate or anomaly.spike (--allow_config_change) or anomaly.stop_after"
+            )
 
     def _evaluate(self, state: TrainState) -> None:
-        with self._progress.paused():
+        self._watchdog.stage("evaluating", patient=True)
+        with self._progress.spent_on("evaluation"):
             self._metrics = self._validate(state)
             step = int(state.step)
             self._writer.scalars(step, self._metrics | (self._priors if step == 0 else {}))
-            picture = self._draw(state)
-            if picture is not None:
-                self._writer.image(step, "reconstructions", picture)
-            if not self._metrics:
-                return
-            shown = " ".join(
-                f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items() if "targets" not in k
-            )
-            log.info("  validation at step %d: %s", step, shown)
-            if step == 0 and self._priors:
+            self._show(state)
+            if self._metrics:
+                shown = " ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items())
+                self._tell("evaluated", f"  validation at step {step}: {shown}", step)
+            if step == 0 and self._metrics and self._priors:
                 log.info("  to beat: %s", " ".join(f"{k} {v:.4f}" for k, v in self._priors.items()))
+            if jax.process_index() == 0:
+                build_page(self._workdir)
+
+    def _show(self, state: TrainState) -> None:
+        picture = None
+        with _may_fail(self._workdir / "pictures"):
+            picture = self._draw(state)
+        if picture is not None:
+            self._writer.image(int(state.step), "reconstructions", picture)
 
     def _save(self, state: TrainState) -> None:
-        with self._progress.paused():
-            meta = {**self._setup.identity(), "config": self._setup.config.to_dict()}
+        self._watchdog.stage("saving")
+        with self._progress.spent_on("checkpoint"):
+            self._check_skipped(state)
+            meta = {**self._identity.others, "config": self._setup.config.to_dict()}
             self._checkpoints.save(state, meta, self._metrics)
+            self._events.add("saved", "checkpoint", int(state.step))
 
     def _finish(self, state: TrainState) -> None:
-        if jax.process_index() == 0:
-            rows = read_rows(self._workdir, until=int(state.step))
-            curves(rows, self._workdir / "curves.png", self._workdir.name)
-        where = self._workdir
+        where, step = self._workdir, int(state.step)
+        self._draw_curves(step)
         for name in self._setup.config.evals:
-            if evals.place(where / "evals", name, int(state.step)).exists():
+            if evals.place(where / "evals", name, step).exists():
                 continue
             result = evals.run(name, self._setup, state)
-            self._writer.scalars(int(state.step), result.scalars)
+            self._writer.scalars(step, result.scalars)
             log.info(result.text)
             if jax.process_index() == 0:
-                result.save(where / "evals", int(state.step))
-        log.info("done: checkpoints in %s, curves in %s, pictures in %s", *(where / p for p in _OUTPUTS))
+                with _may_fail(where / "evals"):
+                    result.save(where / "evals", step)
+        self._events.add("finished", f"all {self._setup.total_steps} steps are done", step)
+        log.info("done: checkpoints in %s, the run's page %s, pictures in %s", *(where / p for p in _OUTPUTS))
 
-
-_OUTPUTS = ("checkpoints", "curves.png", "pictures")
+    def _draw_curves(self, step: int) -> None:
+        if jax.process_index() == 0:
+            with _may_fail(self._workdir / "curves.png"):
+                curves(read_rows(self._workdir, until=step), self._workdir / "curves.png", self._workdir.name)
 
 
 def _log_overview(setup: Setup, state: TrainState) -> None:
@@ -250,140 +404,3 @@ def _log_overview(setup: Setup, state: TrainState) -> None:
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
     )
     log.info("%s", console.table(list(setup.derived().items())))
-
-
-class _Tried:
-    """Counts candidates that did not decode, over all processes: what is decided by it, all must decide alike."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(len(REASONS) + 2, np.int32)  # replaced by reason, draws, draws that gave nothing
-        self.by_reason = np.zeros(len(REASONS), np.int64)
-        self.draws = 0
-        self._nothing = False
-
-    def add(self, batch: dict[str, Any]) -> None:
-        """Takes the attempts of this process's rows of a batch."""
-        for part in batch.get("parts", {"": batch}).values():
-            attempt, reason = part["example"]["attempt"], part["example"]["reason"]
-            self._counts[: len(REASONS)] += np.bincount(reason[attempt > 0], minlength=len(REASONS)).astype(np.int32)
-            self._counts[-2:] += np.array([attempt.size, (attempt == ATTEMPTS).sum()], np.int32)
-
-    def figures(self) -> dict[str, float]:
-        """Of what was added since the last call: replaced draws, in all and by reason."""
-        gathered = np.asarray(multihost_utils.process_allgather(self._counts), np.int64)
-        *found, draws, nothing = gathered.reshape(-1, len(self._counts)).sum(0).tolist()
-        self._counts[:] = 0
-        counts = np.array(found)
-        self.by_reason += counts
-        self.draws += draws
-        self._nothing = nothing == draws
-        named = {f"replaced/{r.replace(' ', '_')}": float(n) for r, n in zip(REASONS, counts, strict=True) if r and n}
-        return {"replaced_examples": float(counts.sum()), **named}
-
-    def summary(self) -> str:
-        """All replacements so far, in one line."""
-        reasons = ", ".join(f"{n:,} {r}" for r, n in zip(REASONS, self.by_reason, strict=True) if n)
-        share = self.by_reason.sum() / max(self.draws, 1)
-        return f"{self.by_reason.sum():,} of {self.draws:,} examples were replaced ({share:.2%}): {reasons}"
-
-    def check(self, most: float) -> None:
-        """Stops a run whose data are bad.
-
-        Raises:
-            UserError: as said.
-        """
-        if self._nothing:
-            raise UserError("not one of the last draws gave a picture that decodes: is data.train right?")
-        if self.draws >= _FEW_DRAWS and self.by_reason.sum() > most * self.draws:
-            raise UserError(
-                f"{self.summary()}; data.max_bad_fraction={most}. --mode=inspect_data shows them; "
-                "raise the limit to train nevertheless"
-            )
-
-
-class _StopFlag:
-    """Inside the context, set by SIGTERM or SIGINT and read at step boundaries; a second SIGINT stops at once.
-
-    Of several processes all stop after the same step: JAX then watches for SIGTERM, and SIGINT stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopFlag:
-        if jax.process_count() == 1:
-            self._before = {n: signal.signal(n, self._set) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self.asked
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class _Progress:
-    """Rates between two log lines, evaluation and saving left out."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._batch_size, self._total = setup.config.batch_size, setup.total_steps
-        self._waited = self._pause = 0.0
-        self._first_step = 0
-        self._last = (time.perf_counter(), 0)
-
-    def start(self, step: int) -> None:
-        """Begins counting at a step."""
-        self._first_step = step
-        self._last = (time.perf_counter(), step)
-        self._waited = self._pause = 0.0
-
-    def waiting(self, get: Callable[[], Any], figures: dict[str, Any]) -> Any:
-        """Calls `get`; counts its time as waiting for data if the device had run out of work by its end."""
-        begin = time.perf_counter()
-        batch = get()
-        if all(value.is_ready() for value in figures.values()):
-            self._waited += time.perf_counter() - begin
-        return batch
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A context whose time does not count."""
-        begin = time.perf_counter()
-        yield
-        self._pause += time.perf_counter() - begin
-
-    def interval(self, step: int) -> dict[str, float]:
-        """Figures since the last call, then begins anew."""
-        now = time.perf_counter()
-        seconds = max(now - self._last[0] - self._pause, 1e-9)
-        count = step - self._last[1]
-        rate = {
-            "examples_per_second": count * self._batch_size / seconds,
-            "data_wait_share": min(self._waited / seconds, 1.0),
-            "seconds_per_step": seconds / max(count, 1),
-        }
-        self._last, self._waited, self._pause = (now, step), 0.0, 0.0
-        return rate
-
-    def line(self, step: int, values: dict[str, float], timing: dict[str, float]) -> str:
-        """The one line on the console."""
-        left = "ETA " + console.duration(timing["seconds_per_step"] * (self._total - step))
-        if step == self._first_step + 1:  # its time is the compiler's
-            left = f"compiled in {console.duration(timing['seconds_per_step'])}"
-        terms = " ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith("loss") or k.endswith("accuracy"))
-        replaced = f" | replaced {values['replaced_examples']:.0f}" if values["replaced_examples"] else ""
-        return (
-            f"step {step}/{self._total} {step / self._total:4.0%} | {left} | "
-            f"{timing['examples_per_second']:.1f} ex/s | {terms} | data wait {timing['data_wait_share']:.0%}{replaced}"
-        )

@@ -34,7 +34,7 @@ from m3ae_jax.parallel.mesh import (
     mesh_rules,
 )
 from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import TrainState, abstract_state, init_state, jit_train_step
+from m3ae_jax.train.step import STATE_VERSION, TrainState, abstract_state, init_state, jit_train_step
 
 T = TypeVar("T")
 
@@ -83,6 +83,14 @@ class Setup:
             open_ = [stack.enter_context(contextlib.closing(iter(batches))) for batches in parts.values()]
             for of_parts in zip(*open_, strict=True):
                 yield {"parts": dict(zip(parts, of_parts, strict=True))}
+
+    def slots(self, step: int) -> dict[str, tuple[int, int]]:
+        """First and last slot of each part of the batch that step number `step` (from 1 on) trains on.
+
+        Of one source these are its draws, ``example.position``; the name is then ``train``.
+        """
+        sizes = {part.name if self.train_data.names else "train": part.size for part in self.train_data.parts}
+        return {name: ((step - 1) * size, step * size - 1) for name, size in sizes.items()}
 
     @functools.cached_property
     def val_batches(self) -> Batches | None:
@@ -139,13 +147,21 @@ class Setup:
         abstract = self.abstract_state()
         return self._on_mesh(
             jit_train_step(
-                self.objective, self.optimizer, c.seed, c.micro_batches, abstract, self.mesh, self.train_data.names
+                self.objective,
+                self.optimizer,
+                c.seed,
+                c.micro_batches,
+                abstract,
+                self.mesh,
+                self.train_data.names,
+                c.anomaly.spike,
             )
         )
 
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of a run what they are, beside its config."""
         return {
+            "state_version": STATE_VERSION,
             "order_version": ORDER_VERSION,
             "train_data": self.train_data.fingerprint,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",

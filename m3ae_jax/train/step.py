@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Terms, batch_loss, mean, total_loss
+from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Terms, batch_loss, mean, token_counts, total_loss
 from m3ae_jax.parallel.mesh import RULES, Rules, param_shardings, replicated
+from m3ae_jax.train import guard as guards
+from m3ae_jax.train.guard import Guard
+
+STATE_VERSION = 2
+"""Of what `TrainState` holds: 2 has the guard."""
 
 
 @flax.struct.dataclass
@@ -25,12 +30,14 @@ class TrainState:
         params: parameters, float32.
         opt_state: the optimizer's.
         extra: the objective's own (``{}`` for most).
+        guard: what decides on skipping a step.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     extra: Any
+    guard: Guard = flax.struct.field(default_factory=guards.fresh)
 
 
 def abstract_state(
@@ -77,6 +84,7 @@ def train_step(
     seed: int,
     micro_batches: int = 1,
     sources: tuple[str, ...] = (),
+    spike: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step: (state, batch) to (state, figures). Pure; jit it with the state donated.
 
@@ -87,26 +95,56 @@ def train_step(
         micro_batches: parts that a batch is cut into, computed one after the other; loss and gradient are the
             whole batch's.
         sources: names of a mixture's; the figures then have each loss term of each of them, ``TERM/NAME``.
+        spike: as of `guard.judge`; a step that it finds fault with changes `step` and `guard` alone, and the figure
+            ``skipped`` is the verdict. None: no step is judged.
     """
-
-    def loss_of(params: Any, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
-        return batch_loss(objective, params, extra, batch, rng, step, len(sources))
-
-    gradient = _gradient if micro_batches == 1 else _accumulated(micro_batches)
+    gradient = step_gradient(objective, seed, micro_batches, len(sources))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        # One key a step: a resumed run draws what an unbroken one would have drawn.
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, output = gradient(loss_of, objective.term_weights, state, batch, rng)
+        grads, output = gradient(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extra = objective.update_extra(state.extra, params, output.aux, state.step)
-        figures = {_named(n, sources): mean(*term) for n, term in {**output.terms, **output.metrics}.items()}
+        terms = {**output.terms, **output.metrics, **token_counts(batch)}
+        figures = {_named(name, sources): mean(*term) for name, term in terms.items()}
         figures["loss"] = total_loss(output.terms, objective.term_weights)
-        figures["gradient_norm"] = optax.global_norm(grads)
-        return TrainState(state.step + 1, params, opt_state, extra), figures
+        figures |= norms("gradient_norm", grads)
+        changed, guard = (params, opt_state, extra), state.guard
+        if spike is not None:
+            verdict = guards.judge(guard, figures["loss"], figures["gradient_norm"], spike)
+            guard = guards.after(guard, figures["loss"], verdict)
+            before = (state.params, state.opt_state, state.extra)
+            changed = jax.tree.map(lambda new, old: jnp.where(verdict == guards.FINE, new, old), changed, before)
+            figures["skipped"] = verdict
+        figures |= norms("parameter_norm", changed[0])
+        return TrainState(state.step + 1, *changed, guard), figures
 
     return step
+
+
+def step_gradient(
+    objective: Objective, seed: int, micro_batches: int, sources: int
+) -> Callable[[TrainState, Batch], tuple[Any, LossOutput]]:
+    """Gradient and loss of a step; the arguments are `train_step`'s, but for the number of sources."""
+
+    def loss_of(params: Any, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
+        return batch_loss(objective, params, extra, batch, rng, step, sources)
+
+    gradient = _gradient if micro_batches == 1 else _accumulated(micro_batches)
+
+    def of_step(state: TrainState, batch: Batch) -> tuple[Any, LossOutput]:
+        # One key a step: a resumed run draws what an unbroken one would have drawn.
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        return gradient(loss_of, objective.term_weights, state, batch, rng)
+
+    return of_step
+
+
+def norms(name: str, tree: Any) -> dict[str, jax.Array]:
+    """Euclidean norms of a pytree like the parameters: `name` of all, ``NAME/GROUP`` of each entry at its top."""
+    squares = {group: optax.tree.norm(part, squared=True) for group, part in tree.items()}
+    groups = {f"{name}/{group}": jnp.sqrt(square) for group, square in squares.items()}
+    return {name: jnp.sqrt(sum(squares.values(), jnp.float32(0.0))), **groups}
 
 
 def jit_train_step(
@@ -117,9 +155,10 @@ def jit_train_step(
     abstract: TrainState,
     mesh: Mesh,
     sources: tuple[str, ...] = (),
+    spike: float | None = None,
 ) -> Any:
     """`train_step`, jitted: the old state is given up, and the new one lies where `abstract_state` says."""
-    step = train_step(objective, optimizer, seed, micro_batches, sources)
+    step = train_step(objective, optimizer, seed, micro_batches, sources, spike)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
@@ -178,7 +217,7 @@ def _accumulated(parts: int) -> Callable[..., tuple[Any, LossOutput]]:
         start = jax.tree.map(jnp.zeros_like, state.params)
         grads, output = jax.lax.scan(add, start, (jnp.arange(parts), micro))
         terms, metrics = jax.tree.map(lambda x: x.sum(0), (output.terms, output.metrics))
-        return grads, LossOutput(terms, metrics, jax.tree.map(join, output.aux))
+        return grads, LossOutput(terms, metrics, *jax.tree.map(join, (output.aux, output.per_example)))
 
     return gradient
 

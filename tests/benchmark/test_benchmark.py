@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from m3ae_jax.benchmark import index, input
+from m3ae_jax.benchmark import guard, index, input
 from m3ae_jax.config import default, resolve
 
 
@@ -30,3 +30,16 @@ def test_the_index_benchmark_goes_on_at_nine_tenths():
     assert figures.records == 1000 and figures.position == 896
     assert "1,000 lines of text: indexed in" in figures.text()
     assert json.loads(json.dumps(figures.record()))["position"] == 896
+
+
+@pytest.mark.slow
+def test_the_guard_benchmark_compares_two_compiled_steps():
+    c = config()
+    c.data.tokenizer, c.batch_size = "scenes", 8
+    c.model.width, c.model.depth, c.model.heads = 16, 1, 2
+    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 16, 1, 2
+    figures = guard.measure(c, repeats=1, steps=2)
+    sides = figures.sides
+    assert min(side.flops for side in sides.values()) > 0
+    assert {side.calls_to_the_host for side in sides.values()} == {0}  # nothing makes the host wait
+    assert "compiled FLOPs" in figures.text() and json.loads(json.dumps(figures.record()))["steps"] == 2

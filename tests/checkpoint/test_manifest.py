@@ -18,6 +18,8 @@ from m3ae_jax.checkpoint.manager import RETRY_AFTER, Checkpoints, find, load_par
 from m3ae_jax.errors import UserError
 from m3ae_jax.train.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 
 def state(step):
     return TrainState(jnp.int32(step), {"layer": {"kernel": jnp.full((2, 3), float(step))}}, (), {})

@@ -124,14 +124,14 @@ def test_a_mixture_trains_tells_of_each_source_and_goes_on_bit_equal(tmp_path, m
 
 
 def test_a_stop_signal_saves_the_step(tmp_path, monkeypatch):
-    class AskedAtOnce(loop._StopFlag):
+    class AskedAtOnce(loop.StopFlag):
         def __init__(self):
             super().__init__()
             self.asked = True
 
     config = shrunk(duration="6 steps")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_StopFlag", AskedAtOnce)
+        patch.setattr(loop, "StopFlag", AskedAtOnce)
         with pytest.raises(Stopped, match="stopped at step 1, saved"):
             loop.train(config, tmp_path)
     assert find(str(tmp_path))[1] == 1

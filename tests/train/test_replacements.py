@@ -6,7 +6,7 @@ import pytest
 from m3ae_jax.data.images import DAMAGED, EMPTY, REASONS
 from m3ae_jax.data.order import ATTEMPTS
 from m3ae_jax.errors import UserError
-from m3ae_jax.train import loop
+from m3ae_jax.train.replacements import Replacements
 
 
 def batch(attempts, reasons):
@@ -15,7 +15,7 @@ def batch(attempts, reasons):
 
 
 def test_replacements_are_counted_by_reason():
-    tried = loop._Tried()
+    tried = Replacements()
     tried.add(batch([0, 1, 3, 0], ["", EMPTY, DAMAGED, ""]))
     tried.add({"parts": {"image": batch([1, 0], [DAMAGED, ""]), "text": batch([0, 0], ["", ""])}})
     figures = tried.figures()
@@ -27,7 +27,7 @@ def test_replacements_are_counted_by_reason():
 
 
 def test_too_many_bad_examples_stop_the_run():
-    tried = loop._Tried()
+    tried = Replacements()
     for _ in range(10):
         tried.add(batch([1] * 6 + [0] * 94, [EMPTY] * 6 + [""] * 94))
     tried.figures()
@@ -37,7 +37,7 @@ def test_too_many_bad_examples_stop_the_run():
 
 
 def test_nothing_that_decodes_stops_the_run_at_once():
-    tried = loop._Tried()
+    tried = Replacements()
     tried.add(batch([ATTEMPTS] * 3, [EMPTY] * 3))
     tried.figures()
     with pytest.raises(UserError, match="not one of the last draws gave a picture that decodes"):

@@ -1,0 +1,147 @@
+"""How fast a run is, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from m3ae_jax import console
+from m3ae_jax.plan.chips import CHIPS
+
+KINDS = ("startup", "compile", "data_wait", "evaluation", "checkpoint")
+"""What takes time beside the steps."""
+
+_PEAKS = (
+    # Name of the device as JAX tells it, and its bfloat16 operations per second by the vendor's data sheet (dense).
+    (r"TPU v4", CHIPS["v4"].flops),
+    (r"TPU v5 ?(lite|e)", CHIPS["v5e"].flops),
+    (r"TPU v5p?", CHIPS["v5p"].flops),
+    (r"TPU v6 ?(lite|e)", CHIPS["v6e"].flops),
+    (r"NVIDIA (H100|H200|GH200)(?!.*(PCIe|NVL)).*", 989.4e12),
+    (r"NVIDIA A100.*", 312e12),
+)
+_GIB = 2**30
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published bfloat16 operations per second of one device; None if it is not in the table."""
+    return next((flops for pattern, flops in _PEAKS if re.fullmatch(pattern, device_kind)), None)
+
+
+class Progress:
+    """Rates between two log lines, evaluation and saving left out, and shares of the time since the start.
+
+    Args:
+        batch_size: examples a step.
+        total: steps of the run.
+        flops_per_example: of matrix products, forward and backward, in closed form.
+        devices: that take part.
+        device_kind: as JAX tells it.
+        begun: `time.perf_counter()` when the start began.
+    """
+
+    def __init__(
+        self, batch_size: int, total: int, flops_per_example: float, devices: int, device_kind: str, begun: float
+    ) -> None:
+        self._batch_size, self._total = batch_size, total
+        self._flops, self._devices, self._kind = flops_per_example * batch_size / devices, devices, device_kind
+        self._peak = peak_flops(device_kind)
+        self._begun = begun
+        self._spent = dict.fromkeys(KINDS, 0.0)
+        self._waited = self._pause = 0.0
+        self._first_step = 0
+        self._last = (time.perf_counter(), 0)
+
+    def start(self, step: int) -> None:
+        """Begins counting at a step."""
+        now = time.perf_counter()
+        self._spent["startup"] = now - self._begun - sum(self._spent.values())
+        self._first_step = step
+        self._last = (now, step)
+        self._waited = self._pause = 0.0
+
+    def waiting(self, get: Callable[[], Any], figures: dict[str, Any]) -> Any:
+        """Calls `get`; counts its time as waiting for data if the device had run out of work by its end."""
+        begin = time.perf_counter()
+        batch = get()
+        if all(value.is_ready() for value in figures.values()):
+            seconds = time.perf_counter() - begin
+            self._waited += seconds
+            self._spent["data_wait"] += seconds
+        return batch
+
+    @contextlib.contextmanager
+    def spent_on(self, kind: str) -> Iterator[None]:
+        """A context whose time is one of `KINDS`, and none of the steps'."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._pause += seconds
+            self._spent[kind] += seconds
+
+    def interval(self, step: int) -> dict[str, float]:
+        """Figures since the last call, then begins anew."""
+        now = time.perf_counter()
+        seconds = max(now - self._last[0] - self._pause, 1e-9)
+        count = step - self._last[1]
+        rate = count * self._batch_size / seconds
+        done = self._flops * count / seconds
+        figures = {
+            "examples_per_second": rate,
+            "examples_per_second_per_chip": rate / self._devices,
+            "teraflops_per_second_per_chip": done / 1e12,
+            **({"mfu": done / self._peak} if self._peak else {}),
+            "data_wait_share": min(self._waited / seconds, 1.0),
+            "seconds_per_step": seconds / max(count, 1),
+        }
+        self._last, self._waited, self._pause = (now, step), 0.0, 0.0
+        return figures
+
+    def shares(self) -> dict[str, float]:
+        """Where the time since the start went, ``time/<kind>`` and for the steps ``time/step`` (goodput); 1 in all."""
+        whole = max(time.perf_counter() - self._begun, 1e-9)
+        shares = {f"time/{kind}": seconds / whole for kind, seconds in self._spent.items()}
+        return {"time/step": max(1.0 - sum(shares.values()), 0.0), **shares}
+
+    def formula(self) -> str:
+        """What the MFU is, in one line."""
+        flops = f"{self._flops / 1e9:,.1f} GFLOP of matrix products a step and chip (3 x forward, in closed form)"
+        if not self._peak:
+            return f"{flops}; no peak of {self._kind!r} is known, so no MFU"
+        return f"MFU = {flops} / seconds a step / {self._peak / 1e12:,.1f} TFLOP/s, the bfloat16 peak of {self._kind}"
+
+    def line(self, step: int, values: dict[str, float], timing: dict[str, float]) -> str:
+        """The one line on the console."""
+        left = "ETA " + console.duration(timing["seconds_per_step"] * (self._total - step))
+        if step == self._first_step + 1:
+            left = f"compiled in {console.duration(self._spent['compile'])}"
+        terms = " ".join(f"{k} {v:.4f}" for k, v in values.items() if "/" not in k and k.endswith(("loss", "accuracy")))
+        replaced = f" | replaced {values['replaced_examples']:.0f}" if values["replaced_examples"] else ""
+        skipped = f" | skipped steps {values['skipped_steps']:.0f}" if values["skipped_steps"] else ""
+        mfu = f", MFU {timing['mfu']:.1%}" if "mfu" in timing else ""
+        return (
+            f"step {step}/{self._total} {step / self._total:4.0%} | {left} | "
+            f"{timing['examples_per_second']:.1f} ex/s{mfu} | {terms} | data wait {timing['data_wait_share']:.0%}"
+            f"{replaced}{skipped}"
+        )
+
+
+def memory() -> dict[str, float]:
+    """GiB that this process has resident, and the most that its first device has held where that is told."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage, which knows the peak alone
+    host = int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = jax.local_devices()[0].memory_stats() or {}
+    device = {"memory/device_gib": stats["peak_bytes_in_use"] / _GIB} if "peak_bytes_in_use" in stats else {}
+    return {"memory/host_gib": host / _GIB, **device}
