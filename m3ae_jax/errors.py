@@ -19,6 +19,9 @@ STOPPED = (
 )
 
 
+LOST = "lost another process of the run; start all again: the same command goes on from the last checkpoint"
+
+
 def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     """Says that `value` of field `name` is not allowed, what is, and the nearest valid one.
 

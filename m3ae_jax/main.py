@@ -14,6 +14,7 @@ from absl import app, flags  # noqa: E402
 
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
+from m3ae_jax.parallel.supervisor import supervise  # noqa: E402
 
 MODES = ("train", "eval", "plan", "inspect_data", "replay", "report", "print_config")
 
@@ -77,6 +78,8 @@ def _run() -> None:
 
         print(build_run(workdir))
         return
+    if _several():
+        supervise()
     console.import_tensorflow()
     _meet()
     if _MODE.value == "print_config":

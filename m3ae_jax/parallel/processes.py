@@ -70,7 +70,7 @@ def start(cluster: Cluster) -> None:
 
 def tells_of_a_loss(error: BaseException | None) -> bool:
     """Whether an error of a computation over all processes says that another one is gone."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return False
     while error is not None:
         # The class says nothing: the same failure is a JaxRuntimeError when waited for, a ValueError when dispatched.

@@ -20,7 +20,7 @@ from m3ae_jax import console, evals
 from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
-from m3ae_jax.errors import STOPPED, Stopped, UserError
+from m3ae_jax.errors import LOST, STOPPED, Stopped, UserError
 from m3ae_jax.evals.reconstructions import Reconstructions
 from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.metrics.events import Events
@@ -137,12 +137,11 @@ def _leave_alone(workdir: Path, events: Events, error: Exception) -> NoReturn:
     An ordinary end would wait for the lost one, in the last save's barriers and in JAX's own, until JAX aborts with a
     page of stack traces.
     """
-    text = "lost another process of the run; start all again: the same command goes on from the last checkpoint"
     log.debug("lost", exc_info=error)
-    events.add("preempted", text)
+    events.add("preempted", LOST)
     if jax.process_index() == 0:
         build_page(workdir)
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {LOST}", file=sys.stderr)
     console.leave(STOPPED)
 
 

@@ -53,7 +53,7 @@ GRACE = 10.0  # between SIGTERM and SIGKILL, as in launch/local.sh
 POLL = 0.005
 
 STOPPED, KILLED, TERMINATED = 75, -signal.SIGKILL, -signal.SIGTERM
-TIMINGS = ("second", "train/data_wait_share", "train/mfu", "time/", "memory/")
+TIMINGS = ("second", "train/data_wait_share", "train/mfu", "time/", "memory/")  # parts of the names of such figures
 FIELDS = {
     "batch_size": 8,
     "log_every": "1 steps",
@@ -94,12 +94,9 @@ class Kill:
     def __str__(self) -> str:
         how = "SIGTERM" if self.number == signal.SIGTERM else "kill -9"
         warned = f" {self.warning:.2f} s after SIGTERM" if self.warning else ""
-        where = {
-            "start": "before the first step",
-            "step": f"after step {self.rows}",
-            "save": f"in a save after step {self.rows}",
-        }
-        return f"{how}{warned} to {' and '.join(map(str, self.victims))} {where[self.phase]} of this start"
+        steps = "a step" if self.rows == 1 else f"{self.rows} steps"
+        where = {"start": "before the first step", "step": f"after {steps}", "save": f"at a save after {steps}"}
+        return f"{how}{warned} to {' and '.join(map(str, self.victims))} {where[self.phase]}"
 
 
 def draw(dice: random.Random, processes: int, most_rows: int) -> Kill:

@@ -1,0 +1,102 @@
+"""One process of a run works in a child, so that its parent can say in one line how it ended.
+
+JAX aborts a process, with a page of stack traces, once process 0 is gone or another has been silent for long; inside
+the process that can be neither prevented nor caught. (Its option `missed_heartbeat_callback` cannot be used from
+Python: it ends in `std::bad_cast`.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+
+from m3ae_jax.errors import LOST, STOPPED
+
+_COORDINATION = re.compile(rb"coordination_service|preemption_|JAX distributed service detected fatal errors")
+_GLOO = b"[Gloo]"  # talks, and cannot be asked not to
+_LAST_LINES = 1.0  # seconds for them to come through
+_PR_SET_PDEATHSIG = 1
+
+
+def supervise() -> None:
+    """Returns in a child, which does the work; this process ends when the child has, with its exit code.
+
+    SIGTERM and SIGINT are passed on; the child is killed if this process is. Call before there are threads.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(writer, 2)
+        os.close(writer)
+        _die_with(parent)
+        return
+    os.close(writer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: _pass_on(child, number))
+    console = _Console(reader)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    console.join(_LAST_LINES)
+    _end(code, console.held)
+
+
+class _Console(threading.Thread):
+    """Shows the child's standard error as it comes; keeps it from the first line on that JAX's coordination wrote."""
+
+    def __init__(self, reader: int) -> None:
+        super().__init__(daemon=True)
+        self.held: list[bytes] = []
+        self._reader = reader
+        self.start()
+
+    def run(self) -> None:
+        with os.fdopen(self._reader, "rb") as lines:
+            for line in lines:
+                if _GLOO in line:
+                    continue
+                if self.held or _COORDINATION.search(line):
+                    self.held.append(line)
+                else:
+                    _show(line)
+
+
+def _show(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, text)
+
+
+def _pass_on(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before that
+        os._exit(STOPPED)
+
+
+def _end(code: int, held: list[bytes]) -> None:
+    sys.stdout.flush()
+    text = b"".join(held)
+    if code == -signal.SIGABRT and _COORDINATION.search(text):
+        _show(f"error: {LOST}\n".encode())
+        os._exit(STOPPED)
+    if code == STOPPED:
+        _show(b"".join(line for line in held if line.startswith(b"error: ")))
+        os._exit(STOPPED)
+    _show(text)
+    if code >= 0:
+        os._exit(code)
+    faulthandler.disable()
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
