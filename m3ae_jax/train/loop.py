@@ -233,8 +233,9 @@ class _Loop:
                 batch = self._progress.waiting(lambda: next(batches), figures)
                 self._replaced.add(batch)
                 profile.before(step)
-                watchdog.stage("compiling the step" if step == start + 1 else "running steps")
-                with self._progress.spent_on("compile") if step == start + 1 else contextlib.nullcontext():
+                compiling = step == start + 1
+                watchdog.stage("compiling the step" if compiling else "running steps", patient=compiling)
+                with self._progress.spent_on("compile") if compiling else contextlib.nullcontext():
                     state, figures = step_fn(state, put_batch(batch, setup.mesh))
                 watchdog.started(step, figures["loss"])
                 profile.after(step, figures)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax.evals.reconstructions import Reconstructions
+from m3ae_jax.evals.reconstructions import Reconstructions, _pictures
 from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.train.setup import prepare
 
@@ -48,6 +48,6 @@ def test_pictures_show_the_examples_and_undo_the_normalisation(setup, tmp_path):
     # A guess that is the target itself must give the original back.
     group = {part: {k: v[0] for k, v in tokens.items()} for part, tokens in draw._batch["groups"]["image"].items()}
     truth = np.asarray(setup.objective.targets(draw._batch)["image"])[0]
-    original, masked, restored = draw._pictures(group, truth)
+    original, masked, restored = _pictures(setup.config, group, truth)
     assert np.abs(original.astype(int) - restored).max() <= 1
     assert (original != masked).any()
