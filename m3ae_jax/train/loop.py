@@ -26,6 +26,7 @@ from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.metrics.events import Events
 from m3ae_jax.metrics.writers import MetricWriter, read_rows
 from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.parallel.processes import tells_of_a_loss
 from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.report.pictures import curves
 from m3ae_jax.report.run import build_run
@@ -74,11 +75,15 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
             console.log_to(workdir / "log.txt")
             stack.callback(build_page, workdir)
         stack.enter_context(_ending_told(events))
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep))
-        )
-        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
-        return _Loop(setup, workdir, identity, checkpoints, writer, events, begun).run()
+        try:
+            checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
+            stack.enter_context(contextlib.closing(checkpoints))
+            writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
+            return _Loop(setup, workdir, identity, checkpoints, writer, events, begun).run()
+        except Exception as error:
+            if tells_of_a_loss(error):
+                _leave_alone(workdir, events, error)
+            raise
 
 
 @contextlib.contextmanager
