@@ -4,11 +4,12 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 from m3ae_jax.errors import UserError
 from m3ae_jax.parallel import processes
-from m3ae_jax.parallel.processes import Cluster, meet, start
+from m3ae_jax.parallel.processes import Cluster, meet, start, tells_of_a_loss
 
 
 @pytest.fixture
@@ -88,3 +89,24 @@ def test_a_port_in_use_is_told(address):
 def test_incomplete_settings_are_refused(cluster, message):
     with pytest.raises(UserError, match=message):
         start(cluster)
+
+
+LOSSES = (
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Connection reset by peer",
+    "UNAVAILABLE: The coordination service is gone",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: ncclRemoteError",
+)
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_the_loss_of_another_process_is_told_by_its_text_also_of_a_cause(text, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert tells_of_a_loss(jax.errors.JaxRuntimeError(text)) and tells_of_a_loss(ValueError(text))
+    outer = KeyError("save")
+    outer.__cause__ = RuntimeError(text)
+    assert tells_of_a_loss(outer)
+    assert not tells_of_a_loss(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+def test_one_process_has_none_to_lose():
+    assert not tells_of_a_loss(RuntimeError(LOSSES[0]))
