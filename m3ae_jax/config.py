@@ -72,6 +72,11 @@ def default() -> ConfigDict:
     c.model.decoder_heads = 16
     c.model.output_head_depth = 0  # 0: one linear layer a modality; n: n hidden layers before it
     c.model.use_type_embedding = True  # a learned vector a modality, in encoder and decoder
+    c.model.image_positions = (
+        "sincos"  # in the encoder: sincos (fixed), or learned, as ViTs of other projects have them
+    )
+    c.model.activation = "gelu_tanh"  # gelu_tanh (the reference's approximation), or gelu (by erf, as PyTorch's)
+    c.model.layer_norm_epsilon = 1e-6
     c.model.image_mask_ratio = 0.75
     c.model.text_mask_ratio = 0.75
     c.model.dropout = 0.0
@@ -160,6 +165,17 @@ def default() -> ConfigDict:
     c.eval.examples = 4096  # of the validation source, the same ones each time
     c.eval.batch_size = 256
     c.eval.pictures = 8  # reconstructions drawn at each evaluation; 0: none
+    # Labelled data of knn, probe, few_shot and ood: of `train` and `test` the same classes, `outside` has others. Where
+    # no path is given and data.val is `scenes`: the scenes' own, by `label`.
+    c.eval.train = source_fields("train")
+    c.eval.test = source_fields("val")
+    c.eval.outside = source_fields("val")
+    c.eval.label = "shape"  # of scenes: shape, color or color_shape of the largest object; count, of all objects
+    c.eval.train_examples = 10_000  # at most; a random choice, the same for every run
+    c.eval.test_examples = 10_000
+    c.eval.pairs = 1000  # of data.val, for retrieval and masked_prediction
+    c.eval.scored_pairs = 64  # of retrieval by restored words: each picture with each caption
+    c.eval.alone = False  # of configs/eval/*.py: --mode=eval takes what they do not set from the checkpoint
     c.stall = ConfigDict()  # seconds without a step, or anything else that is done; 0: never
     c.stall.report_after = 600.0  # then the stacks of all threads are printed
     c.stall.stop_after = 3600.0  # then the process ends, to be started again
@@ -427,6 +443,14 @@ def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
     return [(name, left.get(name), right.get(name)) for name in right if left.get(name) != right.get(name)]
 
 
+def apply_difference(config: ConfigDict, changes: list[tuple[str, Any, Any]]) -> None:
+    """Sets the fields of a `difference` to their second values."""
+    for name, _, value in changes:
+        group, _, leaf = name.rpartition(".")
+        target = _get(config, group) if group else config
+        target[leaf] = value
+
+
 def names(config: ConfigDict) -> list[str]:
     """All fields, as ``group.name``."""
     return [name for name, _ in _leaves(config)]
@@ -533,6 +557,8 @@ def _check_values(c: ConfigDict) -> None:
     for name, allowed in (
         ("loss.text_average", ("example", "token")),
         ("model.compute_dtype", ("auto", "float32", "bfloat16")),
+        ("model.activation", ("gelu_tanh", "gelu")),
+        ("model.image_positions", ("sincos", "learned")),
         ("model.remat", ("none", "dots", "attention", "full")),
         ("model.attention", ("xla", "cudnn", "flash")),
         ("optimizer.first_moment_dtype", ("float32", "bfloat16")),
@@ -567,7 +593,8 @@ def _check_values(c: ConfigDict) -> None:
 def _source_specs(c: ConfigDict) -> dict[str, ConfigDict]:
     """All `source_fields`, by the name of their group."""
     mixture = {f"data.mixture.{name}": spec for name, spec in c.data.mixture.items()}
-    return {"data.train": c.data.train, "data.val": c.data.val, **mixture}
+    labelled = {f"eval.{part}": c.eval[part] for part in ("train", "test", "outside")}
+    return {"data.train": c.data.train, "data.val": c.data.val, **mixture, **labelled}
 
 
 def _check_sources(c: ConfigDict) -> None:
@@ -598,6 +625,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.decoder_depth", 1, _BIG),
     ("model.decoder_heads", 1, _BIG),
     ("model.output_head_depth", 0, 100),
+    ("model.layer_norm_epsilon", 1e-15, 0.1),
     ("model.image_mask_ratio", 0.0, 0.95),
     ("model.text_mask_ratio", 0.0, 0.95),
     ("micro_batches", 1, _BIG),
@@ -625,6 +653,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("eval.examples", 1, _BIG),
     ("eval.batch_size", 1, _BIG),
     ("eval.pictures", 0, 1000),
+    ("eval.train_examples", 2, _BIG),
+    ("eval.test_examples", 1, _BIG),
+    ("eval.pairs", 2, 1_000_000),
+    ("eval.scored_pairs", 0, 10_000),
     ("anomaly.spike", 0.0, _BIG),
     ("anomaly.stop_after", 1, _BIG),
     ("stall.report_after", 0.0, _BIG),

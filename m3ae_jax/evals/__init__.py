@@ -1,4 +1,7 @@
-"""Evaluations: one file each, run at the end of training or with ``--mode=eval`` on a run's checkpoint."""
+"""Evaluations: one file each, run at the end of training or with ``--mode=eval`` on a run's checkpoint.
+
+Those of frozen features share `features.encoded`, which encodes the labelled data once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("m3ae_jax")
 
-NAMES = ("grounding",)
+LABELLED: dict[str, tuple[str, ...]] = {
+    "knn": ("train", "test"),
+    "probe": ("train", "test"),
+    "few_shot": ("train", "test"),
+    "ood": ("train", "test", "outside"),
+}
+"""Evaluations on labelled data, and which parts of ``config.eval`` each needs."""
+PAIRED = ("grounding", "masked_prediction", "retrieval")
+"""Those that need pictures with captions."""
+NAMES = (*PAIRED, *LABELLED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +64,37 @@ def place(folder: Path, name: str, step: int) -> Path:
 
 def check(config: ConfigDict) -> None:
     """Raises `UserError` for an evaluation that is unknown or cannot work; before a run begins, not at its end."""
+    if config.eval.alone:
+        raise UserError(
+            "eval.alone=True: this config holds evaluations alone, for --mode=eval on the checkpoint in --workdir"
+        )
     for name in config.evals:
         if name not in NAMES:
             raise UserError(one_of("evals", name, NAMES))
-        if name == "grounding" and set(config.data.modalities) != {"image", "text"}:
+        if name in PAIRED and set(config.data.modalities) != {"image", "text"}:
             raise UserError(
-                f"evals=('grounding',) needs data.modalities=('image', 'text'), not {tuple(config.data.modalities)!r}; "
+                f"evals=({name!r},) needs data.modalities=('image', 'text'), not {tuple(config.data.modalities)!r}; "
                 "add --config.evals="
             )
+    _check_pairs(config)
+    parts = sorted({part for name in config.evals for part in LABELLED.get(name, ())})
+    if parts:
+        from m3ae_jax.evals.labelled import check_labelled
+
+        check_labelled(config, tuple(parts))
+
+
+def _check_pairs(config: ConfigDict) -> None:
+    asked = [name for name in config.evals if name in PAIRED and name != "grounding"]
+    if not asked or config.data.val.source == "scenes":
+        return
+    from m3ae_jax.data.sources import build_source
+
+    if not config.data.val.path:
+        raise UserError(f"evals=({asked[0]!r},) needs pictures with captions: data.val.path is empty")
+    held = build_source(config, "val").modalities
+    if set(held) != {"image", "text"}:
+        raise UserError(f"evals=({asked[0]!r},) needs pictures with captions: data.val holds only {', '.join(held)}")
 
 
 def _check_fits(meta: dict[str, Any], setup: Setup, run: Path) -> None:
@@ -86,6 +121,22 @@ def _check_fits(meta: dict[str, Any], setup: Setup, run: Path) -> None:
         )
 
 
+def _completed(config: ConfigDict, meta: dict[str, Any], run: Path) -> ConfigDict:
+    """A checkpoint's config with what `config` sets: all fields in which it is not the default.
+
+    Raises:
+        UserError: the checkpoint's config names code to import, and `config` does not name it too.
+    """
+    from m3ae_jax.config import apply_difference, check_named_code, default, difference, from_json
+
+    changes = difference(default(), config)
+    whole = from_json(json.dumps(meta["config"]))
+    apply_difference(whole, changes)
+    whole.eval.alone = False
+    check_named_code(f"{run}/config.json", whole, [(name, str(value)) for name, _, value in changes])
+    return whole
+
+
 def run(name: str, setup: Setup, state: TrainState) -> Result:
     """Runs one evaluation on a state's parameters."""
     evaluation: Any = importlib.import_module(f"m3ae_jax.evals.{name}")
@@ -105,9 +156,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from m3ae_jax.train.loop import build_page
     from m3ae_jax.train.setup import prepare
 
-    setup = prepare(resolve(config))
     folder, step = find(str(workdir))
     checkpoints = Checkpoints(folder, keep=1, read_only=True)
+    if config.eval.alone:
+        config = _completed(config, checkpoints.meta(step), folder.parent)
+    setup = prepare(resolve(config))
     _check_fits(checkpoints.meta(step), setup, folder.parent)
     state = checkpoints.restore(step, setup.abstract_state())
     checkpoints.close()

@@ -38,6 +38,7 @@ class AutoencoderOptions:
         vocab_size: token ids.
         use_type_embedding: a learned vector a modality, in the encoder and in the decoder.
         output_head_depth: hidden layers of each output head.
+        learned_positions: of the patches in the encoder a learned table in place of the fixed one.
     """
 
     encoder: TransformerOptions
@@ -49,6 +50,7 @@ class AutoencoderOptions:
     vocab_size: int
     use_type_embedding: bool = True
     output_head_depth: int = 0
+    learned_positions: bool = False
 
 
 @flax.struct.dataclass
@@ -79,6 +81,9 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_projection = dense(o.decoder.width, ("embed", None), o.decoder.dtype)
         if "image" in o.modalities:
             self.image_embedding = dense(o.encoder.width, ("patch", "embed"), o.encoder.dtype)
+            if o.learned_positions:
+                shape = (o.grid[0] * o.grid[1], o.encoder.width)
+                self.image_positions = self.param("image_position_embedding", named(normal(0.02), None, "embed"), shape)
         if "text" in o.modalities:
             self.text_embedding = nn.Embed(
                 o.vocab_size,
@@ -100,7 +105,9 @@ class MaskedAutoencoder(nn.Module):
         features = {"image": (o.patch_values, "patch"), "text": (o.vocab_size, "vocab")}
         for m in o.modalities:
             size, axis = features[m]
-            setattr(self, f"{m}_output", OutputHead(o.decoder.width, size, o.output_head_depth, axis, o.decoder.dtype))
+            d = o.decoder
+            head = OutputHead(d.width, size, o.output_head_depth, axis, d.dtype, d.activation, d.epsilon)
+            setattr(self, f"{m}_output", head)
 
     def encode(self, visible: TokenSets, *, deterministic: bool = True) -> Encoded:
         """Encodes the visible tokens of one, or of both modalities.
@@ -172,7 +179,9 @@ class MaskedAutoencoder(nn.Module):
         o = self.options
         width = o.encoder.width if stack == "encoder" else o.decoder.width
         is_image = modality == "image"
-        table = sincos_2d(width, o.grid) if is_image else sincos_1d(width, np.arange(o.text_tokens))
+        table: Any = sincos_2d(width, o.grid) if is_image else sincos_1d(width, np.arange(o.text_tokens))
+        if is_image and o.learned_positions and stack == "encoder":
+            table = self.image_positions
         place: Any = jnp.asarray(table)[position]
         if o.use_type_embedding:
             place = place + (self.encoder_type if stack == "encoder" else self.decoder_type)[modality]

@@ -8,6 +8,7 @@ Logical axes: ``layers`` (stacked layers), ``embed`` (D), ``heads``, ``head_dim`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ from m3ae_jax.models import attention
 from m3ae_jax.models.placement import constrain, gather
 
 Initializer = Callable[..., Any]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
 
 REMAT: dict[str, Any] = {
     # What a layer keeps for its backward pass besides its input.
@@ -47,6 +53,8 @@ class TransformerOptions:
         remat: what the backward pass computes anew, a key of `REMAT`.
         attention: a key of `attention.KERNELS`.
         attention_head_groups: see `attention.attend`.
+        activation: of the MLPs, a key of `ACTIVATIONS`.
+        epsilon: of the LayerNorms.
         dtype: of the matrix products; parameters are float32.
     """
 
@@ -61,6 +69,8 @@ class TransformerOptions:
     remat: str = "none"
     attention: str = "xla"
     attention_head_groups: int = 1
+    activation: str = "gelu_tanh"
+    epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
 
@@ -81,10 +91,10 @@ def gathered(*axes: str | None) -> Callable[..., Any]:
     return promote
 
 
-def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the reference's epsilon; statistics in float32."""
+def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm; statistics in float32."""
     return nn.LayerNorm(
-        epsilon=1e-6,
+        epsilon=epsilon,
         dtype=dtype,
         scale_init=named(nn.initializers.ones, "embed"),
         bias_init=named(nn.initializers.zeros, "embed"),
@@ -175,7 +185,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN attention and MLP (tanh-approximated GELU, as the reference), each with a residual."""
+    """Pre-LN attention and MLP, each with a residual."""
 
     options: TransformerOptions
 
@@ -195,12 +205,13 @@ class Block(nn.Module):
                 branch = jnp.where(keep, branch / (1.0 - drop_path).astype(branch.dtype), 0)
             return x + branch
 
-        x = residual(x, Attention(o, name="attention")(layer_norm(o.dtype, "norm_attention")(x), valid, deterministic))
+        norm = layer_norm(o.epsilon, o.dtype, "norm_attention")
+        x = residual(x, Attention(o, name="attention")(norm(x), valid, deterministic))
         hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(
-            layer_norm(o.dtype, "norm_mlp")(x)
+            layer_norm(o.epsilon, o.dtype, "norm_mlp")(x)
         )
         hidden = constrain(hidden, "batch", "mlp")
-        hidden = drop(nn.gelu(hidden, approximate=True), o.dropout, self, deterministic)
+        hidden = drop(ACTIVATIONS[o.activation](hidden), o.dropout, self, deterministic)
         return residual(x, dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)), None
 
 
@@ -237,7 +248,7 @@ class Transformer(nn.Module):
         )
         rates = jnp.asarray(np.linspace(0.0, o.drop_path, o.depth), jnp.float32)
         flat, _ = stack(o, name="blocks")(x.astype(o.dtype).reshape(-1, o.width), rates, valid, deterministic)
-        return layer_norm(o.dtype, "norm")(flat).reshape(x.shape)
+        return layer_norm(o.epsilon, o.dtype, "norm")(flat).reshape(x.shape)
 
 
 class OutputHead(nn.Module):
@@ -251,10 +262,12 @@ class OutputHead(nn.Module):
     depth: int
     axis: str
     dtype: Any = jnp.float32
+    activation: str = "gelu_tanh"
+    epsilon: float = 1e-6
 
     def setup(self) -> None:
         """Declares the layers."""
-        self.norm = [layer_norm(self.dtype) for _ in range(self.depth + 1 if self.depth else 0)]
+        self.norm = [layer_norm(self.epsilon, self.dtype) for _ in range(self.depth + 1 if self.depth else 0)]
         self.hidden = [dense(self.width, ("embed", "mlp"), self.dtype) for _ in range(self.depth)]
         self.output = dense(self.outputs, ("embed", self.axis), self.dtype)
 
@@ -262,7 +275,7 @@ class OutputHead(nn.Module):
         """What the last layer reads, `[B, K, D]`."""
         x = self.norm[0](x) if self.depth else x
         for layer in range(self.depth):
-            hidden = self.norm[layer + 1](nn.gelu(self.hidden[layer](x), approximate=True))
+            hidden = self.norm[layer + 1](ACTIVATIONS[self.activation](self.hidden[layer](x)))
             x = x + hidden if layer else hidden
         return x
 

@@ -127,6 +127,8 @@ def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptio
             remat=m.remat,
             attention=m.attention,
             attention_head_groups=m.attention_head_groups,
+            activation=m.activation,
+            epsilon=m.layer_norm_epsilon,
             dtype=dtype,
         )
 
@@ -140,6 +142,7 @@ def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptio
         vocab_size=vocab_size,
         use_type_embedding=m.use_type_embedding,
         output_head_depth=m.output_head_depth,
+        learned_positions=m.image_positions == "learned",
     )
 
 

@@ -1,0 +1,83 @@
+r"""Other projects' weights in, and ours out.
+
+    python -m m3ae_jax.convert --from=model.pkl --workdir=runs/m3ae_large --config.data.tokenizer=vocab.txt
+    python -m m3ae_jax.convert --from=mae_pretrain_vit_base.pth --workdir=runs/mae_base
+    python -m m3ae_jax.convert --from=FOLDER_OF_VITMAE --workdir=runs/vitmae
+    python -m m3ae_jax.convert --from=runs/mine --to=vitmae --output=FOLDER
+    python -m m3ae_jax.convert --from=runs/mine --to=timm --output=encoder.safetensors
+
+A run's folder that was made so is used as any other: by `m3ae_jax.load`, --mode=eval and --config.init_from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from m3ae_jax import console
+
+console.quiet_environment()
+
+from absl import app, flags  # noqa: E402
+
+from m3ae_jax import config as config_lib  # noqa: E402
+from m3ae_jax.errors import UserError  # noqa: E402
+
+_FROM = flags.DEFINE_string("from", None, "A file or folder of another project; with --to a run.", required=True)
+_FORMAT = flags.DEFINE_string("format", "", "What --from is, if it cannot be told by its looks.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder to make.")
+_TO = flags.DEFINE_string("to", "", "Writes a run for m3ae, mae, vitmae, timm or as safetensors.")
+_OUTPUT = flags.DEFINE_string("output", "", "With --to: the file or folder to write.")
+_ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "With --to: without the decoder.")
+
+_overrides: list[tuple[str, str]] = []
+
+
+def _parse(argv: list[str]) -> list[str]:
+    overrides, rest = config_lib.split_overrides(argv)
+    _overrides[:] = overrides
+    try:
+        return list(flags.FLAGS(rest))
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    console.start_logging()
+    try:
+        if bool(_TO.value) == bool(_WORKDIR.value) or bool(_TO.value) != bool(_OUTPUT.value):
+            raise UserError("give --workdir to convert into a run, or --to and --output to write one for others")
+        _export() if _TO.value else _import()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _import() -> None:
+    from m3ae_jax.convert import check, convert
+
+    converted = convert.import_weights(Path(_FROM.value).expanduser(), _FORMAT.value, _overrides)
+    print(converted.report.text())
+    compared = check.compare(converted)
+    print(compared.text())
+    if not compared.close:
+        raise UserError("the converted model does not compute what theirs does; nothing was written")
+    workdir = Path(_WORKDIR.value).expanduser().resolve()
+    convert.write_run(converted, workdir)
+    print(f"written to {workdir}")
+
+
+def _export() -> None:
+    from m3ae_jax import inference
+    from m3ae_jax.convert import convert
+
+    stored = inference.read(_FROM.value)
+    output = Path(_OUTPUT.value).expanduser()
+    print(convert.export_weights(stored, _TO.value, output, encoder_only=_ENCODER_ONLY.value).text())
+    print(f"step {stored.step} of {_FROM.value} written to {output}")
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,297 @@
+"""Conversion: another project's weights to a run's folder of ours, and a run's to another project's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from m3ae_jax import config as config_lib
+from m3ae_jax import inference
+from m3ae_jax.atomic import replacing
+from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, timm, torch_file, vitmae
+from m3ae_jax.convert.formats import Foreign, Format
+from m3ae_jax.convert.keymap import Report, draw, fill
+from m3ae_jax.data.order import ORDER_VERSION
+from m3ae_jax.data.pipeline import grid
+from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.objectives.base import build
+from m3ae_jax.train.optimizer import optimizer
+from m3ae_jax.train.step import STATE_VERSION, TrainState
+
+FORMATS: dict[str, Format] = {
+    "m3ae": m3ae.FORMAT,
+    "mae": mae.FORMAT,
+    "vitmae": vitmae.FORMAT,
+    "timm": timm.FORMAT,
+    "safetensors": own.FORMAT,
+}
+_TYPES = {stack: f"image_{stack}_type_embedding" for stack in ("encoder", "decoder")}
+_LEARNED = "image_position_embedding"
+_DECODER = ("decoder", "image_output", "text_output", "image_mask", "text_mask", "image_decoder", "text_decoder")
+"""How the names of our parameters begin that only the decoder has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """Another project's model, in our terms.
+
+    Attributes:
+        format: one of `FORMATS`.
+        config: resolved.
+        params: nested dicts of NumPy arrays.
+        report: what went where.
+        foreign: theirs, as read.
+    """
+
+    format: str
+    config: ConfigDict
+    params: dict[str, Any]
+    report: Report
+    foreign: Foreign
+
+
+def detect(path: Path) -> str:
+    """The name of a file's format, by its name and its parameters'.
+
+    Raises:
+        UserError: it is none of `FORMATS`.
+    """
+    if path.is_dir():
+        return "vitmae"
+    if path.suffix in (".pkl", ".npz"):
+        return "m3ae"
+    if path.suffix == ".safetensors":
+        names, metadata = safetensors.load(path)
+        if own.METADATA in metadata:
+            return "safetensors"
+    elif path.suffix in (".pth", ".pt", ".bin"):
+        names, _ = torch_file.load(path)
+    else:
+        kinds = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
+        raise UserError(f"{path}: its format is not known by its name; --format says it, one of {kinds}")
+    return "mae" if "decoder_embed.weight" in names else "timm"
+
+
+def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]] | None = None) -> Converted:
+    """Reads another project's weights.
+
+    Args:
+        path: a file, or a folder.
+        format: one of `FORMATS`; "": as the file looks.
+        overrides: config fields that the weights do not tell, as of the command line.
+
+    Raises:
+        UserError: the file is damaged, of another format, or its model cannot be expressed here.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    name = format or detect(path)
+    if name not in FORMATS:
+        raise UserError(one_of("--format", name, FORMATS))
+    kind, report = FORMATS[name], Report()
+    foreign = kind.read(path)
+    config = config_lib.default()
+    config.model.heads = config.model.decoder_heads = 0
+    kind.describe(foreign, config, report)
+    tables = {
+        stack: positions.read(key, foreign.arrays[key]) for stack, key in kind.tables.items() if key in foreign.arrays
+    }
+    _set_positions(config, tables)
+    config_lib.apply_overrides(config, overrides or [])
+    resolved = _resolve(config, name)
+    objective = build(resolved, _vocabulary(resolved, foreign))
+    key = jax.random.key(resolved.seed)
+    shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
+    flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    arrays = {key: value for key, value in foreign.arrays.items() if key not in kind.tables.values()}
+    fill(kind.key_map(resolved, flat), arrays, flat, report)
+    _fold(flat, tables, resolved, report)
+    _check(report, kind, name)
+    if report.missing:
+        fresh = flatten_dict(nn.unbox(jax.jit(objective.init)(key)), sep="/")
+        flat |= {name: np.asarray(fresh[name]) for name in report.missing}
+    return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign)
+
+
+def _set_positions(config: ConfigDict, tables: Mapping[str, positions.Table]) -> None:
+    if not tables:
+        return
+    config.model.use_type_embedding = any(np.any(table.offset) for table in tables.values())
+    config.model.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
+
+
+def _resolve(config: ConfigDict, name: str) -> ConfigDict:
+    for field, what in (("heads", "encoder"), ("decoder_heads", "decoder")):
+        has_decoder = name != "timm"
+        if not config.model[field] and (what == "encoder" or has_decoder):
+            width = config.model.width if what == "encoder" else config.model.decoder_width
+            raise UserError(
+                f"the weights do not tell how many attention heads the {what} ({width} wide) has: give "
+                f"--config.model.{field}=N"
+            )
+    config.model.decoder_heads = config.model.decoder_heads or config_lib.default().model.decoder_heads
+    return config_lib.resolve(config)
+
+
+def _vocabulary(config: ConfigDict, foreign: Foreign) -> int:
+    """Words of the model; a tokenizer that is named must have as many."""
+    table = foreign.arrays.get("text_embedding/embedding")
+    if table is None:
+        return 0
+    if config.data.tokenizer:
+        words = load_tokenizer(config.data.tokenizer).vocab_size
+        if words != len(table):
+            raise UserError(
+                f"data.tokenizer={config.data.tokenizer!r} has {words} words, the weights {len(table)}: name the "
+                "tokenizer that they were trained with"
+            )
+    return len(table)
+
+
+def _fold(
+    flat: dict[str, np.ndarray], tables: Mapping[str, positions.Table], config: ConfigDict, report: Report
+) -> None:
+    """Brings what their tables hold beside the fixed embeddings into parameters of ours."""
+    side = grid(config)[0]
+    done = []
+    for stack, table in tables.items():
+        if stack == "decoder" and (np.any(table.cls) or table.learned is not None):
+            raise UserError("the decoder's position embeddings are learned; here they are fixed sin-cos")
+        if np.any(table.cls):
+            flat["cls_token"] += table.cls
+            report.notes.append("CLS position: added to cls_token")
+        if _TYPES[stack] in flat:
+            flat[_TYPES[stack]][...] = table.offset
+            done.append(_TYPES[stack])
+        if stack == "encoder" and table.learned is not None:
+            flat[_LEARNED][...] = positions.resize(table.learned, side)
+            done.append(_LEARNED)
+        if table.side != side:
+            how = "interpolated" if table.learned is not None else "recomputed"
+            report.notes.append(
+                f"positions ({stack}): {how} for {side} x {side} patches, there are {table.side} x {table.side}"
+            )
+    if tables:
+        kind = "fixed sin-cos, equal to ours" if tables["encoder"].learned is None else "learned"
+        report.notes.append(f"positions (encoder): {kind}: model.image_positions={config.model.image_positions}")
+        offset = "what their tables have beside it" if config.model.use_type_embedding else "none"
+        report.notes.append(f"type embedding: {offset}: model.use_type_embedding={config.model.use_type_embedding}")
+        if not any(np.any(table.cls) for table in tables.values()):
+            report.notes.append("CLS position: zeros, as here")
+    report.missing = [path for path in report.missing if path not in done]
+
+
+def _check(report: Report, kind: Format, name: str) -> None:
+    """Refuses what would give other outputs than theirs."""
+    unknown = [key for key in report.unused if not kind.why_beside(key)]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(
+            f"the file has parameters that the model of format {name} has no place for: {', '.join(unknown[:5])}{more}"
+        )
+    report.unused = [f"{key} ({kind.why_beside(key)})" for key in report.unused]
+    encoder = [path for path in report.missing if not path.startswith(_DECODER)]
+    if encoder:
+        raise UserError(f"the file lacks what the encoder needs: {', '.join(encoder[:5])}")
+    whole = not any(ours.startswith("decoder/") for _, ours, _ in report.matched)
+    if report.missing and not whole:
+        raise UserError(f"the file has a part of the decoder alone, it lacks {', '.join(report.missing[:5])}")
+    if report.missing:
+        report.notes.append("the file has no decoder: ours is freshly drawn, so reconstructions mean nothing yet")
+
+
+def write_run(converted: Converted, workdir: Path) -> None:
+    """Makes a run's folder, as training does: its config and a checkpoint, of step 0.
+
+    Raises:
+        UserError: there is a run already.
+    """
+    folder = workdir / "checkpoints"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{workdir} holds a run already: choose another --workdir")
+    config = converted.config
+    if config.data.tokenizer and config.data.tokenizer != "scenes":
+        config.data.tokenizer = str(Path(config.data.tokenizer).expanduser().resolve())
+    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint if config.data.tokenizer else ""
+    params = jax.tree.map(jnp.asarray, converted.params)
+    objective = build(config, inference.vocabulary(params))
+    opt_state = optimizer(config, lambda step: jnp.float32(0.0)).init(params)
+    state = TrainState(jnp.int32(0), params, opt_state, objective.init_extra(params))
+    meta = {
+        "state_version": STATE_VERSION,
+        "order_version": ORDER_VERSION,
+        "train_data": "converted",
+        "tokenizer": fingerprint,
+        "config": config.to_dict(),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    with replacing(workdir / "config.json") as file:
+        file.write_text(config_lib.to_json(config), encoding="utf-8")
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(state, meta, {})
+    checkpoints.close()
+
+
+def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder_only: bool = False) -> Report:
+    """Writes a run's weights for another project.
+
+    Args:
+        stored: of `inference.read`.
+        format: one of `FORMATS`.
+        path: a file, or a folder for ``vitmae``.
+        encoder_only: leaves out the decoder; ``timm`` does so anyhow.
+
+    Raises:
+        UserError: the format cannot express the model.
+    """
+    if format not in FORMATS:
+        raise UserError(one_of("--to", format, FORMATS))
+    kind, config = FORMATS[format], stored.config
+    _check_expressible(kind, config, format)
+    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
+    if encoder_only:
+        flat = {name: leaf for name, leaf in flat.items() if not name.startswith(_DECODER)}
+    arrays, report = draw(kind.key_map(config, flat), flat)
+    tabled = _write_tables(arrays, kind, flat, config, report)
+    report.unused = [name for name in report.unused if name not in tabled]
+    kind.write(path, arrays, config, report)
+    return report
+
+
+def _check_expressible(kind: Format, config: ConfigDict, name: str) -> None:
+    if config.objective != "m3ae":
+        raise UserError(f"objective={config.objective!r}: only models of the objective m3ae can be converted")
+    if kind.image_only and "image" not in config.data.modalities:
+        raise UserError(f"--to={name} is of pictures, the model was trained on text alone")
+    if kind.image_only and name != "timm" and config.model.output_head_depth:
+        raise UserError(f"model.output_head_depth={config.model.output_head_depth}: --to={name} has one linear layer")
+    if name == "m3ae" and config.model.image_positions == "learned":
+        raise UserError("model.image_positions='learned': --to=m3ae has fixed positions alone")
+
+
+def _write_tables(
+    arrays: dict[str, np.ndarray], kind: Format, flat: Mapping[str, np.ndarray], config: ConfigDict, report: Report
+) -> set[str]:
+    """Adds their position tables; returns which of our parameters are in them."""
+    used = set()
+    for stack, key in kind.tables.items():
+        width = config.model.width if stack == "encoder" else config.model.decoder_width
+        if stack == "decoder" and "decoder_embed.weight" not in arrays and "decoder.decoder_embed.weight" not in arrays:
+            continue
+        learned = flat.get(_LEARNED) if stack == "encoder" else None
+        arrays[key] = positions.write(width, grid(config)[0], flat.get(_TYPES[stack]), learned)
+        used |= {_TYPES[stack], _LEARNED}
+        if _TYPES[stack] in flat:
+            report.notes.append(f"type embedding ({stack}): added to {key}")
+    return used

@@ -1,0 +1,56 @@
+"""Our own parameters as one safetensors file, by our names, with the config in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3ae_jax import config as config_lib
+from m3ae_jax.convert import safetensors
+from m3ae_jax.convert.formats import Foreign, Format
+from m3ae_jax.convert.keymap import KeyMap, Part, Report
+from m3ae_jax.errors import UserError
+
+METADATA = "m3ae_jax_config"
+
+
+def read(path: Path) -> Foreign:
+    """A ``.safetensors`` file of `write`."""
+    arrays, metadata = safetensors.load(path)
+    if METADATA not in metadata:
+        raise UserError(f"{path} has no {METADATA} in its metadata: it was not written by this program")
+    return Foreign(arrays, metadata)
+
+
+def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
+    """Sets what the stored config says of the model and its inputs; not where its data were."""
+    stored = config_lib.from_json(foreign.facts[METADATA])
+    config.model.update(stored.model)
+    config.loss.update(stored.loss)
+    for name in ("modalities", "image_size", "patch_size", "image_mean", "image_std", "max_text_tokens", "tokenizer"):
+        config.data[name] = stored.data[name]
+    report.notes.append("names, layouts and numbers are ours")
+
+
+def key_map(config: ConfigDict, ours: Mapping[str, np.ndarray]) -> KeyMap:
+    """Each parameter is itself."""
+    del config
+    return tuple(Part(name, name) for name in ours)
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
+    """A ``.safetensors`` file."""
+    del report
+    safetensors.save(path, arrays, {METADATA: config_lib.to_json(config), "format": "np"})
+
+
+FORMAT = Format(
+    about="all parameters by our names: FILE.safetensors",
+    read=read,
+    describe=describe,
+    key_map=key_map,
+    write=write,
+)

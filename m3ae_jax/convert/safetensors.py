@@ -1,0 +1,79 @@
+"""The safetensors format: a length, a JSON header, then the numbers. Needs no package."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from m3ae_jax.errors import UserError
+
+_DTYPES: dict[str, Any] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+}
+_MOST_HEADER = 100_000_000  # bytes, as the format's own reader
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata of a file.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is empty") from None
+    try:
+        return _parse(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {str(error)[:200]}") from None
+
+
+def _parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or length > min(_MOST_HEADER, len(data) - 8):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(data[8 : 8 + length].tobytes())
+    body = data[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, entry in header.items():
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
+        start, end = (int(n) for n in entry["data_offsets"])
+        if (
+            not 0 <= start <= end <= len(body)
+            or end - start != math.prod(shape) * dtype.itemsize
+            or min(shape, default=0) < 0
+        ):
+            raise ValueError(f"the place of {name!r} does not fit its shape")
+        found[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
+    return found, {str(key): str(value) for key, value in metadata.items()}
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes float32 arrays."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, value in arrays.items():
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, offset + 4 * value.size]}
+        offset += 4 * value.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in arrays.values():
+            file.write(np.ascontiguousarray(value, "<f4").tobytes())

@@ -1,0 +1,107 @@
+"""The tensors of a PyTorch ``.pth`` file, read without PyTorch and without running anything that is in it.
+
+Such a file is a zip of one pickle and the numbers of each storage. The pickle goes through the unpickler that calls
+nothing; of what it names, only PyTorch's ways to make a tensor are known here.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from m3ae_jax.convert import unpickle
+from m3ae_jax.convert.unpickle import Global, Made
+from m3ae_jax.errors import UserError
+
+_STORAGES: dict[str, Any] = {
+    "torch.DoubleStorage": "f8",
+    "torch.FloatStorage": "f4",
+    "torch.HalfStorage": "f2",
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": "i8",
+    "torch.IntStorage": "i4",
+    "torch.BoolStorage": "?",
+}
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """The tensors of a state dict, and what the training program's ``args`` were, if it saved them.
+
+    The state dict is the whole content, or stands under ``model`` or ``state_dict``.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or holds no tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _parse(archive)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except zipfile.BadZipFile:
+        raise UserError(
+            f"{path} is no PyTorch file of version 1.6 or later; load and save it anew with today's PyTorch"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # as in unpickle.load
+        raise UserError(f"{path} is not a whole PyTorch file: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _parse(archive: zipfile.ZipFile) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise UserError("it is compressed, which PyTorch does not do")
+    (name,) = (n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl"))
+    folder = name.removesuffix("data.pkl")
+    order = ">" if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") == b"big" else "<"
+    content = archive.read(name)
+    root = unpickle.fields(unpickle.read(io.BytesIO(content), len(content))) or {}
+    state: Any = next((root[key] for key in ("model", "state_dict") if key in root), root)
+    found = {}
+    for key, node in (unpickle.fields(state) or {}).items():
+        tensor = _tensor(node, archive, folder, order)
+        if tensor is not None:
+            found[str(key)] = tensor
+    if not found:
+        raise UserError("it holds no state dict")
+    return found, unpickle.fields(root.get("args")) or {}
+
+
+def _tensor(node: Any, archive: zipfile.ZipFile, folder: str, order: str) -> np.ndarray | None:
+    if not isinstance(node, Made):
+        return None
+    if node.name == "torch._utils._rebuild_parameter":
+        return _tensor(node.arguments[0], archive, folder, order)
+    if node.name != "torch._utils._rebuild_tensor_v2":
+        return None
+    storage, offset, shape, strides = node.arguments[:4]
+    _, kind, key, _, _ = storage.arguments[0]
+    if not isinstance(kind, Global) or kind.name not in _STORAGES:
+        raise ValueError(f"a storage of unknown type {kind}")
+    dtype = np.dtype(_STORAGES[kind.name])
+    numbers = np.frombuffer(archive.read(f"{folder}data/{key}"), dtype.newbyteorder(order))
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    inside = min((offset, *shape, *strides)) >= 0 and last < max(len(numbers), 1)
+    if not inside or math.prod(shape) > len(numbers):
+        raise ValueError("a tensor reaches beyond its storage")
+    view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, [s * dtype.itemsize for s in strides])
+    return view.copy()
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes ``{"model": state dict}``, as facebookresearch/mae does.
+
+    Raises:
+        UserError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError("to write a .pth file PyTorch is needed: pip install torch; or name a .safetensors") from None
+    torch.save({"model": {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}}, path)

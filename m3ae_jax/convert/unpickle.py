@@ -1,0 +1,275 @@
+"""Reads the arrays of a pickle without running any of it.
+
+A pickle is a program: it names functions and classes, which an ordinary unpickler imports and calls. This one imports
+nothing and calls nothing. What the pickle names becomes a `Global`, what it would make by a call a `Made`, which keep
+names and arguments; of these `array` builds what it knows to be a NumPy array, from numbers alone. So the optimizer,
+closures and code in an M3AE checkpoint are read over, and those in a hostile file too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from m3ae_jax.errors import UserError
+
+_CORE = ("numpy._core.", "numpy.core.")  # the second until NumPy 2
+_JAX_ARRAY = {
+    "jax._src.array._reconstruct_array",
+    # jax 0.3, of the M3AE release's time, and before
+    "jax._src.device_array.reconstruct_device_array",
+    "jax.interpreters.xla.reconstruct_device_array",
+}
+_KINDS = "biufc"  # of dtypes: numbers; never objects
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """What a pickle calls by a name.
+
+    Attributes:
+        name: dotted, ``module.name``.
+    """
+
+    name: str
+
+
+class Made:
+    """What a pickle would make by calling something.
+
+    Attributes:
+        function: what it would call, a `Global` in most cases.
+        arguments: with which.
+        state: what it would then set, None if nothing.
+        items: what it would append, add or set by a key.
+    """
+
+    def __init__(self, function: Any, arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+        self.state: Any = None
+        self.items: list[Any] = []
+
+    # What the unpickler does to a list, a set and a dict.
+    def extend(self, items: Any) -> None:
+        """Keeps items."""
+        self.items.extend(items)
+
+    def append(self, item: Any) -> None:
+        """Keeps an item."""
+        self.items.append(item)
+
+    def add(self, item: Any) -> None:
+        """Keeps an item."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    @property
+    def name(self) -> str:
+        """The dotted name of what it calls; "" if that has none."""
+        return self.function.name if isinstance(self.function, Global) else ""
+
+
+class _Inert(pickle._Unpickler):
+    """Python's own unpickler, written in Python, in which every opcode that imports or calls is replaced."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    # Of the base class, for the type checker.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
+    def find_class(self, module: str, name: str) -> Global:
+        return Global(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Made:
+        return Made(Global("persistent_load"), (pid,))
+
+    def get_extension(self, code: int) -> None:
+        self.append(Global(f"extension.{code}"))
+
+    def _instantiate(self, function: Any, arguments: Any) -> None:
+        self.append(Made(function, tuple(arguments)))
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = Made(self.stack[-1], arguments)
+
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        arguments = self.stack.pop()
+        self.stack[-1] = Made(self.stack[-1], (arguments, keywords))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Made):
+            self.stack[-1].state = state
+
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))  # Python's makes it first, however long, and then reads
+
+    def refuse_buffer(self) -> None:
+        raise pickle.UnpicklingError("its arrays are in other files")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_reduce
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    dispatch[pickle.NEXT_BUFFER[0]] = refuse_buffer
+    dispatch[pickle.READONLY_BUFFER[0]] = refuse_buffer
+
+    if set(dispatch) != set(pickle._Unpickler.dispatch):
+        raise AssertionError("an opcode has no name in this Python")
+
+
+class _Bounded:
+    """A file of which no more can be asked than it holds: a length in a pickle is the writer's word."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.readline = file.readline
+
+    def read(self, length: int) -> bytes:
+        if length > self._size:
+            raise EOFError("a length beyond the file's end")
+        return self._file.read(length)
+
+    def readinto(self, into: Any) -> int:
+        into[:] = self.read(len(into))
+        return len(into)
+
+
+def load(path: Path) -> Any:
+    """The content of a pickle: plain lists, dicts, numbers and texts, and `Global` and `Made` for all else.
+
+    Raises:
+        UserError: it cannot be read, or is no pickle.
+    """
+    try:
+        with path.open("rb") as file:
+            return read(file, path.stat().st_size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # of damage every kind: the opcodes trust their operands
+        raise UserError(f"{path} is not a whole pickle: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def read(file: BinaryIO, size: int) -> Any:
+    """As `load`, of an open file of `size` bytes; raises whatever damage makes it raise."""
+    return _Inert(_Bounded(file, size), encoding="latin1").load()
+
+
+def array(node: Any) -> np.ndarray | None:
+    """The array that a node of `load`'s stands for; None if it stands for anything else.
+
+    Raises:
+        UserError: it is an array of objects, or its parts do not fit each other.
+    """
+    if not isinstance(node, Made):
+        return None
+    try:
+        return _array(node)
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(f"an array in the pickle is not of numbers, or damaged: {error}") from None
+
+
+def _array(node: Made) -> np.ndarray | None:
+    name = _modern(node.name)
+    if name in _JAX_ARRAY:
+        rebuild, arguments, state = node.arguments[:3]
+        inner = Made(rebuild, arguments)
+        inner.state = state
+        return _array(inner)
+    if name == "numpy._core.multiarray._reconstruct":
+        _, shape, dtype, fortran, raw = node.state
+        return _from_bytes(raw, dtype, shape, "F" if fortran else "C")
+    if name == "numpy._core.numeric._frombuffer":
+        raw, dtype, shape, order, *axes = node.arguments
+        if order == "K":
+            return np.transpose(_from_bytes(raw, dtype, shape, "C"), axes[0])
+        return _from_bytes(raw, dtype, shape, order)
+    if name == "numpy._core.multiarray.scalar":
+        dtype, raw = node.arguments
+        return _from_bytes(raw, dtype, (), "C")
+    return None
+
+
+def _modern(name: str) -> str:
+    old = _CORE[1]
+    return _CORE[0] + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _from_bytes(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    if isinstance(raw, Made):  # in protocols that know no bytes
+        raw = {"_codecs.encode": raw.arguments[:1], "__builtin__.bytes": [b""]}.get(raw.name, [None])[0]
+    if isinstance(raw, str):
+        raw = raw.encode("latin1")
+    if not isinstance(raw, (bytes, bytearray)):
+        raise ValueError("its data are not bytes")
+    return np.frombuffer(bytes(raw), _dtype(dtype)).reshape(tuple(int(n) for n in shape), order=order)
+
+
+def _dtype(node: Any) -> np.dtype:
+    if not isinstance(node, Made) or node.name != "numpy.dtype":
+        raise ValueError("it has no dtype")
+    code = node.arguments[0]
+    if isinstance(code, Global) and code.name == "ml_dtypes.bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    if isinstance(code, bytes):
+        code = code.decode("ascii")
+    found = np.dtype(str(code)) if str(code)[:1] in _KINDS else None
+    if found is None or found.kind not in _KINDS:
+        raise ValueError(f"its dtype {code!r} is not of numbers")
+    order = node.state[1] if node.state else "="
+    return found.newbyteorder(">") if order == ">" else found.newbyteorder("<") if order == "<" else found
+
+
+def fields(node: Any) -> Mapping[str, Any] | None:
+    """What a node holds by name: a dict, or the dict in which a class instance keeps its fields; None if neither."""
+    if isinstance(node, dict):
+        return node
+    if not isinstance(node, Made):
+        return None
+    if node.items and all(isinstance(item, tuple) and len(item) == 2 for item in node.items):
+        return dict(node.items)  # an OrderedDict, which may have a state besides
+    state = node.state[-1] if isinstance(node.state, tuple) and node.state else node.state
+    if isinstance(state, dict) and state:
+        inner = state.get("_dict")  # the one field of flax's FrozenDict
+        return inner if isinstance(inner, dict) else state
+    for argument in node.arguments if isinstance(node.arguments, tuple) else ():
+        if isinstance(argument, dict):
+            return argument
+    return None
+
+
+_MOST_NODES = 1_000_000
+
+
+def arrays(node: Any) -> dict[str, np.ndarray]:
+    """All arrays in nested dicts, by path with slashes; what is no array is left out.
+
+    Raises:
+        UserError: too many, or nested too deep: a small pickle can name the same dict again and again.
+    """
+    found: dict[str, np.ndarray] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), node)]
+    for _ in range(_MOST_NODES):
+        if not waiting:
+            return found
+        path, node = waiting.pop()
+        leaf = None if isinstance(node, dict) else array(node)
+        if leaf is not None:
+            found["/".join(path)] = leaf
+        elif len(path) < 20:
+            waiting.extend(((*path, str(key)), value) for key, value in (fields(node) or {}).items())
+    raise UserError(f"the pickle has more than {_MOST_NODES} entries")

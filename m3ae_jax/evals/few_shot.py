@@ -1,0 +1,64 @@
+"""A linear probe on 1, 5, 10 and 25 examples of each class: mean over draws of the examples, and its 95 % interval.
+
+The penalty is scikit-learn's default (C = 1): nothing is left to choose it on. Features are standardised by all
+training examples, whose labels that does not look at. A class with fewer examples gives all it has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from m3ae_jax.evals import Result
+from m3ae_jax.evals.features import Figures, compared, encoded
+from m3ae_jax.evals.linear import Problem, Scale
+from m3ae_jax.train.setup import Setup
+from m3ae_jax.train.step import TrainState
+
+SHOTS = (1, 5, 10, 25)
+DRAWS = 5
+
+
+def evaluate(setup: Setup, state: TrainState) -> Result:
+    """Accuracy on ``eval.test`` from few examples of ``eval.train``.
+
+    Raises:
+        UserError: an example has no label.
+    """
+    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
+
+    def ask(kind: str) -> Figures:
+        scale, figures = Scale.of(train.features[kind]), Figures()
+        for shots in SHOTS:
+            accuracies = []
+            for seed in range(DRAWS):
+                rows = draw(train.label, shots, seed)
+                problem = Problem(train.features[kind][rows], train.label[rows], len(train.classes), scale)
+                accuracies.append(problem.fit(1 / len(rows)).accuracy(test.features[kind], test.label))
+            figures[f"{shots} a class"] = float(np.mean(accuracies))
+            figures[f"{shots} a class/interval"] = half_interval(accuracies)
+        return figures
+
+    scalars, lines = compared(train, test, tuple(f"{shots} a class" for shots in SHOTS), ask)
+    named = {f"few_shot/{name.replace(' a class', '_shot')}": value for name, value in scalars.items()}
+    return Result("few_shot", named, "\n".join(lines))
+
+
+def draw(label: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Indices of `shots` examples of each class, or all of a smaller class.
+
+    A draw with more shots holds that with fewer of the same seed.
+
+    Args:
+        label: `[n]`.
+        shots: examples of a class.
+        seed: of the draw.
+    """
+    order = np.random.default_rng(seed).permutation(len(label))
+    return np.concatenate([order[label[order] == c][:shots] for c in np.unique(label)])
+
+
+def half_interval(values: list[float]) -> float:
+    """Half the width of the mean's 95 % interval, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,178 @@
+"""What is encoded: every example once, all tokens visible, on any mesh; what cannot be is refused."""
+
+import glob
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from m3ae_jax import config as config_lib
+from m3ae_jax.data.sources import build_source
+from m3ae_jax.data.sources.scenes import SceneOptions
+from m3ae_jax.errors import UserError
+from m3ae_jax.evals import check, features, masked_prediction
+from m3ae_jax.evals.clean import clean_batches
+from m3ae_jax.evals.labelled import LABELS, LabelledScenes, open_labelled
+from m3ae_jax.parallel.mesh import make_mesh
+from m3ae_jax.train import setup as run_setup
+
+
+def config(**changes):
+    c = config_lib.load("configs/tiny.py")
+    c.model.width, c.model.depth, c.model.decoder_depth = 16, 1, 1
+    c.data.image_size = 24
+    c.eval.batch_size, c.eval.train_examples, c.eval.test_examples = 16, 21, 9
+    c.evals = ("knn",)
+    config_lib.apply_overrides(c, [(k, str(v)) for k, v in changes.items()])
+    return config_lib.resolve(c)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A program for eight devices takes several times as long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_setup, "make_mesh", lambda c: make_mesh(c, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return run_setup.prepare(config())
+
+
+@pytest.fixture(scope="module")
+def encoded(setup):
+    state = setup.init_state()
+    return state, features.encoded(setup, state, "train")
+
+
+def test_every_example_is_encoded_once(setup, encoded):
+    state, train = encoded
+    assert set(train.features) == {
+        f"{who}/{what}/{how}"
+        for who in ("trained", "untrained")
+        for what in ("image", "text", "both")
+        for how in ("cls", "mean")
+    } | {"pixels"}
+    assert {len(x) for x in train.features.values()} == {21} == {len(train.label)}
+    assert train.left_out == 0 and len(train.classes) == 8
+    assert len(np.unique(train.features["trained/image/cls"], axis=0)) == 21
+    # A fresh state is the untrained encoder.
+    np.testing.assert_allclose(
+        train.features["trained/both/mean"], train.features["untrained/both/mean"], rtol=1e-4, atol=1e-5
+    )
+    again = features.encoded(setup, state, "test")
+    assert features.encoded(setup, state, "test") is again and len(again.label) == 9
+
+
+@pytest.mark.slow
+def test_eight_devices_say_the_same(setup, encoded, monkeypatch):
+    monkeypatch.setattr(run_setup, "make_mesh", make_mesh)
+    many = run_setup.prepare(config(batch_size=64, **{"eval.batch_size": 9}))
+    assert many.mesh.size == 8
+    other = features.encoded(many, many.init_state(), "train")
+    for kind, value in encoded[1].features.items():
+        np.testing.assert_allclose(value, other.features[kind], rtol=1e-3, atol=1e-4, err_msg=kind)
+    np.testing.assert_array_equal(encoded[1].label, other.label)
+
+
+def test_all_tokens_are_visible_and_labels_are_the_scenes(setup):
+    source = open_labelled(setup.config, "train")
+    for batch in clean_batches(setup, source, 10):
+        valid = batch["example"]["valid"]
+        assert valid.sum() == 10
+        image, text = batch["groups"]["image"], batch["groups"]["text"]
+        assert image["visible"]["valid"][valid].all() and image["target"]["valid"].shape[1] == 0
+        assert text["target"]["valid"].shape[1] == 0
+        for row, index in zip(text["visible"]["value"][valid], batch["example"]["index"][valid], strict=True):
+            words = setup.tokenizer.encode([source.scene(int(index)).caption])[0]
+            assert row[: len(words)].tolist() == words and not row[len(words) :].any()
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_scenes_have_labels(label):
+    source = LabelledScenes("val", SceneOptions(max_objects=3, image_size=32), label)
+    for record, i in zip(source.read(np.arange(20)), range(20), strict=True):
+        scene, name = source.scene(i), source.classes[record["label"]]
+        if label == "count":
+            assert int(name) == len(scene.objects)
+        else:
+            assert any(all(getattr(o, a) in name.split() for a in label.split("_")) for o in scene.objects)
+
+
+def test_undecodable_pictures_are_left_out_not_replaced(setup, monkeypatch):
+    from m3ae_jax.evals import labelled
+
+    read = labelled.LabelledScenes.read
+
+    def broken(self, indices):
+        records = read(self, indices)
+        for record, index in zip(records, indices.tolist(), strict=True):
+            if index % 3 == 0:
+                record["image"] = b"no picture"
+        return records
+
+    monkeypatch.setattr(labelled.LabelledScenes, "read", broken)
+    found = features.encode_source(setup, {}, open_labelled(setup.config, "train"), 21)
+    assert found.left_out > 0 and found.left_out + len(found.label) == 21
+
+
+def test_labelled_hdf5(shared, setup):
+    path = str(shared / "data/openclipart/openclipart_topdir_labelled.h5")
+    sources = {f"eval.{p}.{k}": v for p in ("train", "test") for k, v in (("source", "hdf5"), ("path", path))}
+    found = run_setup.prepare(config(**sources, **{"eval.train_examples": 33}))
+    train = features.encoded(found, found.init_state(), "train")
+    assert len(train.label) + train.left_out == 33 and len(set(train.label.tolist())) > 5
+    assert "trained/text/cls" not in train.features and train.classes[0] == "animals"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data.val.source": "hdf5"}, r"eval\.test\.path is empty.*class_folders"),
+        ({"eval.label": "colour"}, r"eval\.label='colour' is not one of .*did you mean 'color'"),
+        ({"eval.label": "count"}, r"all scenes have 1"),
+        ({"evals": "retrieval", "data.modalities": "image"}, r"needs data\.modalities"),
+        ({"evals": "retrieval", "data.val.source": "hdf5"}, r"data\.val\.path is empty"),
+        ({"eval.alone": "true"}, r"--mode=eval"),
+        ({"evals": "prob"}, r"did you mean 'probe'"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(changes, told):
+    with pytest.raises(UserError, match=told) as error:
+        check(config(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_sources_without_classes_and_with_others_are_refused(shared, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / f"only_{name}").mkdir()
+        (tmp_path / name / "x" / "1.png").write_bytes(b"")
+    sides = {"eval.train.source": "class_folders", "eval.test.source": "class_folders"}
+    with pytest.raises(UserError, match=r"eval\.train has 2 classes and eval\.test 2: only one of them has 'only_a'"):
+        check(config(**sides, **{"eval.train.path": tmp_path / "a", "eval.test.path": tmp_path / "b"}))
+    h5 = {"eval.test.source": "hdf5", "eval.test.path": shared / "data/openclipart/openclipart_val.h5"}
+    with pytest.raises(UserError, match=r"no classes there; eval\.test\.label_key"):
+        check(config(**h5))
+
+
+def test_shuffled_partners_are_others(setup):
+    source = build_source(setup.config, "val")
+    for batch in clean_batches(setup, source, 11):
+        group, valid = jax.tree.map(np.array, batch["groups"]["image"]), batch["example"]["valid"]
+        group["visible"]["value"][1] = group["visible"]["value"][0]
+        swapped, differs = jax.device_get(jax.jit(masked_prediction.exchanged)(group, valid))
+        assert differs[:11].all() and not differs[11:].any()
+        assert (swapped["visible"]["value"] != group["visible"]["value"]).any(axis=(1, 2))[:11].all()
+        alone = np.arange(len(valid)) == 3
+        assert not jax.device_get(masked_prediction.exchanged(group, alone)[1]).any()
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob("configs/eval/*.py")))
+def test_evaluation_configs(path):
+    c = config_lib.load(path)
+    assert c.eval.alone and len(c.evals) == 1 and c.evals[0] in path
+    assert f"--config={path}" in Path(path).read_text(encoding="utf-8")
+    config_lib.resolve(c)
