@@ -1,0 +1,65 @@
+"""All evaluations on a small run: at its end, and alone on its checkpoint by their own configs."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from m3ae_jax import config as config_lib
+from m3ae_jax import evals
+from m3ae_jax.errors import UserError
+from m3ae_jax.parallel.mesh import make_mesh
+from m3ae_jax.train import loop, setup
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "batch_size": "16",
+    "duration": "2 steps",
+    "model.width": "32",
+    "model.depth": "1",
+    "model.decoder_width": "32",
+    "model.decoder_depth": "1",
+    "data.scenes.image_size": "32",
+    "data.image_size": "32",
+    "optimizer.warmup": "1 steps",
+    "eval.examples": "16",
+    "eval.pictures": "0",
+    "eval.train_examples": "40",
+    "eval.test_examples": "24",
+    "eval.pairs": "20",
+    "eval.scored_pairs": "5",
+    "eval.batch_size": "16",
+    "checkpoint.every": "2 steps",
+}
+
+
+def test_all_evaluations_run_and_repeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    names = tuple(name for name in evals.NAMES if name != "grounding")
+    config = config_lib.load("configs/tiny.py")
+    config_lib.apply_overrides(config, [*SMALL.items(), ("evals", ",".join(names))])
+    loop.train(config, tmp_path)
+    first = {}
+    for name in names:
+        found = json.loads((tmp_path / "evals" / f"{name}_2.json").read_text())
+        first[name] = found
+        assert len(found) > 5 and all(math.isfinite(value) for value in found.values()), found
+        lines = (tmp_path / "evals" / f"{name}_2.md").read_text().strip().splitlines()
+        assert len({line.count("|") for line in lines}) == 1 and lines[0].startswith("| ")
+    assert {"knn/trained/image/cls/k=1", "knn/untrained/both/mean/k=5", "knn/pixels/k=1", "knn/majority"} <= set(
+        first["knn"]
+    )
+    assert first["retrieval"]["retrieval/chance/image_to_text/recall@1"] < 0.2
+    assert first["masked_prediction"]["masked_prediction/text/0.5/n"] > 10
+
+    alone = config_lib.load("configs/eval/probe.py")
+    config_lib.apply_overrides(alone, [(k, v) for k, v in SMALL.items() if k.startswith("eval.")])
+    with pytest.raises(UserError, match="--mode=eval"):
+        setup.prepare(config_lib.resolve(alone))
+    alone.evals = names
+    again = evals.evaluate(alone, tmp_path)
+    for name in names:
+        for key, value in first[name].items():
+            assert key == "step" or again[key] == pytest.approx(value, abs=1e-4), key
