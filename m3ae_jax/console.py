@@ -101,14 +101,17 @@ def import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _stderr_kept() -> Iterator[None]:
-    """Holds back standard error of this process, native code included; shows it if the block fails."""
+    """Holds back standard error of this process, native code included; shows it if the block fails.
+
+    A signal that ends the program in it is no failure.
+    """
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             held.seek(0)
             os.write(saved, held.read())
             raise
