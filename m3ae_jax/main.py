@@ -10,8 +10,9 @@ from m3ae_jax import console
 console.quiet_environment()
 console.exit_on_sigterm()
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
+from m3ae_jax import command_line  # noqa: E402
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
 from m3ae_jax.parallel.supervisor import supervise  # noqa: E402
@@ -50,18 +51,6 @@ _SEARCH = flags.DEFINE_bool("search", False, "For --mode=plan: look for the best
 _INSPECT_EXAMPLES = flags.DEFINE_integer("inspect_examples", 2000, "For --mode=inspect_data: examples to look at.")
 
 _overrides: list[tuple[str, str]] = []
-
-
-def _parse(argv: list[str]) -> list[str]:
-    overrides, rest = config_lib.split_overrides(argv)
-    _overrides[:] = overrides
-    try:
-        rest = flags.FLAGS(rest)
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if rest[1:]:
-        raise UserError(f"unknown argument {rest[1]!r}; a field of the config is set as --config.NAME=VALUE")
-    return rest
 
 
 def _run() -> None:
@@ -143,11 +132,7 @@ def main(argv: list[str]) -> None:
 def cli() -> None:
     """Entry point."""
     console.use_huge_pages()
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main, _overrides)
 
 
 if __name__ == "__main__":

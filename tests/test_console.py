@@ -8,7 +8,8 @@ from m3ae_jax import console
 
 
 @pytest.mark.parametrize(
-    ("raised", "shown"), [(None, ""), (SystemExit(75), ""), (KeyboardInterrupt(), ""), (ImportError("broken"), "noise\n")]
+    ("raised", "shown"),
+    [(None, ""), (SystemExit(75), ""), (KeyboardInterrupt(), ""), (ImportError("broken"), "noise\n")],
 )
 def test_noise_is_shown_of_a_failure_alone(raised, shown, capfd):
     # A signal during the imports ended the program with TensorFlow's start-up lines on the console.

@@ -18,9 +18,9 @@ from m3ae_jax import console
 
 console.quiet_environment()
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
-from m3ae_jax import config as config_lib  # noqa: E402
+from m3ae_jax import command_line  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 
 _FROM = flags.DEFINE_string("from", None, "A file or folder of another project; with --to a run.", required=True)
@@ -31,16 +31,6 @@ _OUTPUT = flags.DEFINE_string("output", "", "With --to: the file or folder to wr
 _ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "With --to: without the decoder.")
 
 _overrides: list[tuple[str, str]] = []
-
-
-def _parse(argv: list[str]) -> list[str]:
-    overrides, rest = config_lib.split_overrides(argv)
-    _overrides[:] = overrides
-    try:
-        return list(flags.FLAGS(rest))
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _main(argv: list[str]) -> None:
@@ -80,4 +70,4 @@ def _export() -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    command_line.run(_main, _overrides)
