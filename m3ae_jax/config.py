@@ -43,6 +43,8 @@ PROGRAM_FIELDS = (
 )
 """Fields (``group.``: all in it) that change how a step is computed, and neither its numbers (up to rounding, and
 to which numbers dropout draws) nor the parameters."""
+CROPPED = ("data", "eval.linear_probe", "eval.finetune")
+"""Groups that say how training pictures are cropped."""
 DURATION_UNITS = ("steps", "examples", "epochs")
 
 _BUILDER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]")  # of tfds: ``module:BuilderClass``; not ``mnist:3.0.1``, ``gs://``
@@ -162,6 +164,7 @@ def default() -> ConfigDict:
     c.checkpoint.keep = 2  # newest ones; the best and the last are kept besides
     c.eval = ConfigDict()
     c.eval.every = "1 epochs"
+    c.eval.evals_every = ""  # duration between runs of `evals` in training; "": at the end alone
     c.eval.examples = 4096  # of the validation source, the same ones each time
     c.eval.batch_size = 256
     c.eval.pictures = 8  # reconstructions drawn at each evaluation; 0: none
@@ -175,12 +178,60 @@ def default() -> ConfigDict:
     c.eval.test_examples = 10_000
     c.eval.pairs = 1000  # of data.val, for retrieval and masked_prediction
     c.eval.scored_pairs = 64  # of retrieval by restored words: each picture with each caption
+    c.eval.robustness = ConfigDict()
+    c.eval.robustness.epsilons = (1.0, 2.0, 4.0, 8.0)  # of the attacks: how far a pixel value may move, of 255
+    c.eval.robustness.pgd_steps = 10
+    c.eval.robustness.examples = 1000  # at most so many of eval.test: an attack costs as much as training on them
+    c.eval.robustness.pooling = "cls"  # the features attacked: cls, or mean of the patches' tokens
+    c.eval.attention = ConfigDict()
+    c.eval.attention.layer = -1  # of the encoder, from 0; -1: the last
+    c.eval.attention.examples = 64  # of data.val, over which figures are means
+    c.eval.attention.pictures = 4  # pairs that are drawn
+    c.eval.tsne = ConfigDict()
+    c.eval.tsne.feature = "image/cls"  # image, text or both / cls, or mean of the other tokens
+    c.eval.tsne.beside = ""  # another run's folder or checkpoint, drawn beside; "": the untrained encoder
+    # The paper's protocols on eval.train and eval.test; rates, epochs and augmentation are those of section 1.3 there.
+    c.eval.linear_probe = supervised_fields()
+    c.eval.linear_probe.batch_size = 2048
+    c.eval.linear_probe.duration = "90 epochs"
+    c.eval.linear_probe.warmup = "10 epochs"
+    c.eval.linear_probe.learning_rate = 0.1  # for 256 examples, as optimizer.learning_rate
+    c.eval.linear_probe.optimizer = "lars"  # or sgd
+    c.eval.linear_probe.momentum = 0.9
+    c.eval.linear_probe.weight_decay = 0.0
+    c.eval.linear_probe.untrained = True  # a second head on an untrained encoder, for comparison
+    c.eval.finetune = supervised_fields()
+    c.eval.finetune.batch_size = 1024
+    c.eval.finetune.duration = "100 epochs"
+    c.eval.finetune.warmup = "5 epochs"
+    c.eval.finetune.learning_rate = 1e-3  # whatever the batch size
+    c.eval.finetune.b1 = 0.9
+    c.eval.finetune.b2 = 0.999
+    c.eval.finetune.weight_decay = 0.05
+    c.eval.finetune.layer_decay = 0.75  # each layer's rate is that of the one above times this
+    c.eval.finetune.drop_path = 0.1
+    c.eval.finetune.mixup = 0.8  # both parameters of the beta distribution; 0: no mixup
+    c.eval.finetune.cutmix = 1.0  # likewise
+    c.eval.finetune.cutmix_probability = 0.5  # of a step, where there are both
+    c.eval.finetune.label_smoothing = 0.1
+    c.eval.finetune.rand_augment = 9.0  # magnitude, of at most 10; 0: off
     c.eval.alone = False  # of configs/eval/*.py: --mode=eval takes what they do not set from the checkpoint
     c.stall = ConfigDict()  # seconds without a step, or anything else that is done; 0: never
     c.stall.report_after = 600.0  # then the stacks of all threads are printed
     c.stall.stop_after = 3600.0  # then the process ends, to be started again
     c.profile = ""  # "A-B": a trace of the steps A to B, for TensorBoard
-    c.evals = ()  # names under evals/, run at the end of training and with --mode=eval
+    c.evals = ()  # names under evals/, run at the end of training, each eval.evals_every, and with --mode=eval
+    return c
+
+
+def supervised_fields() -> ConfigDict:
+    """The fields that linear probe and fine-tuning share."""
+    c = ConfigDict()
+    c.input = "image"  # image, text or both
+    c.pooling = "cls"  # cls, or mean of the other tokens
+    c.crop_scale = (0.08, 1.0)  # of the training pictures, as data.crop_scale
+    c.crop_ratio = (3 / 4, 4 / 3)
+    c.flip = True  # false where classes or captions speak of left and right
     return c
 
 
@@ -298,16 +349,27 @@ def _parse_value(path: str, current: Any, text: str) -> Any:
         raise UserError(f"--config.{path}={text!r} is not {kinds[type(current)]}{example}") from None
 
 
-_NUMBER_TUPLES = ("data.crop_scale", "data.crop_ratio", "data.image_mean", "data.image_std")
+_NUMBER_TUPLES = (
+    "data.crop_scale",
+    "data.crop_ratio",
+    "data.image_mean",
+    "data.image_std",
+    "eval.robustness.epsilons",
+    "eval.linear_probe.crop_scale",
+    "eval.linear_probe.crop_ratio",
+    "eval.finetune.crop_scale",
+    "eval.finetune.crop_ratio",
+)
 
 
 def _parse_tuple(path: str, text: str) -> tuple[Any, ...]:
-    """A Python tuple or list, or bare items with commas: ``(0.2, 1.0)``, ``image,text``."""
+    """A Python tuple or list, or bare items with commas, in brackets or not: ``(0.2, 1.0)``, ``image,text``."""
     numbers = path in _NUMBER_TUPLES
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = tuple(part.strip() for part in text.split(",") if part.strip())
+        inside = text.strip()[1:-1] if text.strip()[:1] + text.strip()[-1:] in ("()", "[]") else text
+        value = tuple(part.strip() for part in inside.split(",") if part.strip())
     value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(v, (int, float) if numbers else str) and not isinstance(v, bool) for v in value):
         raise ValueError(text)
@@ -563,29 +625,46 @@ def _check_values(c: ConfigDict) -> None:
         ("model.attention", ("xla", "cudnn", "flash")),
         ("optimizer.first_moment_dtype", ("float32", "bfloat16")),
         ("mesh.preset", ("dp", "fsdp", "fsdp_tp")),
+        ("eval.robustness.pooling", ("cls", "mean")),
+        ("eval.tsne.feature", tuple(f"{of}/{how}" for of in ("image", "text", "both") for how in ("cls", "mean"))),
+        ("eval.linear_probe.input", ("image", "text", "both")),
+        ("eval.linear_probe.pooling", ("cls", "mean")),
+        ("eval.linear_probe.optimizer", ("lars", "sgd")),
+        ("eval.finetune.input", ("image", "text", "both")),
+        ("eval.finetune.pooling", ("cls", "mean")),
     ):
         if _get(c, name) not in allowed:
             raise UserError(one_of(name, _get(c, name), allowed))
     for name, low, high in _RANGES:
         if not low <= _get(c, name) <= high:
             raise UserError(f"{name}={_get(c, name)!r} is not between {low} and {high}")
-    for name in ("duration", "optimizer.warmup", "log_every", "checkpoint.every", "eval.every"):
+    for name in (
+        "duration",
+        "optimizer.warmup",
+        "log_every",
+        "checkpoint.every",
+        "eval.every",
+        "eval.linear_probe.duration",
+        "eval.linear_probe.warmup",
+        "eval.finetune.duration",
+        "eval.finetune.warmup",
+    ):
         amount, _ = parse_duration(name, _get(c, name))
-        if amount == 0 and name != "optimizer.warmup":
+        if amount == 0 and not name.endswith("warmup"):
             raise UserError(f"{name}={_get(c, name)!r}: must be more than 0")
+    if c.eval.evals_every and parse_duration("eval.evals_every", c.eval.evals_every)[0] == 0:
+        raise UserError(f"eval.evals_every={c.eval.evals_every!r}: must be more than 0")
+    if not all(isinstance(e, (int, float)) and 0 <= e <= 255 for e in c.eval.robustness.epsilons):
+        raise UserError(f"eval.robustness.epsilons={c.eval.robustness.epsilons!r}: numbers between 0 and 255")
     parse_profile(c.profile)
     _check_sources(c)
-    for name, length in (
-        ("data.crop_scale", 2),
-        ("data.crop_ratio", 2),
-        ("data.image_mean", 3),
-        ("data.image_std", 3),
-    ):
+    crops = tuple(f"{group}.crop_{what}" for group in CROPPED for what in ("scale", "ratio"))
+    for name, length in (*((crop, 2) for crop in crops), ("data.image_mean", 3), ("data.image_std", 3)):
         value = _get(c, name)
         numbers = all(isinstance(v, (int, float)) and (v > 0 or name.endswith("mean")) for v in value)
         if len(value) != length or not numbers:
             raise UserError(f"{name}={value!r}: {length} positive numbers")
-    for name in ("data.crop_scale", "data.crop_ratio"):
+    for name in crops:
         if _get(c, name)[0] > _get(c, name)[1] or (name.endswith("scale") and _get(c, name)[1] > 1):
             raise UserError(f"{name}={_get(c, name)!r}: (least, most), shares of the picture at most 1")
 
@@ -657,6 +736,26 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("eval.test_examples", 1, _BIG),
     ("eval.pairs", 2, 1_000_000),
     ("eval.scored_pairs", 0, 10_000),
+    ("eval.linear_probe.batch_size", 2, _BIG),
+    ("eval.linear_probe.learning_rate", 0.0, _BIG),
+    ("eval.linear_probe.momentum", 0.0, 0.999999),
+    ("eval.linear_probe.weight_decay", 0.0, _BIG),
+    ("eval.finetune.batch_size", 2, _BIG),
+    ("eval.finetune.learning_rate", 0.0, _BIG),
+    ("eval.finetune.b1", 0.0, 0.999999),
+    ("eval.finetune.b2", 0.0, 0.999999),
+    ("eval.finetune.weight_decay", 0.0, _BIG),
+    ("eval.finetune.layer_decay", 0.01, 1.0),
+    ("eval.finetune.drop_path", 0.0, 0.99),
+    ("eval.finetune.mixup", 0.0, 1000.0),
+    ("eval.finetune.cutmix", 0.0, 1000.0),
+    ("eval.finetune.cutmix_probability", 0.0, 1.0),
+    ("eval.finetune.label_smoothing", 0.0, 0.99),
+    ("eval.finetune.rand_augment", 0.0, 10.0),
+    ("eval.attention.examples", 1, _BIG),
+    ("eval.attention.pictures", 0, 100),
+    ("eval.robustness.pgd_steps", 1, 10_000),
+    ("eval.robustness.examples", 1, _BIG),
     ("anomaly.spike", 0.0, _BIG),
     ("anomaly.stop_after", 1, _BIG),
     ("stall.report_after", 0.0, _BIG),

@@ -4,6 +4,7 @@ r"""Measures a part of the program on this machine.
     python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
     python -m m3ae_jax.benchmark --what=index
     python -m m3ae_jax.benchmark --what=guard
+    python -m m3ae_jax.benchmark --what=features
 
 `--output=FILE` saves the figures as JSON.
 """
@@ -18,12 +19,18 @@ from m3ae_jax import console
 
 console.quiet_environment()
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
+from m3ae_jax import command_line  # noqa: E402
 from m3ae_jax import config as config_lib  # noqa: E402
 from m3ae_jax.errors import UserError, one_of  # noqa: E402
 
-WHAT = {"input": "configs/base.py", "index": "configs/base.py", "guard": "configs/tiny.py"}
+WHAT = {
+    "input": "configs/base.py",
+    "index": "configs/base.py",
+    "guard": "configs/tiny.py",
+    "features": "configs/base.py",
+}
 """What can be measured, and of which config unless one is named."""
 
 _WHAT = flags.DEFINE_string("what", "input", f"One of {', '.join(WHAT)}.")
@@ -33,12 +40,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements, of which the median
 _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the figures.")
 
 _overrides: list[tuple[str, str]] = []
-
-
-def _parse(argv: list[str]) -> list[str]:
-    overrides, rest = config_lib.split_overrides(argv)
-    _overrides[:] = overrides
-    return list(flags.FLAGS(rest))
 
 
 def _main(argv: list[str]) -> None:
@@ -53,13 +54,15 @@ def _main(argv: list[str]) -> None:
         config_lib.check_named_code(path, config, _overrides)
         console.import_tensorflow()
         resolved = config_lib.resolve(config)
-        from m3ae_jax.benchmark import guard, index, input
+        from m3ae_jax.benchmark import features, guard, index, input
 
-        figures: index.IndexFigures | input.InputFigures | guard.GuardFigures
+        figures: index.IndexFigures | input.InputFigures | guard.GuardFigures | features.FeaturesFigures
         if _WHAT.value == "index":
             figures = index.measure(resolved)
         elif _WHAT.value == "guard":
             figures = guard.measure(resolved, _REPEATS.value)
+        elif _WHAT.value == "features":
+            figures = features.measure(_REPEATS.value)
         else:
             figures = input.measure(resolved, own_data=_OWN_DATA.value, repeats=_REPEATS.value)
         print(figures.text())
@@ -71,4 +74,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    command_line.run(_main, _overrides)

@@ -218,7 +218,7 @@ def on_white(image: Image.Image) -> Image.Image:
 def patchify(images: Any, patch: int) -> Any:
     """Cuts pictures into patches: row-major; within a patch row, column, channel.
 
-    Works on NumPy arrays and tensors alike.
+    Works on NumPy's and JAX's arrays and on tensors alike.
 
     Args:
         images: `[B, H, W, C]`.
@@ -244,8 +244,8 @@ def unpatchify(patches: Any, patch: int, grid: tuple[int, int]) -> Any:
 
 
 def _namespace(array: Any) -> Any:
-    if isinstance(array, np.ndarray):
-        return np
+    if hasattr(array, "__array_namespace__"):  # NumPy's and JAX's
+        return array.__array_namespace__()
     import tensorflow as tf
 
     return tf

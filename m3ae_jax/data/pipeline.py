@@ -23,7 +23,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class View:
         augment: False takes the centred square and no flip.
         caption_fraction: share of the examples that keep their caption.
         end: draws from here on are padding, not examples.
+        change: of each picture, `[H, W, 3] uint8`, after crop and flip; its randomness is a function of the draw.
     """
 
     order: Order
@@ -81,6 +82,7 @@ class View:
     augment: bool
     caption_fraction: float = 1.0
     end: int = 2**62
+    change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +338,8 @@ class _Stages:
                 if not attempt:
                     out["reason"][0] = images.REASONS.index(str(error))
             else:
+                if view.change is not None:
+                    picture = view.change(picture, generator(fold_seed(view.seed, "change"), draw))
                 out["patches"][:] = images.patchify(picture[None], data.patch_size)
                 out["attempt"][0], out["index"][0] = attempt, index
                 return candidate
@@ -407,6 +411,11 @@ def uniform_numbers(seed: int, draw: int, count: int) -> np.ndarray:
     """`[count] float32` in [0, 1), a function of seed and draw alone (Philox 4x64-10, Salmon et al. 2011)."""
     words = np.random.Philox(key=np.array([seed, draw], np.uint64)).random_raw((count + 1) // 2)
     return (words.view(np.uint32)[:count] >> 8).astype(np.float32) * np.float32(2**-24)
+
+
+def generator(seed: int, draw: int) -> np.random.Generator:
+    """NumPy's random numbers, a function of seed and draw alone."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
 
 
 def _drawn(record: Record, uniform: float) -> bytes:

@@ -5,6 +5,7 @@ Those of frozen features share `features.encoded`, which encodes the labelled da
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from m3ae_jax.errors import UserError, one_of
 
 if TYPE_CHECKING:
+    from m3ae_jax.metrics.writers import MetricWriter
     from m3ae_jax.train.setup import Setup
     from m3ae_jax.train.step import TrainState
 
@@ -27,12 +31,16 @@ LABELLED: dict[str, tuple[str, ...]] = {
     "knn": ("train", "test"),
     "probe": ("train", "test"),
     "few_shot": ("train", "test"),
+    "linear_probe": ("train", "test"),
+    "finetune": ("train", "test"),
+    "robustness": ("train", "test"),
     "ood": ("train", "test", "outside"),
+    "tsne": ("test",),
 }
 """Evaluations on labelled data, and which parts of ``config.eval`` each needs."""
-PAIRED = ("grounding", "masked_prediction", "retrieval")
+PAIRED = ("grounding", "masked_prediction", "retrieval", "attention")
 """Those that need pictures with captions."""
-NAMES = (*PAIRED, *LABELLED)
+NAMES = (*PAIRED, "mask_ratios", *LABELLED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +51,29 @@ class Result:
         name: the evaluation.
         scalars: figures, as ``<name>/...``.
         text: a table for people.
+        pictures: `[H, W, 3] uint8` by name.
     """
 
     name: str
     scalars: dict[str, float]
     text: str
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path, step: int) -> None:
-        """Writes ``<name>_<step>.json`` and ``.md``."""
+        """Writes ``<name>_<step>.json`` and ``.md``, and of each picture ``<name>_<step>_<picture>.png``."""
         folder.mkdir(parents=True, exist_ok=True)
         file = place(folder, self.name, step)
         file.with_suffix(".md").write_text(self.text + "\n")
+        for picture, pixels in self.pictures.items():
+            Image.fromarray(pixels).save(folder / f"{self.name}_{step}_{picture}.png")
+        # Last, as a result that is there is not computed again.
         file.write_text(json.dumps({"step": step, **self.scalars}, indent=2) + "\n")
+
+    def write(self, writer: MetricWriter, step: int) -> None:
+        """Writes figures and pictures to TensorBoard and the rows of metrics."""
+        writer.scalars(step, self.scalars)
+        for picture, pixels in self.pictures.items():
+            writer.image(step, f"{self.name}/{picture}", pixels)
 
 
 def place(folder: Path, name: str, step: int) -> Path:
@@ -82,6 +101,22 @@ def check(config: ConfigDict) -> None:
         from m3ae_jax.evals.labelled import check_labelled
 
         check_labelled(config, tuple(parts))
+    if "linear_probe" in config.evals or "finetune" in config.evals:
+        from m3ae_jax.evals import supervised
+
+        supervised.check(config)
+    if "robustness" in config.evals:
+        from m3ae_jax.evals.robustness import check_pictures
+
+        check_pictures(config)
+    if "attention" in config.evals:
+        from m3ae_jax.evals.attention import check_layer
+
+        check_layer(config)
+    if "tsne" in config.evals:
+        from m3ae_jax.evals.tsne import check_tsne
+
+        check_tsne(config)
 
 
 def _check_pairs(config: ConfigDict) -> None:
@@ -153,6 +188,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from m3ae_jax.config import resolve
     from m3ae_jax.evals.reconstructions import Reconstructions
     from m3ae_jax.evals.validation import Validation
+    from m3ae_jax.metrics.writers import MetricWriter
     from m3ae_jax.train.loop import build_page
     from m3ae_jax.train.setup import prepare
 
@@ -169,10 +205,15 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     log.info("\n".join(f"  {name}  {value:.4f}" for name, value in losses.items()))
     results = [Result("validation", losses, "\n".join(f"{k} {v:.4f}" for k, v in losses.items()))]
     Reconstructions(setup, folder.parent / "evals")(state)
-    for name in setup.config.evals:
+    for number, name in enumerate(setup.config.evals, 1):
+        log.info("evaluation %d of %d: %s", number, len(setup.config.evals), name)
         results.append(run(name, setup, state))
         log.info(results[-1].text)
-    if jax.process_index() == 0:
+    first = jax.process_index() == 0
+    with contextlib.closing(MetricWriter(folder.parent, enabled=first)) as writer:
+        for result in results:
+            result.write(writer, step)
+    if first:
         for result in results:
             result.save(folder.parent / "evals", step)
         build_page(folder.parent)

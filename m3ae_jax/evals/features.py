@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,9 +20,8 @@ import numpy as np
 from m3ae_jax.data import images
 from m3ae_jax.data.pipeline import grid
 from m3ae_jax.data.sources.base import Source
-from m3ae_jax.errors import UserError
 from m3ae_jax.evals.clean import clean_batches
-from m3ae_jax.evals.labelled import Noted, open_labelled
+from m3ae_jax.evals.labelled import Noted, check_labels, open_labelled
 from m3ae_jax.objectives.base import Batch, Objective, Params
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
@@ -34,7 +33,6 @@ T = TypeVar("T")
 
 PIXELS = "pixels"
 _PIXELS_SIDE = 16
-_UNLABELLED = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +68,8 @@ def encode_source(setup: Setup, params: dict[str, Params], source: Source, examp
     encode = encoder(setup)
     rows: list[dict[str, np.ndarray]] = []
     for batch in clean_batches(setup, noted, examples):
-        index = batch["example"]["index"]
         extra = {
-            "label": np.array([noted.labels.get(i, _UNLABELLED) for i in index.tolist()], np.int32),
+            "label": noted.label_of(batch["example"]["index"]),
             "valid": batch["example"]["valid"],
             "real": batch["example"]["position"] < min(examples, len(source)),
             **raw_pixels(setup, batch),
@@ -85,17 +82,14 @@ def encode_source(setup: Setup, params: dict[str, Params], source: Source, examp
     left_out = int((columns.pop("real") & ~valid).sum())
     if left_out:
         log.warning("%d labelled examples are left out: their pictures do not decode", left_out)
-    if not valid.any() or (label[valid] == _UNLABELLED).any():
-        raise UserError(
-            f"eval: {int(valid.sum())} labelled examples can be read, {int((label[valid] < 0).sum())} without a class"
-        )
+    check_labels(valid, label)
     return Encoded({k: x[valid] for k, x in columns.items()}, label[valid], tuple(source.classes), left_out)
 
 
-def pooled(objective: Objective, params: Params, batch: Batch) -> dict[str, jax.Array]:
+def pooled(objective: Objective, params: Params, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
     """``{"image/cls": [B, D] float32, "image/mean": ..., "text/...": ..., "both/...": ...}`` of what is visible.
 
-    The mean is over real tokens; of an example without any (no caption) it is zero.
+    The mean is over real tokens; of an example without any (no caption) it is zero. `rng` is of dropout; None: none.
     """
     modality = {group.name: group.modality for group in objective.groups}
     present = sorted({modality[name] for name in batch["groups"]})
@@ -103,7 +97,7 @@ def pooled(objective: Objective, params: Params, batch: Batch) -> dict[str, jax.
     found = {}
     for name, wanted in inputs.items():
         groups = {g: sets for g, sets in batch["groups"].items() if modality[g] in wanted}
-        encoded = objective.encode(params, {**batch, "groups": groups})
+        encoded = objective.encode(params, {**batch, "groups": groups}, rng)
         valid = jnp.concatenate([sets["visible"]["valid"] for sets in groups.values()], axis=1)
         tokens = jnp.concatenate([encoded[g].astype(jnp.float32) for g in groups], axis=1)
         total = jnp.sum(jnp.where(valid[..., None], tokens, 0.0), axis=1)
@@ -117,13 +111,25 @@ def raw_pixels(setup: Setup, batch: Batch) -> dict[str, np.ndarray]:
     group = next((g.name for g in setup.objective.groups if g.modality == "image" and g.name in batch["groups"]), None)
     if group is None:
         return {}
-    patches = batch["groups"][group]["visible"]["value"]
+    return {PIXELS: shrunk(setup, batch["groups"][group]["visible"]["value"]) / np.float32(255)}
+
+
+def shrunk(setup: Setup, patches: Any) -> Any:
+    """Pictures shrunk to about 16 x 16 by means of squares.
+
+    Args:
+        setup: says how they were cut into patches.
+        patches: `[b, L, P]`, NumPy's or JAX's.
+
+    Returns:
+        `[b, s * s * 3] float32`, in the patches' unit.
+    """
     whole = images.unpatchify(patches, setup.config.data.patch_size, grid(setup.config))
     side = setup.config.data.image_size
     sides = [s for s in range(1, side + 1) if side % s == 0]
     small = min(sides, key=lambda s: abs(np.log(s / _PIXELS_SIDE)))
     cut = whole.reshape(len(whole), small, side // small, small, side // small, 3)
-    return {PIXELS: cut.mean(axis=(2, 4), dtype=np.float32).reshape(len(whole), -1) / np.float32(255)}
+    return cut.mean(axis=(2, 4), dtype=np.float32).reshape(len(whole), -1)
 
 
 def fresh_params(setup: Setup) -> Params:

@@ -58,7 +58,9 @@ def draw(label: np.ndarray, shots: int, seed: int) -> np.ndarray:
 
 
 def half_interval(values: list[float]) -> float:
-    """Half the width of the mean's 95 % interval, by Student's t."""
+    """Half the width of the mean's 95 % interval, by Student's t; NaN for fewer than two values."""
     from scipy.stats import t
 
+    if len(values) < 2:
+        return float("nan")
     return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))

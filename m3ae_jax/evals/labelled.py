@@ -16,6 +16,7 @@ from m3ae_jax.data.sources.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, Sce
 from m3ae_jax.errors import UserError, one_of
 
 LABELS = ("shape", "color", "color_shape", "count")
+UNLABELLED = -1
 _SCENES_SPLIT = {"train": "train", "test": "val", "outside": "val_novel"}
 
 
@@ -76,6 +77,25 @@ class Noted:
         self.labels.update((i, r["label"]) for i, r in zip(indices.tolist(), records, strict=True) if "label" in r)
         return records
 
+    def label_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of examples that were read, `[n] int32`; `UNLABELLED` of one without."""
+        return np.array([self.labels.get(i, UNLABELLED) for i in indices.tolist()], np.int32)
+
+
+def check_labels(valid: np.ndarray, label: np.ndarray) -> None:
+    """Refuses examples without labels, and none at all.
+
+    Args:
+        valid: `[n] bool`, which could be read.
+        label: `[n]`, of `Noted.label_of`.
+
+    Raises:
+        UserError: as said.
+    """
+    unlabelled = int((label[valid] == UNLABELLED).sum())
+    if unlabelled or not valid.any():
+        raise UserError(f"eval: {int(valid.sum())} labelled examples can be read, {unlabelled} without a class")
+
 
 def open_labelled(config: ConfigDict, part: str) -> Source:
     """Opens ``eval.train``, ``eval.test`` or ``eval.outside``.
@@ -124,10 +144,11 @@ def check_labelled(config: ConfigDict, parts: tuple[str, ...]) -> None:
         UserError: as `open_labelled`, or ``eval.train`` and ``eval.test`` number other classes.
     """
     opened = {part: open_labelled(config, part) for part in parts}
-    train, test = opened["train"].classes, opened["test"].classes
+    test = opened["test"].classes
+    train = opened["train"].classes if "train" in opened else test
     if train != test:
         told = sorted(set(train) ^ set(test))[:5]
         what = f"only one of them has {', '.join(map(repr, told))}" if told else "they are in another order"
         raise UserError(f"eval.train has {len(train)} classes and eval.test {len(test)}: {what}")
     if len(train) < 2:
-        raise UserError(f"eval.train has {len(train)} class; an evaluation needs two or more")
+        raise UserError(f"eval.test has {len(train)} class; an evaluation needs two or more")

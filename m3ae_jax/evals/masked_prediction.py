@@ -16,7 +16,7 @@ from m3ae_jax.data.sources import build_source
 from m3ae_jax.evals import Result
 from m3ae_jax.evals.clean import clean_batches
 from m3ae_jax.evals.restored import batch_size, hidden_at_random, names_of, scorer
-from m3ae_jax.parallel.mesh import fetch, put_batch
+from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
@@ -54,7 +54,9 @@ def restore(setup: Setup, state: TrainState) -> Sums:
     score, swap = scorer(setup), setup.jit(exchanged)
     image, text = names_of(setup)
     found: dict[tuple[str, float, str], list[tuple[np.ndarray, np.ndarray]]] = {}
-    for batch in clean_batches(setup, source, setup.config.eval.pairs, batch_size(setup)):
+    examples = setup.config.eval.pairs
+    size = sociable(min(examples, len(source)), batch_size(setup), batch_parts(setup.mesh))
+    for batch in clean_batches(setup, source, examples, size):
         whole = {name: batch["groups"][name] for name in (image, text)}
         valid = put_batch(batch["example"]["valid"], setup.mesh)
         for modality, asked, other in (("text", text, image), ("image", image, text)):
@@ -73,6 +75,15 @@ def restore(setup: Setup, state: TrainState) -> Sums:
                     of = tuple(sums[k][counted].astype(np.float64) for k in (_FIGURE[modality], "count"))
                     found.setdefault((modality, ratio, condition), []).append((of[0], of[1]))
     return {k: (np.concatenate([a for a, _ in v]), np.concatenate([b for _, b in v])) for k, v in found.items()}
+
+
+def sociable(examples: int, size: int, parts: int) -> int:
+    """The largest multiple of `parts` up to about `size`, as batch size, that leaves no example alone.
+
+    In a batch of its own it would have no partner to exchange with.
+    """
+    whole = -(-size // parts) * parts
+    return next((c for c in range(whole, 0, -parts) if c > 1 and examples % c != 1), whole + parts)
 
 
 def exchanged(group: dict[str, Any], valid: jax.Array) -> tuple[dict[str, Any], jax.Array]:

@@ -81,8 +81,22 @@ class Objective(Protocol):
     def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """Predictions for `targets`, deterministic: ``{group: [B, K, ...] float32}``."""
 
-    def encode(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Features of a batch's visible tokens: ``{"cls": [B, D], group: [B, V, D]}``."""
+    def encode(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Features of a batch's visible tokens: ``{"cls": [B, D], group: [B, V, D]}``; `rng` is of dropout."""
+
+    def attention(self, params: Params, batch: Batch, layer: int = -1) -> dict[str, dict[str, jax.Array]]:
+        """How the encoder's tokens attend to each other in one layer, the mean of its heads, deterministic.
+
+        Args:
+            params: parameters.
+            batch: whose visible tokens are encoded.
+            layer: of the encoder, from 0; negative from the end. All layers' weights exist at a time,
+                `[layers, B, H, N, N] float32` of N tokens and CLS.
+
+        Returns:
+            ``{asking: {asked: [B, V, W] float32}}``, both ``cls`` (one slot) or a group. Over all that is asked a row
+            sums to 1; padding is asked with 0, and what it asks means nothing.
+        """
 
 
 def build(config: ConfigDict, vocab_size: int) -> Objective:

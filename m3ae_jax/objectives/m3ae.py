@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.data.pipeline import Group, grid, token_slots
@@ -81,10 +82,29 @@ class M3AE:
         """`image`: `[B, K, P]` in the loss's pixel space; `text`: logits `[B, K, vocabulary]`; float32."""
         return self._restore(params, batch, None)
 
-    def encode(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def encode(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
         """``{"cls": [B, D], "image": [B, V, D], "text": [B, V, D]}`` of what is visible."""
-        encoded: Any = self.model.apply({"params": params}, self._visible(batch), method=MaskedAutoencoder.encode)
+        encoded: Any = self.model.apply(
+            {"params": params},
+            self._visible(batch),
+            deterministic=rng is None,
+            rngs={} if rng is None else {"dropout": rng},
+            method=MaskedAutoencoder.encode,
+        )
         return {"cls": encoded.cls, **encoded.tokens}
+
+    def attention(self, params: Params, batch: Batch, layer: int = -1) -> dict[str, dict[str, jax.Array]]:
+        """See `Objective.attention`; these are the weights whatever ``model.attention`` computes with."""
+        visible = self._visible(batch)
+        _, found = self.model.apply(
+            {"params": params}, visible, method=MaskedAutoencoder.encode, mutable=["intermediates"]
+        )
+        (maps,) = found["intermediates"]["encoder"]["blocks"]["attention"]["attention"]
+        names = ["cls", *(m for m in self.model.options.modalities if m in visible)]
+        ends = np.cumsum([1, *(visible[m]["valid"].shape[1] for m in names[1:])])
+        part = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
+        weights = jnp.mean(maps[layer], axis=1)
+        return {asking: {asked: weights[:, part[asking], part[asked]] for asked in names} for asking in names}
 
     def _restore(
         self, params: Params, batch: Batch, rng: jax.Array | None, features_of: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Pictures for a person: what the model restored, and how the losses fell.
+"""Pictures for a person: what the model restored, what it looks at, how classes lie, and how the losses fell.
 
 Legend: `H` height, `W` width, in pixels. Needs neither jax nor tensorflow.
 """
@@ -16,9 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # All sizes in pixels of the sheet.
 _MARGIN = 16
@@ -27,6 +29,9 @@ _CELL_MIN, _CELL_MAX = 192, 256
 _CAPTION_WIDTH = 440
 _TEXT_ONLY_WIDTH = 760
 _COLUMNS = ("original", "masked", "reconstruction")
+_RATIO_CELL = 192  # five of them fill a page
+_ATTENTION_CELL, _ATTENTION_WORDS = 224, 300
+_HEAT = "YlOrRd"  # pale to dark: it reads in grey too
 
 UNITS = {
     "loss": "weighted sum of the terms",
@@ -66,6 +71,42 @@ class Reconstruction:
     masked: np.ndarray | None
     restored: np.ndarray | None
     words: tuple[Word, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attended:
+    """A picture with its caption, and what looks at what.
+
+    Attributes:
+        picture: `[S, S, 3] uint8`.
+        grid: rows and columns of patches.
+        words: of the caption, in order.
+        patch: number of the marked patch, row by row.
+        to_words: `[W] float`, how the marked patch's attention to words is shared out; the sum is 1.
+        to_patches: by word (its number), `[L] float`, how its attention to patches is shared out.
+    """
+
+    picture: np.ndarray
+    grid: tuple[int, int]
+    words: tuple[str, ...]
+    patch: int
+    to_words: np.ndarray
+    to_patches: Mapping[int, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassMap:
+    """Examples in the plane.
+
+    Attributes:
+        title: whose they are.
+        places: `[n, 2] float`.
+        label: `[n] int`, the number of each one's class.
+    """
+
+    title: str
+    places: np.ndarray
+    label: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +191,86 @@ def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Im
             caption.draw(draw, _MARGIN + pictures_width + (_GAP if cell else 0), y)
         y += row_height + _MARGIN
     return sheet
+
+
+def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str) -> Image.Image:
+    """Draws one row an example: the original, and beside it what was masked and restored at each mask ratio.
+
+    Args:
+        examples: each restored at the same ratios.
+        title: the heading, wrapped where it is long.
+
+    Returns:
+        An RGB picture; 1,024 pixels wide of four ratios.
+    """
+    everything = [one for example in examples for one in example.values()]
+    ratios = list(examples[0]) if examples else []
+    widths = [_RATIO_CELL] * max(1 + len(ratios), 3)
+    names = ["original", *(f"{ratio:.0%} hidden" for ratio in ratios)]
+    rows: list[list[list[_Block]]] = [[[_line(name, 13, _RATIO_CELL, bold=True)] for name in names]] if examples else []
+    for example in examples:
+        whole = next(iter(example.values()))
+        shown = dataclasses.replace(
+            whole, words=tuple(Word(word.text, hidden=False, predicted=None) for word in whole.words)
+        )
+        rows.append([_restored_stack(shown, (shown.original,))])
+        rows[-1] += [_restored_stack(one, (one.masked, one.restored)) for one in example.values()]
+    told = _flow(_legend(everything), _font(13), sum(widths))
+    return _grid(title, [told], widths, rows)
+
+
+def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Image:
+    """Draws one row a pair: the marked patch, what some words look at, and which words the patch looks at.
+
+    Colours run from nothing to the largest share of a panel, which is written above it.
+
+    Args:
+        rows: the pairs, top to bottom.
+        title: the heading, wrapped where it is long.
+        note: how to read it, likewise.
+
+    Returns:
+        An RGB picture; 1,028 pixels wide where two words a pair are asked.
+    """
+    words = max((len(row.to_patches) for row in rows), default=0)
+    widths = [_ATTENTION_CELL] * (1 + words) + [_ATTENTION_WORDS]
+    return _grid(title, [_line(note, 13, sum(widths)), _scale()], widths, [_attention_row(row, words) for row in rows])
+
+
+def class_maps(maps: Sequence[ClassMap], classes: Sequence[str], title: str) -> np.ndarray:
+    """Draws examples in the plane, a panel a map, coloured by class alike in all.
+
+    Args:
+        maps: side by side.
+        classes: their names, by number, at most ten.
+        title: the heading, wrapped where it is long.
+
+    Returns:
+        `[H, W, 3] uint8`, 1,000 pixels wide of two maps.
+    """
+    lines = textwrap.wrap(title, 55 * len(maps))
+    down = -(-len(classes) // 5)
+    # The solver's result varies by a pixel or two from process to process: room for that at the edges.
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure((5 * len(maps), 5.0 + 0.25 * (len(lines) + down)), dpi=100, layout=layout)
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(_drawable_lines(lines), fontsize=12, parse_math=False)
+    styles = list(zip(matplotlib.color_sequences["tab10"], "os^Dv" * 2, strict=True))
+    for number, one in enumerate(maps):
+        axes = figure.add_subplot(1, len(maps), number + 1)
+        axes.set_title(_drawable(one.title), fontsize=10, parse_math=False)
+        axes.set(xticks=[], yticks=[])  # only nearness means something in such a map
+        for label, (colour, marker) in enumerate(styles[: len(classes)]):
+            x, y = one.places[one.label == label].T
+            axes.scatter(x, y, s=16, color=colour, marker=marker, alpha=0.75, linewidths=0)
+    handles = [Line2D([], [], color=colour, marker=marker, linestyle="") for colour, marker in styles[: len(classes)]]
+    columns = min(len(classes), 5)
+    legend = figure.legend(handles, ["name"] * len(handles), loc="outside lower center", ncols=columns, fontsize=9)
+    for text, name in zip(legend.get_texts(), classes, strict=True):  # afterwards: a name may begin with an underscore
+        text.set_parse_math(False)
+        text.set_text(_drawable(name if len(name) <= 20 else name[:19] + "…"))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def curves(rows: Sequence[Mapping[str, float]], path: str | Path, title: str) -> None:
@@ -242,6 +363,126 @@ def _paste_pictures(sheet: Image.Image, row: Reconstruction, y: int, cell: int) 
         else:
             fitted = _fit(picture, cell)
             sheet.paste(fitted, (x + (cell - fitted.width) // 2, y))
+
+
+_Block = Image.Image | _Flow
+"""Something in a column."""
+
+
+def _grid(
+    title: str, legend: Sequence[_Block], widths: Sequence[int], rows: Sequence[Sequence[Sequence[_Block]]]
+) -> Image.Image:
+    """A heading, a legend, and rows of columns in each of which blocks stand upon each other."""
+    width = sum(widths) + _GAP * (len(widths) - 1)
+    top = [_line(title, 20, width, bold=True), *legend]
+    heights = [max(map(_stack_height, row), default=0) for row in rows]
+    height = _stack_height(top) + _GAP + sum(h + _GAP for h in heights)
+    sheet = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), "white")
+    y = _put_stack(sheet, top, _MARGIN, _MARGIN) + _GAP
+    for row, row_height in zip(rows, heights, strict=True):
+        x = _MARGIN
+        for stack, column in zip(row, widths, strict=False):
+            _put_stack(sheet, stack, x, y)
+            x += column + _GAP
+        y += row_height + _GAP
+    return sheet
+
+
+def _stack_height(stack: Sequence[_Block]) -> int:
+    return sum(block.height + _GAP for block in stack)
+
+
+def _put_stack(sheet: Image.Image, stack: Sequence[_Block], x: int, y: int) -> int:
+    """Draws blocks from (x, y) downwards and returns the y below them."""
+    for block in stack:
+        if isinstance(block, _Flow):
+            block.draw(ImageDraw.Draw(sheet), x, y)
+        else:
+            sheet.paste(block, (x, y))
+        y += block.height + _GAP
+    return y
+
+
+def _line(text: str, size: int, width: int, *, bold: bool = False) -> _Flow:
+    """Plain words, in lines of at most `width` pixels."""
+    return _flow([_Chip(word, _PLAIN) for word in text.split()], _font(size, bold=bold), width)
+
+
+def _restored_stack(one: Reconstruction, pictures: Sequence[np.ndarray | None]) -> list[_Block]:
+    """Pictures, and below them the caption."""
+    stack: list[_Block] = [_fit(picture, _RATIO_CELL) for picture in pictures if picture is not None]
+    return [*stack, _flow(_caption(one), _font(13), _RATIO_CELL)] if one.words else stack
+
+
+def _attention_row(row: Attended, words: int) -> list[list[_Block]]:
+    """The columns of a pair: marked picture, heat maps, caption."""
+    columns: list[list[_Block]] = [[_line("marked patch", 13, _ATTENTION_CELL, bold=True), _marked(row)]]
+    for word, share in row.to_patches.items():
+        name = row.words[word]
+        told = f"“{name if len(name) <= 14 else name[:13] + '…'}”: at most {share.max():.1%}"
+        columns.append([_line(told, 13, _ATTENTION_CELL, bold=True), heated(row.picture, share, row.grid)])
+    columns += [[]] * (words - len(row.to_patches))
+    told = f"marked patch to words: at most {row.to_words.max():.1%}"
+    chips = [_heated_chip(word, share) for word, share in zip(row.words, _of_largest(row.to_words), strict=True)]
+    columns.append([_line(told, 13, _ATTENTION_WORDS, bold=True), _flow(chips, _font(16), _ATTENTION_WORDS)])
+    return columns
+
+
+def heated(picture: np.ndarray, share: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """A picture in grey under the colours of what its patches get, the largest share the darkest.
+
+    Args:
+        picture: `[S, S, 3] uint8`.
+        share: `[L] float`, of its patches, row by row.
+        grid: rows and columns of patches.
+    """
+    grey = ImageOps.autocontrast(_fit(picture, _ATTENTION_CELL).convert("L"))
+    colours = np.round(_colours(_of_largest(share)) * 255).astype(np.uint8).reshape(*grid, 3)
+    heat = np.asarray(Image.fromarray(colours).resize(grey.size, Image.Resampling.NEAREST)) / 255
+    light = 0.7 + 0.3 * np.asarray(grey)[..., None] / 255  # outlines are seen, and colours are still those of the scale
+    return Image.fromarray(np.round(heat * light * 255).astype(np.uint8))
+
+
+def _marked(row: Attended) -> Image.Image:
+    """The picture with a frame around the marked patch, white within black: one of them is seen."""
+    marked = _fit(row.picture, _ATTENTION_CELL)
+    y, x = divmod(row.patch, row.grid[1])
+    high, wide = marked.height / row.grid[0], marked.width / row.grid[1]
+    left, top, right, bottom = x * wide, y * high, (x + 1) * wide - 1, (y + 1) * high - 1
+    draw = ImageDraw.Draw(marked)
+    draw.rectangle((left, top, right, bottom), outline="black", width=2)
+    draw.rectangle((left + 2, top + 2, right - 2, bottom - 2), outline="white", width=2)
+    return marked
+
+
+def _of_largest(share: np.ndarray) -> np.ndarray:
+    """Values as parts of the largest."""
+    return np.asarray(share / max(float(share.max()), 1e-30))
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+    """`[..., 3] float` in [0, 1], of values in [0, 1]."""
+    return np.asarray(matplotlib.colormaps[_HEAT](np.asarray(values, np.float64)))[..., :3]
+
+
+def _heated_chip(word: str, value: float) -> _Chip:
+    red, green, blue = np.round(_colours(np.array(value)) * 255).astype(int).tolist()
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+    return _Chip(word, _Style("black" if light else "white", f"#{red:02x}{green:02x}{blue:02x}"))
+
+
+def _scale() -> Image.Image:
+    """What the colours mean."""
+    long, high, font = 200, 16, _font(13)
+    after = "the panel's largest share, written above it"
+    left = round(font.getlength("0")) + 8
+    scale = Image.new("RGB", (left + long + 8 + round(font.getlength(after)) + 4, high + 4), "white")
+    bar = np.round(_colours(np.linspace(0, 1, long)) * 255).astype(np.uint8)
+    scale.paste(Image.fromarray(np.broadcast_to(bar, (high, long, 3)).copy()), (left, 2))
+    draw = ImageDraw.Draw(scale)
+    draw.text((0, 10), "0", "black", font, anchor="lm")
+    draw.text((left + long + 8, 10), after, "black", font, anchor="lm")
+    return scale
 
 
 def _column_headings(draw: ImageDraw.ImageDraw, y: int, cell: int, has_words: bool) -> None:
@@ -348,6 +589,10 @@ def _pieces(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str
         yield text[:end]
         text = text[end:]
     yield text
+
+
+def _drawable_lines(lines: Sequence[str]) -> str:
+    return "\n".join(map(_drawable, lines))
 
 
 def _drawable(text: str) -> str:

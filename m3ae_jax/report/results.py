@@ -117,6 +117,9 @@ def evaluations(folder: Path) -> Iterator[Html]:
         written = by_step[newest].with_suffix(".md")
         if written.exists():
             yield told(written.read_text(encoding="utf-8", errors="replace"))
+        for file in sorted((folder / "evals").glob(f"{name}_{newest}_*.png")):
+            shown = file.stem.removeprefix(f"{name}_{newest}_").replace("_", " ")
+            yield picture(file, f"{name}: {shown}", shown)
         if len(by_step) > 1 or not written.exists():
             yield _over_steps(by_step)
 

@@ -215,11 +215,12 @@ class _Loop:
         return state
 
     def _train(self, state: TrainState) -> TrainState:
-        """Every step: train, log, evaluate, save; in this order and nowhere else."""
+        """Every step: train, log, validate, evaluate, save; in this order and nowhere else."""
         setup, watchdog = self._setup, self._watchdog
         start, total = int(state.step), setup.total_steps
         step_fn = setup.train_step()
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
+        evals_every = setup.steps("eval.evals_every") if setup.config.eval.evals_every else total
         if start == 0:
             self._priors = priors(setup)
             self._evaluate(state)
@@ -250,6 +251,9 @@ class _Loop:
                     self._log(step, figures, state)
                 if step % eval_every == 0 or step == total:
                     self._evaluate(state)
+                if step % evals_every == 0 and step < total:
+                    with self._progress.spent_on("evaluation"):
+                        self._run_evals(state)
                 if step % save_every == 0 or last:
                     self._save(state)
                 if last:
@@ -384,17 +388,23 @@ class _Loop:
     def _finish(self, state: TrainState) -> None:
         where, step = self._workdir, int(state.step)
         self._draw_curves(step)
-        for name in self._setup.config.evals:
-            if evals.place(where / "evals", name, step).exists():
-                continue
-            result = evals.run(name, self._setup, state)
-            self._writer.scalars(step, result.scalars)
-            log.info(result.text)
-            if jax.process_index() == 0:
-                with _may_fail(where / "evals"):
-                    result.save(where / "evals", step)
+        self._run_evals(state)
         self._events.add("finished", f"all {self._setup.total_steps} steps are done", step)
         log.info("done: checkpoints in %s, the run's page %s, pictures in %s", *(where / p for p in _OUTPUTS))
+
+    def _run_evals(self, state: TrainState) -> None:
+        where, step, names = self._workdir / "evals", int(state.step), self._setup.config.evals
+        for number, name in enumerate(names, 1):
+            if evals.place(where, name, step).exists():
+                continue
+            self._watchdog.stage(f"evaluating: {name}", patient=True)
+            log.info("evaluation %d of %d: %s", number, len(names), name)
+            result = evals.run(name, self._setup, state)
+            result.write(self._writer, step)
+            log.info(result.text)
+            if jax.process_index() == 0:
+                with _may_fail(where):
+                    result.save(where, step)
 
     def _draw_curves(self, step: int) -> None:
         if jax.process_index() == 0:

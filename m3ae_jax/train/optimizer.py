@@ -22,7 +22,11 @@ def schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Sched
     o = config.optimizer
     scale = config.batch_size / 256
     warmup = min(steps("optimizer.warmup", o.warmup, config.batch_size, examples), total_steps)
-    peak, final = o.learning_rate * scale, o.final_learning_rate * scale
+    return warmup_cosine(o.learning_rate * scale, o.final_learning_rate * scale, warmup, total_steps)
+
+
+def warmup_cosine(peak: float, final: float, warmup: int, total_steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` in `warmup` steps, then a cosine to `final` at the last."""
     if total_steps <= warmup:
         return optax.linear_schedule(0.0, peak, max(warmup, 1))
     if not warmup:

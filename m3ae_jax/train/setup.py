@@ -130,9 +130,9 @@ class Setup:
         """The state's shapes and shardings."""
         return abstract_state(self.objective, self.optimizer, self.mesh, self.config.seed, self.rules)
 
-    def jit(self, function: Callable[..., T]) -> Callable[..., T]:
-        """`jax.jit` with the models' activations constrained to the mesh."""
-        return self._on_mesh(jax.jit(function))
+    def jit(self, function: Callable[..., T], **options: Any) -> Callable[..., T]:
+        """`jax.jit`, with its options, and with the models' activations constrained to the mesh."""
+        return self._on_mesh(jax.jit(function, **options))
 
     def _on_mesh(self, jitted: Callable[..., T]) -> Callable[..., T]:
         def call(*arguments: Any) -> T:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from m3ae_jax.benchmark import guard, index, input
+from m3ae_jax.benchmark import features, guard, index, input
 from m3ae_jax.config import default, resolve
 
 
@@ -30,6 +30,16 @@ def test_the_index_benchmark_goes_on_at_nine_tenths():
     assert figures.records == 1000 and figures.position == 896
     assert "1,000 lines of text: indexed in" in figures.text()
     assert json.loads(json.dumps(figures.record()))["position"] == 896
+
+
+def test_the_features_benchmark_times_both_classifiers():
+    figures = features.measure(repeats=2, examples=120, width=8)
+    assert [t.classes for t in figures.timings] == [15, 100]
+    for timing in figures.timings:
+        assert len(timing.knn_seconds) == len(timing.probe_seconds) == 2 and min(timing.knn_seconds) > 0
+        assert 1 / timing.classes < timing.probe_accuracy < 0.9  # to be learnt, and not without mistakes
+    assert "120 training and 120 test features of 8 numbers" in figures.text()
+    assert json.loads(json.dumps(figures.record()))["timings"][1]["classes"] == 100
 
 
 @pytest.mark.slow

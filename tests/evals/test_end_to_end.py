@@ -31,6 +31,10 @@ SMALL = {
     "eval.pairs": "20",
     "eval.scored_pairs": "5",
     "eval.batch_size": "16",
+    "eval.linear_probe.duration": "2 steps",
+    "eval.linear_probe.warmup": "1 steps",
+    "eval.finetune.duration": "2 steps",
+    "eval.finetune.warmup": "1 steps",
     "checkpoint.every": "2 steps",
 }
 

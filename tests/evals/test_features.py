@@ -176,3 +176,13 @@ def test_evaluation_configs(path):
     assert c.eval.alone and len(c.evals) == 1 and c.evals[0] in path
     assert f"--config={path}" in Path(path).read_text(encoding="utf-8")
     config_lib.resolve(c)
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "parts"), [(21, 10, 1), (21, 20, 1), (25, 8, 8), (17, 16, 8), (2, 1, 1), (9, 64, 8)]
+)
+def test_no_example_is_alone_in_its_batch(examples, size, parts):
+    # Alone it has no other's picture to be shown, and was left out.
+    found = masked_prediction.sociable(examples, size, parts)
+    assert found % parts == 0 and 1 < found <= -(-size // parts) * parts + parts
+    assert examples % found != 1

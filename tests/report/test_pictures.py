@@ -4,12 +4,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from m3ae_jax.report import pictures
-from m3ae_jax.report.pictures import Reconstruction, Word, curves, reconstruction_sheet
+from m3ae_jax.report.pictures import (
+    Attended,
+    ClassMap,
+    Reconstruction,
+    Word,
+    attention_sheet,
+    class_maps,
+    curves,
+    ratio_sheet,
+    reconstruction_sheet,
+)
 
 GREEN, RED, YELLOW = ((200, 239, 207), (255, 214, 210), (255, 240, 176))
 CAPTION = (Word(" a", False, None), Word(" red", True, " red"), Word(" square", True, " circle"))
@@ -106,6 +117,56 @@ def test_no_example_and_long_title() -> None:
     long = reconstruction_sheet([example()], "a very long title " * 20)
     assert long.width == reconstruction_sheet([example()], "t").width
     assert border_is_white(long)
+
+
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+
+
+def test_ratios_stand_side_by_side() -> None:
+    sheet = ratio_sheet([dict.fromkeys(RATIOS, example(*CAPTION))] * 2, "t")
+    pixels = np.asarray(sheet)
+    assert sheet.width == 1024 and border_is_white(sheet) and has_colour(sheet, GREEN) and has_colour(sheet, RED)
+    lefts = {}
+    for value, count in ((10, 2), (20, 8), (30, 8)):  # one original an example, four masked, four restored
+        of_value = (pixels == value).all(-1)  # and some at the edges of letters
+        assert of_value.sum() == pytest.approx(count * 192**2, rel=0.01)
+        lefts[value] = np.flatnonzero(of_value.sum(axis=0) >= 384).tolist()
+    assert lefts[20] == lefts[30] and len(lefts[20]) == 4 * len(lefts[10]) and max(lefts[10]) < min(lefts[20])
+    words = tuple(Word(f" word{i}", i % 2 == 0, f" word{i % 3}") for i in range(60))
+    assert border_is_white(ratio_sheet([dict.fromkeys(RATIOS, text_only(*words))], "long " * 100))
+    assert border_is_white(ratio_sheet([], "nothing"))
+
+
+def attended(words: tuple[str, ...], grid: tuple[int, int] = (3, 3)) -> Attended:
+    patches = np.linspace(0, 1, grid[0] * grid[1])
+    to_words = np.linspace(1, 2, len(words)) / np.linspace(1, 2, len(words)).sum()
+    return Attended(picture(), grid, words, 4, to_words, {0: patches / patches.sum()})
+
+
+def test_attention_is_coloured_from_nothing_to_the_largest_share() -> None:
+    sheet = attention_sheet([attended(("a", "red", "square"))], "t", "how to read it")
+    assert border_is_white(sheet)
+    pale, dark = (255, 255, 204), (128, 0, 38)
+    assert has_colour(sheet, pale) and has_colour(sheet, dark), "the scale, and the word looked at most"
+    sheets = [
+        attention_sheet([attended(words, (16, 16))] * 2, "title " * 50, "note " * 100)
+        for words in (("x",), ("a" * 300, "猫", *map(str, range(200))))
+    ]
+    assert sheets[0].width == sheets[1].width and all(map(border_is_white, sheets))
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_maps_share_their_colours_and_any_class_name_is_shown(count: int) -> None:
+    names = ("_private", "$5 and $6", "猫\n", *["a very Long Name " * 9] * 7)[:count]
+    label = np.arange(50) % count
+    places = np.random.default_rng(0).normal(size=(50, 2))
+    found = class_maps([ClassMap("run $1", places, label), ClassMap("猫", places, label)], names, "long title " * 30)
+    assert found.shape[1:] == (1000, 3) and found.dtype == np.uint8
+    assert all((edge == 255).all() for edge in (found[:2], found[-2:], found[:, :2], found[:, -2:]))
+    for half in np.split(found[100:500].astype(float), 2, axis=1):
+        for colour in matplotlib.color_sequences["tab10"][:count]:
+            seen = 255 * (0.75 * np.array(colour) + 0.25)
+            assert (np.abs(half - seen).max(axis=-1) < 3).sum() > 20, "of each class on either side"
 
 
 def test_any_unicode_is_drawn_and_what_the_font_lacks_is_named() -> None:

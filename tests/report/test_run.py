@@ -1,5 +1,7 @@
 """The run's page: whatever is in the folder, and whatever is not, it says what happened."""
 
+import base64
+import io
 import json
 import logging
 import math
@@ -17,6 +19,7 @@ import pytest
 from PIL import Image
 
 from m3ae_jax.errors import UserError
+from m3ae_jax.evals import Result
 from m3ae_jax.report import charts, measured, page, results
 from m3ae_jax.report.charts import Line, Series
 from m3ae_jax.report.run import build_run
@@ -392,6 +395,21 @@ def test_sheets_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "pictures" / "step_00000009.png").mkdir()
     part = of(built(tmp_path)[0], "30-reconstructions")
     assert part.count("cannot be shown") == 6
+
+
+def test_pictures_of_evaluations_stand_below_their_tables(tmp_path):
+    shape = (60, 90, 3)
+    for step, value in ((1000, 10), (2000, 200)):
+        drawn = {"maps": np.full(shape, value, np.uint8), "more_maps": np.full(shape, value + 1, np.uint8)}
+        Result("tsne", {"tsne/n": 21.0}, "| a | b |\n|---|---|\n| c | 21 |", drawn).save(tmp_path / "evals", step)
+    (tmp_path / "config.json").write_text("{}")
+    part = of(built(tmp_path)[0], "40-evaluations")
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", part) == ["maps", "more maps"]
+    assert part.index("<table") < part.index("<img")
+    shown = [base64.b64decode(one) for one in re.findall(r'src="data:image/png;base64,([^"]*)"', part)]
+    pixels = [np.asarray(Image.open(io.BytesIO(one))) for one in shown]
+    assert [np.unique(one).tolist() for one in pixels] == [[200], [201]], "those of the newest step"
+    assert all(one.shape == shape for one in pixels)
 
 
 # --- charts ------------------------------------------------------------------------------------------------
