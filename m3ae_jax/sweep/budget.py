@@ -1,0 +1,89 @@
+"""How long each run of a sweep trains, and what that costs in floating-point operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.config import apply_overrides, resolve, steps
+from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.sweep.grid import Axis, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a run takes.
+
+    Attributes:
+        steps: of training.
+        examples: seen in all of them.
+        flops: of all of them, by the matrix products in closed form (`plan.estimate.flops_per_example`).
+    """
+
+    steps: int
+    examples: int
+    flops: float
+
+
+class Budgets:
+    """The budgets of a sweep's runs.
+
+    Args:
+        config: as loaded and overridden.
+        axes: of the grid.
+        equal: names of axes; runs that differ in these alone (and in the seed) train for as many FLOPs as that with
+            the first value of each. Their ``duration`` is changed for it, in whole steps.
+
+    Raises:
+        UserError: there is no such axis.
+    """
+
+    def __init__(self, config: ConfigDict, axes: Sequence[Axis], equal: Sequence[str]) -> None:
+        self._config, self._axes = config, axes
+        by_name = {name: axis for axis in axes for name in (axis.name, *axis.fields)}
+        for name in equal:
+            if name.removeprefix("config.") not in by_name:
+                raise UserError(one_of("--equal_flops", name, sorted(by_name)))
+        self._equal = [by_name[name.removeprefix("config.")] for name in equal]
+        if any("duration" in axis.fields for axis in self._equal):
+            raise UserError("--equal_flops=duration: of runs whose duration differs that cannot be")
+        self._known: dict[tuple[tuple[str, str], ...], Budget] = {}
+
+    def of(self, run: Run) -> Budget:
+        """The budget of a run.
+
+        Raises:
+            UserError: its config cannot work.
+        """
+        own = self._plain(run.overrides)
+        if not self._equal:
+            return own
+        first = dict(run.overrides)
+        for axis in self._equal:
+            first |= dict(axis.overrides(axis.values[0]))
+        wanted = self._plain(tuple(first.items())).flops
+        batch = own.examples // own.steps
+        count = max(1, round(wanted / (own.flops / own.steps)))
+        return Budget(count, count * batch, own.flops / own.steps * count)
+
+    def overrides(self, run: Run) -> list[tuple[str, str]]:
+        """What the run's command sets."""
+        duration = [("duration", f"{self.of(run).steps} steps")] if self._equal else []
+        return [*(o for o in run.overrides if not duration or o[0] != "duration"), *duration]
+
+    def _plain(self, overrides: tuple[tuple[str, str], ...]) -> Budget:
+        key = tuple(o for o in overrides if o[0] != "seed")
+        if key not in self._known:
+            from m3ae_jax.plan.estimate import flops_per_example
+            from m3ae_jax.train.setup import data_sizes
+
+            config = self._config.copy_and_resolve_references()
+            apply_overrides(config, list(key))
+            resolved = resolve(config)
+            vocabulary, examples = data_sizes(resolved)
+            count = max(1, steps("duration", resolved.duration, resolved.batch_size, max(examples, 1)))
+            seen = count * resolved.batch_size
+            self._known[key] = Budget(count, seen, flops_per_example(resolved, vocabulary) * seen)
+        return self._known[key]

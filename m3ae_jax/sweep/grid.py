@@ -1,0 +1,143 @@
+"""What a sweep runs: the points of a grid, each with several seeds, as overrides of one config.
+
+A grid is written ``FIELD=VALUE,VALUE``; fields that change together ``FIELD:FIELD=VALUE:VALUE,VALUE:VALUE``; several
+axes with ``;`` between them. A value with commas stands in brackets: ``data.modalities=image,(image,text)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from m3ae_jax.config import apply_overrides
+from m3ae_jax.errors import UserError
+
+Overrides = list[tuple[str, str]]
+_SAFE = re.compile(r"[^\w.,=+-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of a grid.
+
+    Attributes:
+        fields: of the config, which change together.
+        values: their texts, a tuple each as long as `fields`.
+    """
+
+    fields: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """Its fields, shortened: ``text_mask_ratio``."""
+        return ":".join(field.rpartition(".")[2] for field in self.fields)
+
+    def overrides(self, value: tuple[str, ...]) -> Overrides:
+        """The fields with one of the values."""
+        return list(zip(self.fields, value, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of a sweep.
+
+    Attributes:
+        values: by the axis' name, as text; without the seed.
+        seed: of the run.
+        overrides: all fields that the sweep sets, the seed too.
+    """
+
+    values: dict[str, str]
+    seed: int
+    overrides: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """Its folder: ``text_mask_ratio=0.5,seed=42``."""
+        parts = [f"{name}={value}" for name, value in self.values.items()] + [f"seed={self.seed}"]
+        return _SAFE.sub("+", ",".join(parts))
+
+
+def parse_grid(texts: Sequence[str], config: ConfigDict) -> tuple[Axis, ...]:
+    """The axes, each value checked against the config's field.
+
+    Args:
+        texts: as the command line has them.
+        config: as loaded and overridden, not yet resolved.
+
+    Raises:
+        UserError: a part is no axis, a field is unknown or named twice, a value does not fit or stands twice.
+    """
+    axes = tuple(_axis(part, config) for text in texts for part in _split(text, ";") if part.strip())
+    fields = [field for axis in axes for field in axis.fields]
+    for field in fields:
+        if field == "seed":
+            raise UserError("--grid: the seed is no axis; --seeds=N says how many there are of each point")
+        if fields.count(field) > 1:
+            raise UserError(f"--grid names {field} twice")
+    names = [axis.name for axis in axes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--grid has two axes whose fields end in {name!r}: their runs could not be told apart")
+    return axes
+
+
+def told(value: tuple[str, ...]) -> str:
+    """An axis' value as people read it: ``image,text``, ``64:2:2``."""
+    return ":".join(part.strip("()[]") for part in value)
+
+
+def _axis(text: str, config: ConfigDict) -> Axis:
+    left, equals, right = text.strip().partition("=")
+    fields = tuple(field.strip().removeprefix("--").removeprefix("config.") for field in left.split(":"))
+    values = [value.strip() for value in _split(right, ",")]
+    if not equals or not all(fields) or not all(values):
+        raise UserError(f"--grid={text.strip()!r}: FIELD=VALUE,VALUE, or FIELD:FIELD=VALUE:VALUE,VALUE:VALUE")
+    together = [tuple(_split(value, ":")) if len(fields) > 1 else (value,) for value in values]
+    for value in together:
+        if len(value) != len(fields):
+            raise UserError(f"--grid={text.strip()!r}: {':'.join(value)!r} needs {len(fields)} values, one a field")
+        if together.count(value) > 1:
+            raise UserError(f"--grid={text.strip()!r}: {':'.join(value)!r} stands there twice")
+        apply_overrides(config.copy_and_resolve_references(), list(zip(fields, value, strict=True)))
+    return Axis(fields, tuple(together))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Parts between separators that stand in no brackets and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character in "([") - (character in ")]") if not quote else 0
+        if character == separator and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def runs_of(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
+    """All points with all seeds, a seed's points together: a sweep that is stopped early can be compared.
+
+    Args:
+        axes: of the grid.
+        config: its seed is the first one.
+        seeds: how many.
+    """
+    found = []
+    for seed in range(config.seed, config.seed + seeds):
+        for values in itertools.product(*(axis.values for axis in axes)):
+            overrides: Overrides = [("seed", str(seed))]
+            for axis, value in zip(axes, values, strict=True):
+                overrides += axis.overrides(value)
+            named = {axis.name: told(value) for axis, value in zip(axes, values, strict=True)}
+            found.append(Run(named, seed, tuple(overrides)))
+    return found

@@ -1,0 +1,81 @@
+"""The program: a sweep that is killed goes on, and ends with table, JSON and plot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "batch_size": 8,
+    "duration": "2 steps",
+    "model.width": 32,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.decoder_width": 32,
+    "eval.examples": 8,
+    "eval.pictures": 0,
+    "eval.train_examples": 40,
+    "eval.test_examples": 20,
+    "eval.batch_size": 20,
+}
+
+
+def command(folder, *more, grid="data.modalities=image,(image,text)"):
+    fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    asked = ["--config=configs/claims.py", f"--workdir={folder}", "--seeds=1", "--eval=probe", f"--grid={grid}"]
+    return [sys.executable, "-m", "m3ae_jax.sweep", *asked, *fields, *more]
+
+
+def run(arguments):
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path):
+    sweep = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = tmp_path / "modalities=image,seed=42" / "evals" / "probe_2.json"
+    deadline = time.monotonic() + 300
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    written = first.stat().st_mtime_ns
+    again = run(command(tmp_path))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert first.stat().st_mtime_ns == written
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [of["values"]["modalities"] for of in found["runs"]] == ["image", "image,text"]
+    assert "2 of 2 runs" in again.stdout and "| probe/trained/image/cls/accuracy |" in again.stdout
+    assert (tmp_path / "results.png").exists() and (tmp_path / "results.md").exists()
+
+
+def test_commands_are_printed(tmp_path):
+    found = run(command(tmp_path, "--print_commands", "--equal_flops=modalities"))
+    lines = found.stdout.strip().splitlines()
+    assert found.returncode == 0 and len(lines) == 2 and not any(tmp_path.iterdir()), found.stderr
+    assert all(line.startswith("python -m m3ae_jax.main --config=configs/claims.py") for line in lines)
+    assert "--config.seed=42" in lines[0] and "'--config.data.modalities=(image,text)'" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--eval=prob"], "evals='prob' is not one of"),
+        (["--eval=grounding"], "needs data.modalities=('image', 'text')"),  # of the point without texts
+        (["--seeds=0"], "--seeds=0"),
+        (["--compare=x"], "--compare='x' is not one of"),
+        (["--gird=a=1"], "unknown argument|Unknown command line flag 'gird'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, more, said):
+    import re
+
+    found = run(command(tmp_path, *more))
+    assert found.returncode == 2 and re.search(said if "|" in said else re.escape(said), found.stderr)
+    assert found.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
