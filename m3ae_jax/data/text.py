@@ -258,6 +258,14 @@ class WordPieceTokenizer:
         return [] if self._unknown.issuperset(found.ids) else list(found.offsets)
 
 
+def read_pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """As `Tokenizer.pieces`, but of all tokenizers alike: a blank before a piece that begins a word, no `##`."""
+    pieces = tokenizer.pieces(ids)
+    if not isinstance(tokenizer, WordPieceTokenizer):
+        return pieces
+    return [piece[2:] if piece.startswith("##") else f" {piece}" for piece in pieces]
+
+
 def _texts(captions: Sequence[bytes | str]) -> list[str]:
     return [c if isinstance(c, str) else c.decode("utf-8", "replace") for c in captions]
 

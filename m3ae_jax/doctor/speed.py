@@ -18,7 +18,7 @@ from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.mixture import Mixture, apportion
 from m3ae_jax.data.order import ATTEMPTS
 from m3ae_jax.data.pipeline import Batches, Group, grid
-from m3ae_jax.data.text import Tokenizer, WordPieceTokenizer
+from m3ae_jax.data.text import Tokenizer, read_pieces
 from m3ae_jax.plan.chips import parse
 from m3ae_jax.plan.estimate import work
 from m3ae_jax.report.pictures import Word
@@ -203,9 +203,7 @@ def _words(group: dict[str, Any], tokenizer: Tokenizer) -> tuple[Word, ...]:
     found: dict[int, Word] = {}
     for name, side in group.items():
         valid = side["valid"]
-        pieces = tokenizer.pieces(side["value"][valid].tolist())
+        pieces = read_pieces(tokenizer, side["value"][valid].tolist())
         for position, piece in zip(side["position"][valid].tolist(), pieces, strict=True):
-            if isinstance(tokenizer, WordPieceTokenizer):
-                piece = piece[2:] if piece.startswith("##") else f" {piece}"
             found[position] = Word(piece, hidden=name == "target", predicted=None)
     return tuple(found[position] for position in sorted(found))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.pipeline import grid
-from m3ae_jax.data.text import Tokenizer
+from m3ae_jax.data.text import Tokenizer, read_pieces
 from m3ae_jax.objectives.m3ae import denormalize_pixels, normalize_pixels, patch_statistics
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.report.pictures import Reconstruction, Word, reconstruction_sheet
@@ -107,9 +107,9 @@ def _words(group: dict[str, Any], logits: np.ndarray, tokenizer: Tokenizer) -> t
     words: dict[int, Word] = {}
     visible, target = group["visible"], group["target"]
     for position, token in zip(visible["position"][visible["valid"]], visible["value"][visible["valid"]], strict=True):
-        words[int(position)] = Word(tokenizer.pieces([int(token)])[0], hidden=False, predicted=None)
+        words[int(position)] = Word(read_pieces(tokenizer, [int(token)])[0], hidden=False, predicted=None)
     best = np.argmax(logits, axis=-1)
     for slot in np.flatnonzero(target["valid"]):
-        text, guess = tokenizer.pieces([int(target["value"][slot]), int(best[slot])])
+        text, guess = read_pieces(tokenizer, [int(target["value"][slot]), int(best[slot])])
         words[int(target["position"][slot])] = Word(text, hidden=True, predicted=guess)
     return tuple(words[position] for position in sorted(words))

@@ -148,7 +148,7 @@ class Results:
                 cells = [v for _, v in point] + [
                     f"{len(here.values)}",
                     f"{budget.steps:,}",
-                    f"{budget.flops / 1e15:.3g}",
+                    f"{budget.flops / 1e12:,.4g}",
                 ]
                 cells += [here.text(), *(self.summary(point, name).text() for name in others)]
                 lines.append(_row([*cells, away.text("+") if away else "", away.verdict if away else ""]))
@@ -208,7 +208,7 @@ class Results:
             mine = [p for p in self.points if tuple(x for x in p if x[0] != self.compared) == rest]
             place = [values.index(dict(p)[self.compared]) if axis else 0 for p in mine]
             shift = np.array(place) + 0.06 * (number - (len(others) - 1) / 2)
-            label = ", ".join(f"{name} {value}" for name, value in rest) or "trained, mean and 95 % interval"
+            label = ", ".join(f"{name} {value}" for name, value in rest) or "trained"
             found = [self.summary(p, figure) for p in mine]
             error = [0.0 if np.isnan(s.interval) else s.interval for s in found]
             axes.errorbar(shift, [s.mean for s in found], error, color=colour, marker="o", capsize=4, label=label)
@@ -225,6 +225,7 @@ class Results:
             axes.axhline(float(np.nanmean(shared[name])), color=grey, linestyle=dashes, label=_short(name, figure))
         axes.set_xticks(range(len(values)), values)
         axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.set_title("mean over seeds (dots) and its 95 % interval", fontsize=9)
         axes.set_xlabel(self.compared, parse_math=False)
         axes.set_ylabel(figure.replace("/", ", "), parse_math=False)
         axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from m3ae_jax.data.text import Tokenizer, clean_caption, encode_batch, load_tokenizer
+from m3ae_jax.data.text import Tokenizer, clean_caption, encode_batch, load_tokenizer, read_pieces
 from m3ae_jax.data.train_tokenizer import train
 from m3ae_jax.errors import UserError
 
@@ -112,6 +112,12 @@ def test_pieces(sentencepiece: Tokenizer, wordpiece: Tokenizer) -> None:
     ids = sentencepiece.encode(["a red dog"])[0]
     assert "".join(sentencepiece.pieces(np.asarray(ids, np.int32))) == " a red dog"
     assert wordpiece.pieces(wordpiece.encode(["red dogs"])[0]) == ["red", "dog", "##s"]
+
+
+def test_pieces_read_alike_of_all_tokenizers(sentencepiece: Tokenizer, wordpiece: Tokenizer) -> None:
+    assert read_pieces(wordpiece, wordpiece.encode(["red dogs"])[0]) == [" red", " dog", "s"]
+    ids = sentencepiece.encode(["red dogs"])[0]
+    assert read_pieces(sentencepiece, ids) == sentencepiece.pieces(ids)
 
 
 def test_batch_is_padded_and_cut_from_the_end(tokenizer: Tokenizer) -> None:
