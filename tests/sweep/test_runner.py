@@ -62,7 +62,7 @@ def test_a_run_that_always_asks_to_be_started_again_fails_in_the_end(tmp_path):
     assert 2 < len((tmp_path / "a" / "n").read_text()) < 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopping_the_sweep_stops_its_runs(tmp_path, number):
     program = f"""
 import sys, signal
@@ -80,6 +80,9 @@ run_all([Job("a", [sys.executable, "-c", {WAITS!r}, str(where)], where, lambda: 
         time.sleep(0.05)
     os.kill(sweep.pid, number)
     assert sweep.wait(60) != 0
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "a" / "saved").exists() and time.monotonic() < deadline:  # a killed one does not wait for it
+        time.sleep(0.05)
     assert (tmp_path / "a" / "saved").exists()
 
 
