@@ -105,7 +105,7 @@ def _jpeg(x: np.ndarray, severity: int, rng: Rng) -> np.ndarray:
     del rng
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[severity])
-    return np.asarray(Image.open(file)) / 255.0
+    return np.asarray(Image.open(file, formats=("JPEG",))) / 255.0
 
 
 def _brightness(x: np.ndarray, severity: int, rng: Rng) -> np.ndarray:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +22,6 @@ log = logging.getLogger("m3ae_jax")
 
 CONSOLE = "console.txt"
 _POLL = 0.2  # seconds
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STARTS = 20  # of a run that asks to be started again
 _GRACE = 120.0  # seconds for the runs to save when the sweep is stopped
 
@@ -108,19 +107,20 @@ def _start(job: Job, cores: list[int]) -> subprocess.Popen[bytes]:
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / CONSOLE).open("ab") as output:
         # A session of its own: Ctrl-C reaches the runs as one SIGTERM from here, at which they save.
-        process = subprocess.Popen(
-            job.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
-        )
+        command = [*_ending_with_parent(), *job.command]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     if cores:
         with contextlib.suppress(OSError):  # ended already
             os.sched_setaffinity(process.pid, cores)
     return process
 
 
-def _end_with_parent() -> None:
-    """In a run's process: a sweep that is killed takes its runs with it, or the next one would find them at work."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _ending_with_parent() -> list[str]:
+    """What goes before a run's command: a killed sweep takes its runs along, or the next would find them at work.
+
+    By util-linux's program, as code between fork and exec may hang beside JAX's threads.
+    """
+    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 def _told(one: _Started, count: int) -> bool:
