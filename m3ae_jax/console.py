@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -28,12 +29,32 @@ def quiet_environment() -> None:
 def exit_on_sigterm() -> None:
     """SIGTERM ends the program with the exit code for "start again"; the training loop puts its own handler over it."""
     signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    hook = sys.unraisablehook
+
+    def try_again(lost: sys.UnraisableHookArgs) -> None:
+        # Python and JAX drop what is raised in a collector's callback or a `__del__`: the exit too, and the run went on.
+        if isinstance(lost.exc_value, _Terminated):
+            atexit.unregister(_say)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(lost)
+
+    sys.unraisablehook = try_again
+
+
+class _Terminated(SystemExit):
+    """Not an Exception, which a library might catch."""
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
     del number, frame
+    atexit.register(_say)
+    raise _Terminated(STOPPED)
+
+
+def _say() -> None:
     print("stopped outside the training steps; the same command goes on", flush=True)
-    sys.exit(STOPPED)  # not an Exception, which a library might catch
 
 
 def leave(code: int) -> NoReturn:
