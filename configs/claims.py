@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     """The config."""
     c = default()
     c.batch_size = 64
-    c.duration = "700 steps"
+    c.duration = "1400 steps"
     c.model.width, c.model.depth, c.model.heads = 96, 3, 3
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 1, 2
     c.model.unroll = True  # faster on a CPU
     c.model.image_mask_ratio = 0.5
-    c.model.text_mask_ratio = 0.5
+    c.model.text_mask_ratio = 0.75
     c.optimizer.learning_rate = 8e-3
     c.optimizer.warmup = "100 steps"
     c.data.train.source = c.data.val.source = "scenes"
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.eval.examples = 256
     c.eval.pictures = 4
     c.eval.label = "color_shape"
-    c.eval.train_examples = 5000
-    c.eval.test_examples = 4000
+    c.eval.train_examples = 4000
+    c.eval.test_examples = 3000
     c.evals = ("probe",)
     return c
