@@ -33,7 +33,7 @@ def exit_on_sigterm() -> None:
     hook = sys.unraisablehook
 
     def try_again(lost: sys.UnraisableHookArgs) -> None:
-        # Python and JAX drop what is raised in a collector's callback or a `__del__`: the exit too, and the run went on.
+        # What is raised in a collector's callback or a `__del__` is dropped: the exit too, and the run went on.
         if isinstance(lost.exc_value, _Terminated):
             atexit.unregister(_say)
             signal.setitimer(signal.ITIMER_REAL, 0.01)

@@ -16,6 +16,8 @@ from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.report import pictures
 from m3ae_jax.train import setup as run_setup
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
@@ -26,14 +28,6 @@ def config(**changes):
     c.evals = ("attention",)
     config_lib.apply_overrides(c, [(k, str(v)) for k, v in changes.items()])
     return config_lib.resolve(c)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A program for eight devices takes several times as long to compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_setup, "make_mesh", lambda c: make_mesh(c, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Reconstructions at several mask ratios: how much is hidden, and the figures against another way to them."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -9,8 +8,9 @@ from m3ae_jax.data.order import hidden_count
 from m3ae_jax.evals import mask_ratios
 from m3ae_jax.evals.clean import clean_batches
 from m3ae_jax.evals.restored import hidden_at_random, scorer
-from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def config(**changes):
@@ -21,14 +21,6 @@ def config(**changes):
     c.evals = ("mask_ratios",)
     config_lib.apply_overrides(c, [(k, str(v)) for k, v in changes.items()])
     return config_lib.resolve(c)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A program for eight devices takes several times as long to compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_setup, "make_mesh", lambda c: make_mesh(c, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")
