@@ -9,15 +9,9 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.data.text import load_tokenizer
-from m3ae_jax.objectives.base import abstract_batches, build
-from m3ae_jax.parallel.mesh import batch_parts, make_mesh, mesh_rules, put_whole_batch
-from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import abstract_state, init_state, jit_train_step
+from m3ae_jax.benchmark.step import Runner
 from m3ae_jax.train.watchdog import Watchdog
 
 _STEPS = 50
@@ -71,26 +65,18 @@ class GuardFigures:
         return dataclasses.asdict(self)
 
 
-class _Runner:
-    """One side's compiled step, its state, and what the loop does beside it."""
+class _Runner(Runner):
+    """One side's compiled step, and what the loop does beside it."""
 
     def __init__(self, config: ConfigDict, spike: float | None) -> None:
-        vocabulary = load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else 0
-        mesh, rules, objective = make_mesh(config), mesh_rules(config), build(config, vocabulary)
-        chain = optimizer(config, schedule(config, 1000, config.batch_size))
-        self._state = init_state(objective, chain, mesh, config.seed, rules)
-        abstract = abstract_state(objective, chain, mesh, config.seed, rules)
-        step = jit_train_step(objective, chain, config.seed, config.micro_batches, abstract, mesh, (), spike)
-        shapes = abstract_batches(config, objective, config.batch_size, batch_parts(mesh))
-        self._batch = put_whole_batch(jax.tree.map(_some, shapes), mesh)
-        self._step = step.lower(self._state, self._batch).compile()
+        super().__init__(config, spike)
         self._watchdog = Watchdog(600.0, 3600.0) if spike is not None else None
         self._kept: collections.deque[Any] = collections.deque(maxlen=_STEPS)
 
     def cost(self) -> tuple[float, float, int]:
         """Operations, bytes, and calls to the host."""
-        counted: Any = self._step.cost_analysis()
-        text = self._step.as_text()
+        counted: Any = self.compiled.cost_analysis()
+        text = self.compiled.as_text()
         return counted["flops"], counted["bytes accessed"], sum(f" {call}" in text for call in _CALLS_TO_THE_HOST)
 
     def round(self, steps: int) -> tuple[list[float], float]:
@@ -99,7 +85,7 @@ class _Runner:
         begin = time.perf_counter()
         for number in range(steps):
             before = time.perf_counter()
-            self._state, figures = self._step(self._state, self._batch)
+            figures = self.start()
             if self._watchdog:
                 self._watchdog.started(number, figures["loss"])
                 self._kept.append({name: figures[name] for name in ("loss", "gradient_norm", "skipped")})
@@ -108,14 +94,6 @@ class _Runner:
             if self._watchdog:
                 self._watchdog.look()
         return host, time.perf_counter() - begin
-
-
-def _some(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Valid numbers of a shape and dtype."""
-    if shape.dtype == jnp.bool:
-        return np.ones(shape.shape, bool)
-    numbers = np.random.default_rng(0).integers(0, 4 if shape.dtype == jnp.int32 else 256, shape.shape)
-    return numbers.astype(shape.dtype)
 
 
 def measure(config: ConfigDict, repeats: int, steps: int = _STEPS) -> GuardFigures:

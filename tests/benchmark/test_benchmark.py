@@ -1,11 +1,18 @@
 """The benchmarks run, small, and say what they measured; no figure is judged."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from m3ae_jax.benchmark import features, guard, index, input
+from m3ae_jax.benchmark import compare, features, guard, index, input, step
 from m3ae_jax.config import default, resolve
+from m3ae_jax.data.order import hidden_count
+from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import build
 
 
 def config():
@@ -42,13 +49,89 @@ def test_the_features_benchmark_times_both_classifiers():
     assert json.loads(json.dumps(figures.record()))["timings"][1]["classes"] == 100
 
 
-@pytest.mark.slow
-def test_the_guard_benchmark_compares_two_compiled_steps():
+def small(**fields):
     c = config()
     c.data.tokenizer, c.batch_size = "scenes", 8
     c.model.width, c.model.depth, c.model.heads = 16, 1, 2
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 16, 1, 2
-    figures = guard.measure(c, repeats=1, steps=2)
+    for name, value in fields.items():
+        c.data[name] = value
+    return c
+
+
+def test_a_ready_batch_is_masked_as_the_config_says():
+    c = small()
+    batch = step.ready_batch(c, build(c, 50), 1, 50, caption_tokens=6.0)
+    image, text = batch["groups"]["image"], batch["groups"]["text"]
+    assert image["visible"]["value"].shape == (8, 4, 192) and image["target"]["valid"].all()
+    length = text["visible"]["valid"].sum(1) + text["target"]["valid"].sum(1)
+    assert len(set(length)) > 1 and length.min() >= 1 and length.max() <= 16
+    np.testing.assert_array_equal(text["target"]["valid"].sum(1), hidden_count(length, 0.75))
+    for group in (image, text):
+        for row in range(8):
+            places = [p for tokens in group.values() for p in tokens["position"][row][tokens["valid"][row]]]
+            assert sorted(places) == list(range(len(places)))  # each real token once
+    assert text["target"]["value"].max() < 50
+    slots = {kind: sum(g[kind]["valid"].shape[1] for g in (image, text)) for kind in ("visible", "target")}
+    shares, real = step.padding(batch), step.tokens(batch)
+    assert real == 8 * 16 + length.sum()
+    assert shares["decoder"] == pytest.approx(1 - real / (8 * sum(slots.values())))
+    assert 0 < shares["encoder"] < 1
+
+
+def test_two_runs_are_compared_figure_by_figure(tmp_path):
+    old = {"what": "step", "device": "1 cpu", "step": {"seconds": [2.0, 4.0, 9.0]}, "mfu": 0.5, "against": None}
+    new = {"what": "step", "device": "2 cpu", "step": {"seconds": [2.0]}, "mfu": 0.25, "against": {"seconds": [1.0]}}
+    lines = compare.table(old, new).splitlines()
+    assert "1 cpu -> 2 cpu: not the same" in lines[0]
+    assert lines[1].split() == ["step.seconds", "4", "->", "2", "x", "0.500"] and lines[2].endswith("x 0.500")
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    assert compare.load(path, "step") == old
+    with pytest.raises(UserError, match=r"is of --what=step, not of --what=input"):
+        compare.load(path, "input")
+    for text in ("{", "[1]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"--compare="):
+            compare.load(path, "step")
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_measures_without_tensorflow(monkeypatch):
+    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
+    figures = step.measure(small(), repeats=2, caption_tokens=6.0)
+    assert len(figures.step.seconds) == len(figures.matmul_flops_per_second) == 2 and min(figures.step.seconds) > 0
+    assert figures.step.examples_per_second == pytest.approx(8 / np.median(figures.step.seconds))
+    assert figures.temporary_bytes > 0 and figures.argument_bytes > 0 and figures.flops_per_example > 0
+    assert "MFU" in figures.text() and json.loads(json.dumps(figures.record()))["devices"] == figures.devices
+    # Beside a program that takes twice as long.
+    twice = step.Timed.of([2 * s for s in figures.step.seconds], 8, None)
+    beside = dataclasses.replace(figures, against=twice, against_name="other")
+    assert "2.00 x its examples/s" in beside.text()
+    program = "import sys; sys.modules['tensorflow'] = None; from m3ae_jax.benchmark import step, vit_mae, compare"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_other_program_is_of_pictures_alone():
+    with pytest.raises(UserError, match=r"--against='vitmae' is not one of vit_mae; did you mean 'vit_mae'"):
+        step.measure(small(), repeats=1, against="vitmae")
+    with pytest.raises(UserError, match=r"take configs/mae_base\.py"):
+        step.measure(small(), repeats=1, against="vit_mae")
+
+
+@pytest.mark.slow
+def test_vit_mae_trains_beside_ours(monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[parity]'")
+    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
+    figures = step.measure(small(modalities=("image",)), repeats=2, against="vit_mae")
+    assert figures.against is not None and len(figures.against.seconds) == 2 and "ViTMAE" in figures.text()
+
+
+@pytest.mark.slow
+def test_the_guard_benchmark_compares_two_compiled_steps():
+    figures = guard.measure(small(), repeats=1, steps=2)
     sides = figures.sides
     assert min(side.flops for side in sides.values()) > 0
     assert {side.calls_to_the_host for side in sides.values()} == {0}  # nothing makes the host wait
