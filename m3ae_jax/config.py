@@ -72,6 +72,10 @@ def default() -> ConfigDict:
     c.model.decoder_width = 512
     c.model.decoder_depth = 8
     c.model.decoder_heads = 16
+    # What the decoder's target tokens attend to: self: each other and the visible ones, as in the paper; cross: the
+    # visible ones alone, so that none depends on which others are asked (CrossMAE, arXiv 2401.14391).
+    c.model.decoder_attention = "self"
+    c.model.image_target_share = 1.0  # of the hidden patches, how many a training step restores: drawn anew each step
     c.model.output_head_depth = 0  # 0: one linear layer a modality; n: n hidden layers before it
     c.model.use_type_embedding = True  # a learned vector a modality, in encoder and decoder
     c.model.image_positions = (
@@ -618,6 +622,7 @@ def _check_values(c: ConfigDict) -> None:
     c.data.modalities = tuple(m for m in MODALITIES if m in modalities)
     for name, allowed in (
         ("loss.text_average", ("example", "token")),
+        ("model.decoder_attention", ("self", "cross")),
         ("model.compute_dtype", ("auto", "float32", "bfloat16")),
         ("model.activation", ("gelu_tanh", "gelu")),
         ("model.image_positions", ("sincos", "learned")),
@@ -707,6 +712,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.layer_norm_epsilon", 1e-15, 0.1),
     ("model.image_mask_ratio", 0.0, 0.95),
     ("model.text_mask_ratio", 0.0, 0.95),
+    ("model.image_target_share", 0.01, 1.0),
     ("micro_batches", 1, _BIG),
     ("loss.vocabulary_blocks", 1, 10_000),
     ("mesh.data", 0, _BIG),

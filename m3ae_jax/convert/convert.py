@@ -260,6 +260,11 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     kind, config = FORMATS[format], stored.config
     _check_expressible(kind, config, format)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
+    if config.model.decoder_attention != "self" and not encoder_only and format not in ("timm", "safetensors"):
+        raise UserError(
+            f"model.decoder_attention={config.model.decoder_attention!r}: --to={format} has no such decoder; "
+            "--encoder_only leaves it out"
+        )
     if encoder_only:
         flat = {name: leaf for name, leaf in flat.items() if not name.startswith(_DECODER)}
     arrays, report = draw(kind.key_map(config, flat), flat)

@@ -1,6 +1,6 @@
 """Scaled dot-product attention in which padding is never a key, by XLA or by a backend's fused kernel.
 
-Legend: ``B`` batch, ``H`` heads, ``N`` tokens, ``C`` channels of a head.
+Legend: ``B`` batch, ``H`` heads, ``N`` tokens that ask, ``M`` tokens that are asked, ``C`` channels of a head.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def attend(
     """Mixes values by the softmax of scaled products (float32 inside).
 
     Args:
-        query: `[B, H, N, C]`, key and value alike.
-        valid: `[B, N] bool`, True where a token is real.
+        query: `[B, H, N, C]`.
+        key, value: `[B, H, M, C]`; in self-attention of the same tokens.
+        valid: `[B, M] bool`, True where a key is real.
         kernel: one of `KERNELS`.
         head_groups: ``xla`` alone: how many groups of heads are worked on one after the other, so that the weights
-            `[B, H, N, N]` exist for one group at a time, in the backward pass too. Divides H. A group takes every
+            `[B, H, N, M]` exist for one group at a time, in the backward pass too. Divides H. A group takes every
             `head_groups`-th head, so that heads split over devices stay where they are.
         dropout: rate on the weights, with `rng`; ``xla`` alone.
 
@@ -69,7 +70,7 @@ def attend(
 
 
 def weights(query: jax.Array, key: jax.Array, valid: jax.Array) -> jax.Array:
-    """Attention weights `[B, H, N, N] float32` of `[B, H, N, C]` queries (rows) and keys."""
+    """Attention weights `[B, H, N, M] float32` of `[B, H, N, C]` queries (rows) and keys."""
     return jax.nn.softmax(_logits(query, key, valid), axis=-1)
 
 
@@ -80,7 +81,7 @@ def _logits(query: jax.Array, key: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def mix(weights: jax.Array, value: jax.Array, dropout: float = 0.0, rng: jax.Array | None = None) -> jax.Array:
-    """Values `[B, H, N, C]` mixed by weights `[B, H, N, N]`."""
+    """Values `[B, H, M, C]` mixed by weights `[B, H, N, M]`."""
     if rng is not None and dropout > 0.0:
         keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
@@ -143,28 +144,32 @@ _in_groups.defvjp(_in_groups_forward, _in_groups_backward)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
-    tokens = query.shape[2]
-    more = tokens % 2  # its backward pass takes no odd length together with a mask
-    q, k, v = (jnp.swapaxes(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), 1, 2) for x in (query, key, value))
-    is_key = jnp.pad(valid, ((0, 0), (0, more)))[:, None, None, :]
-    mask = jnp.broadcast_to(is_key, (*is_key.shape[:2], tokens + more, tokens + more))
+    # Its backward pass takes no odd length together with a mask.
+    q, k, v = (jnp.swapaxes(_padded(x, 2), 1, 2) for x in (query, key, value))
+    is_key = jnp.pad(valid, ((0, 0), (0, k.shape[1] - valid.shape[1])))[:, None, None, :]
+    mask = jnp.broadcast_to(is_key, (is_key.shape[0], 1, q.shape[1], k.shape[1]))
     mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return jnp.swapaxes(mixed, 1, 2)[:, :, :tokens]
+    return jnp.swapaxes(mixed, 1, 2)[:, :, : query.shape[2]]
+
+
+def _padded(x: jax.Array, block: int) -> jax.Array:
+    """`[B, H, N, C]` with whole blocks of tokens."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    tokens = query.shape[2]
-    more = -tokens % _FLASH_BLOCK
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (query, key, value))
-    # Real tokens attend within segment 1, padding (whose outputs nobody reads) within 0.
-    segment = jnp.pad(valid, ((0, 0), (0, more))).astype(jnp.int32)
+    q, k, v = (_padded(x, _FLASH_BLOCK) for x in (query, key, value))
+    # Real keys are segment 1, padding 0; all queries are of segment 1, for nobody reads what padding asks.
+    asked = jnp.pad(valid, ((0, 0), (0, k.shape[2] - valid.shape[1]))).astype(jnp.int32)
+    asking = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
-        ids = flash.SegmentIds(segment, segment)
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, asking: jax.Array, asked: jax.Array) -> jax.Array:
+        ids = flash.SegmentIds(asking, asked)
         return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=query.shape[-1] ** -0.5)
 
     heads = ("batch", "heads", None, None)
-    mixed = on_each_device(kernel, [heads, heads, heads, ("batch", None)], heads)(q, k, v, segment)
-    return mixed[:, :, :tokens]
+    rows = ("batch", None)
+    mixed = on_each_device(kernel, [heads, heads, heads, rows, rows], heads)(q, k, v, asking, asked)
+    return mixed[:, :, : query.shape[2]]

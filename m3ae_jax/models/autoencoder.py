@@ -2,7 +2,8 @@
 
 Attention does not care about the order of its tokens, only about their position embeddings: the encoder reads
 CLS and the visible token sets as they come; the decoder reads the encoded tokens followed by mask tokens at the
-target positions; the heads run on target slots alone.
+target positions, or the mask tokens alone, each of which attends to the encoded ones (``decoder.cross``). The heads
+run on target slots alone.
 
 Legend: ``B`` batch, ``V`` visible and ``K`` target slots, ``D`` encoder width, ``E`` decoder width.
 """
@@ -157,10 +158,15 @@ class MaskedAutoencoder(nn.Module):
         for m, part in zip(present, _cut(context[:, 1:], list(encoded.tokens.values())), strict=True):
             parts.append(part + self._place(m, "decoder", visible[m]["position"]))
         masks = [self.mask_embedding[m] + self._place(m, "decoder", target[m]["position"]) for m in present]
-        x = jnp.concatenate([*parts, *masks], axis=1)
-        valid = _with_cls([visible[m]["valid"] for m in present] + [target[m]["valid"] for m in present])
-        x = self.decoder(x, valid, deterministic=deterministic)
-        restored = _cut(x[:, context.shape[1] :], masks)
+        shown, asked = ([tokens[m]["valid"] for m in present] for tokens in (visible, target))
+        if self.options.decoder.cross:
+            x = jnp.concatenate(masks, axis=1)
+            given = jnp.concatenate(parts, axis=1)
+            x = self.decoder(x, _with_cls(shown), context=given, deterministic=deterministic)
+        else:
+            x = jnp.concatenate([*parts, *masks], axis=1)
+            x = self.decoder(x, _with_cls(shown + asked), deterministic=deterministic)[:, context.shape[1] :]
+        restored = _cut(x, masks)
         heads = {m: getattr(self, f"{m}_output") for m in present}
         return {
             m: heads[m].features(part) if m in features_of else heads[m](part)

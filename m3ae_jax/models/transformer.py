@@ -55,6 +55,7 @@ class TransformerOptions:
         attention_head_groups: see `attention.attend`.
         activation: of the MLPs, a key of `ACTIVATIONS`.
         epsilon: of the LayerNorms.
+        cross: the tokens attend to a context, not to each other.
         dtype: of the matrix products; parameters are float32.
     """
 
@@ -71,6 +72,7 @@ class TransformerOptions:
     attention_head_groups: int = 1
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
+    cross: bool = False
     dtype: Any = jnp.float32
 
 
@@ -134,30 +136,38 @@ def drop(x: jax.Array, rate: float, rng_of: nn.Module, deterministic: bool) -> j
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention in which padding is never a key.
+    """Multi-head attention, of tokens to each other or to a context, in which padding is never a key.
 
-    The weights are sown as ``intermediates/attention`` (`[B, H, N, N] float32`) when that collection is mutable.
+    The weights are sown as ``intermediates/attention`` (`[B, H, N, M] float32`) when that collection is mutable.
     """
 
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
-        """Maps `[B N, D]` to `[B N, D]`; `valid` is `[B, N] bool`."""
+    def __call__(self, x: jax.Array, context: jax.Array | None, valid: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps `[B N, D]` to `[B N, D]`; `context` is `[B M, D]`, or None: `x`; `valid` of its tokens `[B, M] bool`."""
         o = self.options
         head_dim = o.width // o.heads
-        batch, tokens = valid.shape
-        axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
-        qkv = nn.DenseGeneral(
-            (3, o.heads, head_dim),
-            dtype=o.dtype,
-            kernel_init=named(nn.initializers.xavier_uniform(), *axes),
-            promote_dtype=gathered(*axes),
-            bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
-            name="qkv",
-        )(x)
-        # Heads before tokens: the batched products are then plain (faster on a CPU).
-        query, key, value = jnp.transpose(qkv.reshape(batch, tokens, 3, o.heads, head_dim), (2, 0, 3, 1, 4))
+        batch = valid.shape[0]
+
+        def project(x: jax.Array, parts: int, name: str) -> jax.Array:
+            """`[parts, B, H, N, C]`."""
+            axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
+            projected = nn.DenseGeneral(
+                (parts, o.heads, head_dim),
+                dtype=o.dtype,
+                kernel_init=named(nn.initializers.xavier_uniform(), *axes),
+                promote_dtype=gathered(*axes),
+                bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
+                name=name,
+            )(x)
+            # Heads before tokens: the batched products are then plain (faster on a CPU).
+            return jnp.transpose(projected.reshape(batch, -1, parts, o.heads, head_dim), (2, 0, 3, 1, 4))
+
+        if context is None:
+            query, key, value = project(x, 3, "qkv")
+        else:
+            (query,), (key, value) = project(x, 1, "query"), project(context, 2, "key_value")
         if self.is_mutable_collection("intermediates"):  # the maps are asked for
             self.sow("intermediates", "attention", attention.weights(query, key, valid))
         draws = o.attention_dropout > 0.0 and not deterministic
@@ -185,15 +195,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN attention and MLP, each with a residual."""
+    """Pre-LN attention and MLP, each with a residual; a context has been normalised before."""
 
     options: TransformerOptions
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, drop_path: jax.Array, valid: jax.Array, deterministic: bool
+        self, x: jax.Array, drop_path: jax.Array, context: jax.Array | None, valid: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, None]:
-        """Maps `[B N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None)."""
+        """Maps `[B N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None).
+
+        `context` and `valid` are as of `Attention`.
+        """
         o = self.options
         x = constrain(x, "batch", None)
 
@@ -201,12 +214,12 @@ class Block(nn.Module):
             branch = drop(branch, o.dropout, self, deterministic)
             if o.drop_path > 0.0 and not deterministic:
                 keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - drop_path, (valid.shape[0], 1))
-                keep = jnp.repeat(keep, valid.shape[1], axis=0)
+                keep = jnp.repeat(keep, x.shape[0] // valid.shape[0], axis=0)
                 branch = jnp.where(keep, branch / (1.0 - drop_path).astype(branch.dtype), 0)
             return x + branch
 
         norm = layer_norm(o.epsilon, o.dtype, "norm_attention")
-        x = residual(x, Attention(o, name="attention")(norm(x), valid, deterministic))
+        x = residual(x, Attention(o, name="attention")(norm(x), context, valid, deterministic))
         hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(
             layer_norm(o.epsilon, o.dtype, "norm_mlp")(x)
         )
@@ -221,33 +234,40 @@ class Transformer(nn.Module):
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, *, context: jax.Array | None = None, deterministic: bool = True
+    ) -> jax.Array:
         """Runs the stack.
 
         Args:
             x: `[B, N, D]`.
-            valid: `[B, N] bool`, True where a token is real.
+            valid: `[B, N] bool`, True where a token is real; with a context `[B, M] bool`, of its tokens.
+            context: with ``cross``, and only then: `[B, M, D]`, what each layer's attention reads.
             deterministic: False needs a ``dropout`` RNG if any rate is positive.
 
         Returns:
             `[B, N, D]`.
         """
         o = self.options
+        if (context is not None) != o.cross:
+            raise ValueError(f"a stack with cross={o.cross} {'needs a' if o.cross else 'takes no'} context")
         block = Block
         if o.remat != "none":
             # In a loop nothing can be shared between the passes, so preventing it would only cost.
-            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=o.unroll, static_argnums=(4,))
+            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=o.unroll, static_argnums=(5,))
         stack = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=o.depth,
             unroll=o.depth if o.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         rates = jnp.asarray(np.linspace(0.0, o.drop_path, o.depth), jnp.float32)
-        flat, _ = stack(o, name="blocks")(x.astype(o.dtype).reshape(-1, o.width), rates, valid, deterministic)
+        flat_context = None if context is None else context.astype(o.dtype).reshape(-1, o.width)
+        start = x.astype(o.dtype).reshape(-1, o.width)
+        flat, _ = stack(o, name="blocks")(start, rates, flat_context, valid, deterministic)
         return layer_norm(o.epsilon, o.dtype, "norm")(flat).reshape(x.shape)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.pipeline import Group, grid, token_slots
 from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
 from m3ae_jax.models.transformer import TransformerOptions
@@ -54,6 +55,7 @@ class M3AE:
     def loss(self, params: Params, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
         """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
         del extra, step
+        batch = self._asked(batch, rng)
         restored = self._restore(params, batch, rng, features_of=("text",))
         losses: dict[str, tuple[jax.Array, jax.Array]] = {}
         metrics: Terms = {}
@@ -121,6 +123,23 @@ class M3AE:
         )
         return restored
 
+    def _asked(self, batch: Batch, rng: jax.Array | None) -> Batch:
+        """The batch with as many target patches as a training step restores; without `rng` all of them."""
+        share = self._config.model.image_target_share
+        if rng is None or share == 1.0 or "image" not in batch["groups"]:
+            return batch
+        group = batch["groups"]["image"]
+        valid = group["target"]["valid"]
+        count = max(int(hidden_count(valid.shape[1], share)), 1)
+        # Real patches in a random order, then padding.
+        draws = jax.random.uniform(jax.random.fold_in(rng, 1), valid.shape) + ~valid
+        chosen = jnp.argsort(draws, axis=1)[:, :count]
+        target = {
+            name: jnp.take_along_axis(x, chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2)), axis=1)
+            for name, x in group["target"].items()
+        }
+        return {**batch, "groups": {**batch["groups"], "image": {**group, "target": target}}}
+
     def _visible(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
         visible = {name: dict(group["visible"]) for name, group in batch["groups"].items()}
         if "image" in visible:
@@ -134,7 +153,7 @@ def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptio
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if m.compute_dtype == "auto" else m.compute_dtype)
 
-    def stack(width: int, depth: int, heads: int) -> TransformerOptions:
+    def stack(width: int, depth: int, heads: int, cross: bool = False) -> TransformerOptions:
         return TransformerOptions(
             width=width,
             depth=depth,
@@ -149,12 +168,13 @@ def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptio
             attention_head_groups=m.attention_head_groups,
             activation=m.activation,
             epsilon=m.layer_norm_epsilon,
+            cross=cross,
             dtype=dtype,
         )
 
     return AutoencoderOptions(
         encoder=stack(m.width, m.depth, m.heads),
-        decoder=stack(m.decoder_width, m.decoder_depth, m.decoder_heads),
+        decoder=stack(m.decoder_width, m.decoder_depth, m.decoder_heads, m.decoder_attention == "cross"),
         modalities=tuple(config.data.modalities),
         grid=grid(config),
         patch_values=3 * config.data.patch_size**2,

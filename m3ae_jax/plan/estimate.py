@@ -57,7 +57,7 @@ class _Traced:
 
     def loss(self, params: Any, batch: Any) -> Any:
         extra = self._objective.init_extra(params)
-        output = batch_loss(self._objective, params, extra, batch, None, jnp.int32(0))
+        output = batch_loss(self._objective, params, extra, batch, jax.random.key(0), jnp.int32(0))
         return sum(total for total, _ in output.terms.values())
 
     def flops_per_example(self) -> float:

@@ -68,6 +68,26 @@ def test_flash_equals_xla_on_real_tokens(inputs):
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients, strict=True))
 
 
+@pytest.fixture(scope="module")
+def apart():
+    """Tokens that ask others: five ask six, of which the second example has four."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    query, key, value = (
+        jax.random.normal(k, (BATCH, HEADS, count, CHANNELS)) for k, count in zip(keys, (5, 6, 6), strict=True)
+    )
+    return query, key, value, jnp.arange(6) < jnp.array([[6], [4]])
+
+
+@pytest.mark.parametrize("options", [{"head_groups": 2}, {"kernel": "flash"}])
+def test_tokens_attend_to_a_context_of_another_length(apart, options):
+    (_, want), gradients = output_and_gradients(*apart)
+    assert want.shape == (BATCH, HEADS, 5, CHANNELS)
+    with pltpu.force_tpu_interpret_mode():
+        (_, got), found = output_and_gradients(*apart, **options)
+    assert np.allclose(got, want, atol=1e-5)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients, strict=True))
+
+
 def test_padding_is_no_key(inputs):
     query, key, value, valid = inputs
     changed = attend(query, key.at[1, :, 4:].add(9.0), value.at[1, :, 4:].add(9.0), valid, head_groups=2)
