@@ -4,7 +4,7 @@ r"""A small M3AE for sweeps: the paper's claims on the built-in scenes, in minut
         --grid="config.model.text_mask_ratio=0.15,0.5,0.75,0.9" --equal_flops=text_mask_ratio --eval=probe
 
 The probe tells the 56 combinations of colour and shape of a scene's object from its picture alone.
-Hardware: two CPU cores. Result: not measured.
+Hardware: two CPU cores, 3 to 7 minutes a run, two at a time. Result: docs/claims.md.
 """
 
 from ml_collections import ConfigDict
