@@ -258,13 +258,8 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     if format not in FORMATS:
         raise UserError(one_of("--to", format, FORMATS))
     kind, config = FORMATS[format], stored.config
-    _check_expressible(kind, config, format)
+    _check_expressible(kind, config, format, encoder_only)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
-    if config.model.decoder_attention != "self" and not encoder_only and format not in ("timm", "safetensors"):
-        raise UserError(
-            f"model.decoder_attention={config.model.decoder_attention!r}: --to={format} has no such decoder; "
-            "--encoder_only leaves it out"
-        )
     if encoder_only:
         flat = {name: leaf for name, leaf in flat.items() if not name.startswith(_DECODER)}
     arrays, report = draw(kind.key_map(config, flat), flat)
@@ -274,7 +269,7 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     return report
 
 
-def _check_expressible(kind: Format, config: ConfigDict, name: str) -> None:
+def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only: bool) -> None:
     if config.objective != "m3ae":
         raise UserError(f"objective={config.objective!r}: only models of the objective m3ae can be converted")
     if kind.image_only and "image" not in config.data.modalities:
@@ -283,6 +278,11 @@ def _check_expressible(kind: Format, config: ConfigDict, name: str) -> None:
         raise UserError(f"model.output_head_depth={config.model.output_head_depth}: --to={name} has one linear layer")
     if name == "m3ae" and config.model.image_positions == "learned":
         raise UserError("model.image_positions='learned': --to=m3ae has fixed positions alone")
+    if config.model.decoder_attention != "self" and not encoder_only and name not in ("timm", "safetensors"):
+        raise UserError(
+            f"model.decoder_attention={config.model.decoder_attention!r}: --to={name} has no such decoder; "
+            "--encoder_only leaves it out"
+        )
 
 
 def _write_tables(

@@ -237,3 +237,15 @@ def test_the_command_line_both_ways(parity: Path, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, again.params, inference.read(str(run)).params)
     done = command(f"--from={parity / 'm3ae_params.pkl'}")
     assert done.returncode == 2 and "give --workdir" in done.stderr
+
+
+@pytest.mark.parametrize("name", convert.FORMATS)
+def test_a_decoder_that_a_format_does_not_know_is_refused(name: str) -> None:
+    config = config_lib.default()
+    config.model.decoder_attention = "cross"
+    convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=True)
+    if name in ("timm", "safetensors"):  # without a decoder, and ours as it is
+        convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=False)
+    else:
+        with pytest.raises(UserError, match=r"model\.decoder_attention='cross'.*--encoder_only leaves it out"):
+            convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=False)
