@@ -69,6 +69,8 @@ def _main(argv: list[str]) -> None:
             raise UserError(one_of("--what", _WHAT.value, WHAT))
         if _REPEATS.value < 1:
             raise UserError(f"--repeats={_REPEATS.value}: must be at least 1")
+        if not 0 < _CAPTION_TOKENS.value <= 1e6:
+            raise UserError(f"--caption_tokens={_CAPTION_TOKENS.value:g}: must be above 0 and at most 1e6")
         path = _CONFIG.value or WHAT[_WHAT.value]
         config = config_lib.load(path)
         config_lib.apply_overrides(config, _overrides)
@@ -80,7 +82,10 @@ def _main(argv: list[str]) -> None:
         print(figures.text())
         record = {"what": _WHAT.value, "config": path, "overrides": dict(_overrides), **figures.record()}
         if _OUTPUT.value:
-            Path(_OUTPUT.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            try:
+                Path(_OUTPUT.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--output={_OUTPUT.value}: {error}") from None
         if before is not None:
             print(f"\nbeside {_COMPARE.value}:\n{compare.table(before, record)}")
     except UserError as error:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,10 +27,9 @@ from m3ae_jax.objectives.m3ae import autoencoder_options
 from m3ae_jax.parallel.mesh import batch_parts, make_mesh, mesh_rules, put_whole_batch
 from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.train.optimizer import optimizer, schedule
+from m3ae_jax.train.progress import host_peak_bytes
+from m3ae_jax.train.setup import BERT_VOCABULARY
 from m3ae_jax.train.step import abstract_state, init_state, jit_train_step
-
-BERT_VOCABULARY = 30_522
-"""Token ids where the config names no tokenizer: those of the paper's."""
 
 CAPTION_TOKENS = 25.0
 """Mean length of the captions: CC12M's, about."""
@@ -340,7 +337,7 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         compile_seconds=runner.compile_seconds,
         temporary_bytes=analysis.temp_size_in_bytes,
         argument_bytes=analysis.argument_size_in_bytes,
-        host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        host_peak_bytes=host_peak_bytes(),
         against=Timed.of(theirs.seconds, batch_size, other.peak_bytes()) if theirs and other else None,
         against_name=other.name if other else "",
     )

@@ -6,6 +6,7 @@ bfloat16. Its pictures are normalised beforehand; this project's step does that 
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -35,8 +36,8 @@ class ViTMAE:
                 "take configs/mae_base.py, or --config.data.modalities=image"
             )
         try:
-            import torch
-            import transformers
+            torch: Any = importlib.import_module("torch")
+            transformers: Any = importlib.import_module("transformers")
         except ImportError as error:
             raise UserError(
                 f"--against=vit_mae needs PyTorch and transformers ({error}): pip install -e '.[parity]'"

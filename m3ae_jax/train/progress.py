@@ -136,12 +136,16 @@ class Progress:
         )
 
 
+def host_peak_bytes() -> int:
+    """The most that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def memory() -> dict[str, float]:
     """GiB that this process has resident, and the most that its first device has held where that is told."""
     status = Path("/proc/self/status")
     found = re.search(r"VmRSS:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage, which knows the peak alone
-    host = int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    host = int(found[1]) * 1024 if found else host_peak_bytes()
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"memory/device_gib": stats["peak_bytes_in_use"] / _GIB} if "peak_bytes_in_use" in stats else {}
     return {"memory/host_gib": host / _GIB, **device}

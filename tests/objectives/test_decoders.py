@@ -1,5 +1,6 @@
 """The decoder whose target tokens attend to the visible ones alone, and steps that restore a share of the patches."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +29,7 @@ def made(**fields):
     objective = build(config, VOCABULARY)
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
-        jax.tree.map(
-            lambda b: getattr(b, "value", b), objective.init(jax.random.key(0)), is_leaf=lambda b: hasattr(b, "names")
-        ),
+        nn.unbox(objective.init(jax.random.key(0))),
     )
     return config, objective, params, ready_batch(config, objective, 1, VOCABULARY, 8.0)
 
