@@ -33,6 +33,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if place is None else jax.lax.with_sharding_constraint(x, place(axes))
 
 
+def splits(axis: str) -> bool:
+    """Whether several devices share an axis of this logical name; False outside `placed_by`."""
+    place = _place.get()
+    if place is None:
+        return False
+    sharding = place((axis,))
+    entry = sharding.spec[0] or ()
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return any(sharding.mesh.shape[name] > 1 for name in names)
+
+
 def gather(weight: jax.Array, *axes: str | None) -> jax.Array:
     """`weight`, whose dimensions have these logical axes, whole along the mesh axes that split the batch.
 

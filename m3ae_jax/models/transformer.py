@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from m3ae_jax.models import attention
-from m3ae_jax.models.placement import constrain, gather
+from m3ae_jax.models.placement import constrain, gather, splits
 
 Initializer = Callable[..., Any]
 
@@ -135,6 +136,23 @@ def drop(x: jax.Array, rate: float, rng_of: nn.Module, deterministic: bool) -> j
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def flat_product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` of rows `[N, ...]` with a kernel `[..., outputs ...]`, as one plain matrix product.
+
+    XLA's CPU back end transposes the kernel of several axes anew for each of its gradient's products. Heads that are
+    split over devices cannot be merged with their neighbours.
+    """
+    (contracted, _), _ = dimension_numbers
+    inputs = len(contracted)
+    if splits("heads"):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    rows, outputs = x.shape[0], kernel.shape[inputs:]
+    size = math.prod(kernel.shape[:inputs])
+    flat = ((1,), (0,)), ((), ())
+    product = jax.lax.dot_general(x.reshape(rows, size), kernel.reshape(size, -1), flat, **options)
+    return product.reshape(rows, *outputs)
+
+
 class Attention(nn.Module):
     """Multi-head attention, of tokens to each other or to a context, in which padding is never a key.
 
@@ -150,8 +168,8 @@ class Attention(nn.Module):
         head_dim = o.width // o.heads
         batch = valid.shape[0]
 
-        def project(x: jax.Array, parts: int, name: str) -> jax.Array:
-            """`[parts, B, H, N, C]`."""
+        def project(x: jax.Array, parts: int, name: str) -> list[jax.Array]:
+            """Of each part `[B, H, N, C]`."""
             axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
             projected = nn.DenseGeneral(
                 (parts, o.heads, head_dim),
@@ -159,15 +177,18 @@ class Attention(nn.Module):
                 kernel_init=named(nn.initializers.xavier_uniform(), *axes),
                 promote_dtype=gathered(*axes),
                 bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
+                dot_general=flat_product,
                 name=name,
             )(x)
-            # Heads before tokens: the batched products are then plain (faster on a CPU).
-            return jnp.transpose(projected.reshape(batch, -1, parts, o.heads, head_dim), (2, 0, 3, 1, 4))
+            # Split, as the gradient of slices is a sum of padded ones. Heads before tokens: the batched products are
+            # then plain (faster on a CPU).
+            split = jax.lax.split(projected, (1,) * parts, axis=1)
+            return [jnp.swapaxes(part.reshape(batch, -1, o.heads, head_dim), 1, 2) for part in split]
 
         if context is None:
             query, key, value = project(x, 3, "qkv")
         else:
-            (query,), (key, value) = project(x, 1, "query"), project(context, 2, "key_value")
+            [query], [key, value] = project(x, 1, "query"), project(context, 2, "key_value")
         if self.is_mutable_collection("intermediates"):  # the maps are asked for
             self.sow("intermediates", "attention", attention.weights(query, key, valid))
         draws = o.attention_dropout > 0.0 and not deterministic
@@ -190,6 +211,7 @@ class Attention(nn.Module):
             kernel_init=named(nn.initializers.xavier_uniform(), *axes),
             promote_dtype=gathered(*axes),
             bias_init=named(nn.initializers.zeros, "embed"),
+            dot_general=flat_product,
             name="out",
         )(mixed.reshape(-1, o.heads, head_dim))
 

@@ -80,7 +80,7 @@ def _fresh(objective: Objective, optimizer: optax.GradientTransformation, seed: 
 
 def train_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     micro_batches: int = 1,
     sources: tuple[str, ...] = (),
@@ -90,7 +90,7 @@ def train_step(
 
     Args:
         objective: its loss.
-        optimizer: its update.
+        optimizer: its update, which takes ``fine`` as that of `train.optimizer.optimizer`.
         seed: of dropout.
         micro_batches: parts that a batch is cut into, computed one after the other; loss and gradient are the
             whole batch's.
@@ -102,22 +102,23 @@ def train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, output = gradient(state, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        extra = objective.update_extra(state.extra, params, output.aux, state.step)
         terms = {**output.terms, **output.metrics, **token_counts(batch)}
         figures = {_named(name, sources): mean(*term) for name, term in terms.items()}
         figures["loss"] = total_loss(output.terms, objective.term_weights)
         figures |= norms("gradient_norm", grads)
-        changed, guard = (params, opt_state, extra), state.guard
+        guard, fine = state.guard, None
         if spike is not None:
             verdict = guards.judge(guard, figures["loss"], figures["gradient_norm"], spike)
             guard = guards.after(guard, figures["loss"], verdict)
-            before = (state.params, state.opt_state, state.extra)
-            changed = jax.tree.map(lambda new, old: jnp.where(verdict == guards.FINE, new, old), changed, before)
-            figures["skipped"] = verdict
-        figures |= norms("parameter_norm", changed[0])
-        return TrainState(state.step + 1, *changed, guard), figures
+            figures["skipped"], fine = verdict, verdict == guards.FINE
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, fine=fine)
+        params = optax.apply_updates(state.params, updates)
+        changed = params, objective.update_extra(state.extra, params, output.aux, state.step)
+        if fine is not None:
+            changed = jax.tree.map(lambda new, old: jnp.where(fine, new, old), changed, (state.params, state.extra))
+        params, extra = changed
+        figures |= norms("parameter_norm", params)
+        return TrainState(state.step + 1, params, opt_state, extra, guard), figures
 
     return step
 
@@ -149,7 +150,7 @@ def norms(name: str, tree: Any) -> dict[str, jax.Array]:
 
 def jit_train_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     micro_batches: int,
     abstract: TrainState,

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from m3ae_jax import config as config_lib
 from m3ae_jax.objectives.base import LossOutput
 from m3ae_jax.train import guard as guards
 from m3ae_jax.train.guard import FINE, NOT_FINITE, SPIKE, WINDOW
+from m3ae_jax.train.optimizer import optimizer
 from m3ae_jax.train.step import TrainState, train_step
 
 judge = jax.jit(guards.judge, static_argnums=3)
@@ -83,11 +85,13 @@ class Toy:
 
 
 def toy(spike, micro_batches=1):
-    optimizer = optax.adamw(0.1)
+    config = config_lib.default()
+    config.optimizer.clip_norm = 1.0
+    chain = optimizer(config, optax.constant_schedule(0.1))
     params = {"w": jnp.ones(3)}
     extra = {"updates": jnp.int32(0), "mean": jnp.zeros(3)}
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), extra)
-    return state, jax.jit(train_step(Toy(), optimizer, 0, micro_batches, spike=spike))
+    state = TrainState(jnp.int32(0), params, chain.init(params), extra)
+    return state, jax.jit(train_step(Toy(), chain, 0, micro_batches, spike=spike))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
