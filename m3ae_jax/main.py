@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from m3ae_jax import console
+from m3ae_jax import compilation_cache, console
 
 console.quiet_environment()
 console.exit_on_sigterm()
@@ -132,6 +132,7 @@ def main(argv: list[str]) -> None:
 def cli() -> None:
     """Entry point."""
     console.use_huge_pages()
+    compilation_cache.use()
     command_line.run(main, _overrides)
 
 

@@ -2,6 +2,10 @@ r"""Measures a part of the program on this machine.
 
     python -m m3ae_jax.benchmark --what=step
     python -m m3ae_jax.benchmark --what=step --config=configs/mae_base.py --against=vit_mae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=end_to_end
+    python -m m3ae_jax.benchmark --what=init --config=configs/base.py
+    python -m m3ae_jax.benchmark --what=checkpoint --config=configs/base.py
+    python -m m3ae_jax.benchmark --what=encode --config=configs/base.py
     python -m m3ae_jax.benchmark --what=input
     python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
     python -m m3ae_jax.benchmark --what=index
@@ -32,6 +36,10 @@ from m3ae_jax.errors import UserError, one_of  # noqa: E402
 
 WHAT = {
     "step": "configs/tiny.py",
+    "end_to_end": "configs/tiny.py",
+    "init": "configs/tiny.py",
+    "checkpoint": "configs/tiny.py",
+    "encode": "configs/tiny.py",
     "input": "configs/base.py",
     "index": "configs/base.py",
     "guard": "configs/tiny.py",
@@ -101,6 +109,18 @@ def _measured(config: ConfigDict) -> Figures:
         from m3ae_jax.benchmark import step
 
         return step.measure(config, repeats, _CAPTION_TOKENS.value, _AGAINST.value)
+    if _WHAT.value == "init":
+        from m3ae_jax.benchmark import init
+
+        return init.measure(config, repeats)
+    if _WHAT.value == "checkpoint":
+        from m3ae_jax.benchmark import checkpoint
+
+        return checkpoint.measure(config, repeats)
+    if _WHAT.value == "encode":
+        from m3ae_jax.benchmark import encode
+
+        return encode.measure(config, repeats)
     if _WHAT.value == "guard":
         from m3ae_jax.benchmark import guard
 
@@ -110,6 +130,10 @@ def _measured(config: ConfigDict) -> Figures:
 
         return features.measure(repeats)
     console.import_tensorflow()
+    if _WHAT.value == "end_to_end":
+        from m3ae_jax.benchmark import end_to_end
+
+        return end_to_end.measure(config, repeats)
     from m3ae_jax.benchmark import index, input
 
     if _WHAT.value == "index":
@@ -118,4 +142,5 @@ def _measured(config: ConfigDict) -> Figures:
 
 
 if __name__ == "__main__":
+    console.use_huge_pages()  # as m3ae_jax.main
     command_line.run(_main, _overrides)

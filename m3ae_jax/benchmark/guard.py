@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Runner
+from m3ae_jax.benchmark.step import Runner, device
 from m3ae_jax.train.watchdog import Watchdog
 
 _STEPS = 50
@@ -117,4 +117,4 @@ def measure(config: ConfigDict, repeats: int, steps: int = _STEPS) -> GuardFigur
     for name, runner in runners.items():
         flops, accessed, calls = runner.cost()
         sides[name] = Side(flops, accessed, statistics.median(host[name]), statistics.median(whole[name]), calls)
-    return GuardFigures(sides, steps, f"{jax.device_count()} {jax.devices()[0].device_kind}")
+    return GuardFigures(sides, steps, device())

@@ -10,11 +10,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3ae_jax.benchmark.vit_mae import ViTMAE
@@ -24,7 +26,7 @@ from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.objectives.base import Batch, Objective, abstract_batches, build
 from m3ae_jax.objectives.m3ae import autoencoder_options
-from m3ae_jax.parallel.mesh import batch_parts, make_mesh, mesh_rules, put_whole_batch
+from m3ae_jax.parallel.mesh import Rules, batch_parts, make_mesh, mesh_rules, put_whole_batch
 from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.train.optimizer import optimizer, schedule
 from m3ae_jax.train.progress import host_peak_bytes
@@ -149,9 +151,30 @@ class StepFigures:
         return {**dataclasses.asdict(self), "mfu": self.mfu}
 
 
+def device() -> str:
+    """How many of which."""
+    return f"{jax.device_count()} {jax.devices()[0].device_kind}"
+
+
 def told(seconds: list[float]) -> str:
     """Median and range."""
     return f"{statistics.median(seconds):.4g} ({min(seconds):.4g} to {max(seconds):.4g})"
+
+
+class Model(NamedTuple):
+    """What `init_state` and `abstract_state` take."""
+
+    objective: Objective
+    chain: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    seed: int
+    rules: Rules
+
+    @staticmethod
+    def of(config: ConfigDict, vocabulary: int, mesh: Mesh) -> Model:
+        """A resolved config's."""
+        chain = optimizer(config, schedule(config, 1000, config.batch_size))
+        return Model(build(config, vocabulary), chain, mesh, config.seed, mesh_rules(config))
 
 
 class Runner:
@@ -167,12 +190,13 @@ class Runner:
     def __init__(self, config: ConfigDict, spike: float | None, caption_tokens: float = CAPTION_TOKENS) -> None:
         self.vocabulary = vocabulary_of(config)
         self.mesh = make_mesh(config)
-        rules, objective = mesh_rules(config), build(config, self.vocabulary)
-        chain = optimizer(config, schedule(config, 1000, config.batch_size))
-        abstract = abstract_state(objective, chain, self.mesh, config.seed, rules)
-        step = jit_train_step(objective, chain, config.seed, config.micro_batches, abstract, self.mesh, (), spike)
-        self._state = init_state(objective, chain, self.mesh, config.seed, rules)
-        self.batch = ready_batch(config, objective, batch_parts(self.mesh), self.vocabulary, caption_tokens)
+        model = Model.of(config, self.vocabulary, self.mesh)
+        abstract = abstract_state(*model)
+        step = jit_train_step(
+            model.objective, model.chain, config.seed, config.micro_batches, abstract, self.mesh, (), spike
+        )
+        self._state = init_state(*model)
+        self.batch = ready_batch(config, model.objective, batch_parts(self.mesh), self.vocabulary, caption_tokens)
         self._batch = put_whole_batch(self.batch, self.mesh)
         begin = time.perf_counter()
         lowered = step.lower(self._state, self._batch)
@@ -344,7 +368,10 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
 
 
 class _Rounds:
-    """Seconds a step of each round; the first step is to warm up, the second says how many make a round."""
+    """Seconds a step of each round, of as many steps as its first one says.
+
+    Before each round a step is not timed: the system may have taken back memory that the program will ask for again.
+    """
 
     def __init__(self, run: Callable[[int], None]) -> None:
         self._run, self.seconds = run, list[float]()
@@ -355,6 +382,7 @@ class _Rounds:
 
     def one(self) -> None:
         """Runs a round."""
+        self._run(1)
         begin = time.perf_counter()
         self._run(self._steps)
         self.seconds.append((time.perf_counter() - begin) / self._steps)

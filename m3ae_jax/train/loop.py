@@ -33,7 +33,7 @@ from m3ae_jax.report.run import build_run
 from m3ae_jax.train.guard import FINE, VERDICTS
 from m3ae_jax.train.identity import Identity
 from m3ae_jax.train.profile import Profile
-from m3ae_jax.train.progress import Progress, memory
+from m3ae_jax.train.progress import Progress, Start, memory
 from m3ae_jax.train.replacements import Replacements
 from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState
@@ -60,9 +60,10 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
         UserError: the config, the data or the folder does not fit, or the run cannot go on.
         Stopped: a signal asked for it.
     """
-    begun = time.perf_counter()
+    begun, start = time.perf_counter(), Start()
     resolved = config_lib.resolve(config)
-    setup = prepare(resolved)
+    with start.part("data"):
+        setup = prepare(resolved)
     identity = Identity(resolved, setup.identity(), allow_config_change)
     identity.check_allowed()
     first = jax.process_index() == 0
@@ -79,7 +80,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
             checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
             stack.enter_context(contextlib.closing(checkpoints))
             writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
-            return _Loop(setup, workdir, identity, checkpoints, writer, events, begun).run()
+            return _Loop(setup, workdir, identity, checkpoints, writer, events, begun, start).run()
         except Exception as error:
             if tells_of_a_loss(error):
                 _leave_alone(workdir, events, error)
@@ -186,11 +187,13 @@ class _Loop:
         writer: MetricWriter,
         events: Events,
         begun: float,
+        start: Start,
     ) -> None:
         self._setup, self._workdir, self._identity = setup, workdir, identity
         self._checkpoints, self._writer, self._events = checkpoints, writer, events
         self._validate = Validation(setup)
         self._draw = Reconstructions(setup, workdir / "pictures")
+        self._starting: Start | None = start
         self._metrics: dict[str, float] = {}
         self._priors: dict[str, float] = {}
         self._replaced = Replacements()
@@ -205,7 +208,8 @@ class _Loop:
         """From the first state to the closing evaluations, watched."""
         with self._watchdog:
             self._watchdog.stage("starting", patient=True)
-            state = self._first_state()
+            with self._part("state"):
+                state = self._first_state()
             if int(state.step) < self._setup.total_steps:
                 state = self._train(state)
             else:
@@ -222,8 +226,9 @@ class _Loop:
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
         evals_every = setup.steps("eval.evals_every") if setup.config.eval.evals_every else total
         if start == 0:
-            self._priors = priors(setup)
-            self._evaluate(state)
+            with self._part("evaluation"):
+                self._priors = priors(setup)
+                self._evaluate(state)
         log.info(self._progress.formula())
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
@@ -236,12 +241,16 @@ class _Loop:
             for step in range(start + 1, total + 1):
                 self._metrics = {}
                 watchdog.stage("waiting for data")
-                batch = self._progress.waiting(lambda: next(batches), figures)
+                with self._part("batch"):
+                    batch = self._progress.waiting(lambda: next(batches), figures)
                 self._replaced.add(batch)
                 profile.before(step)
                 compiling = step == start + 1
                 watchdog.stage("compiling the step" if compiling else "running steps", patient=compiling)
-                with self._progress.spent_on("compile") if compiling else contextlib.nullcontext():
+                with (
+                    self._progress.spent_on("compile") if compiling else contextlib.nullcontext(),
+                    self._part("compile"),
+                ):
                     state, figures = step_fn(state, put_batch(batch, setup.mesh))
                 watchdog.started(step, figures["loss"])
                 profile.after(step, figures)
@@ -264,6 +273,10 @@ class _Loop:
         if self._replaced.by_reason.sum():
             log.warning(self._replaced.summary())
         return state
+
+    def _part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Of the start; after the first step nothing."""
+        return self._starting.part(name) if self._starting else contextlib.nullcontext()
 
     def _first_state(self) -> TrainState:
         """What the run starts from: 1. its own newest checkpoint, 2. ``init_from``, 3. fresh parameters."""
@@ -319,9 +332,14 @@ class _Loop:
         timing = self._progress.interval(step)
         del values["skipped"]
         row = {k if k.startswith("tokens/") else f"train/{k}": v for k, v in {**values, **timing}.items()}
-        self._writer.scalars(step, row | self._progress.shares() | memory() | self._priors)
+        parts, self._starting = self._starting.end() if self._starting else {}, None
+        start = {f"start/{part}": seconds for part, seconds in parts.items()}
+        self._writer.scalars(step, row | self._progress.shares() | memory() | self._priors | start)
         self._priors = {}
         log.info(self._progress.line(step, values, timing))
+        if parts:
+            told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+            log.info("  the first step was done after %.1f s: %s", sum(parts.values()), told)
         self._replaced.check(self._setup.config.data.max_bad_fraction)
         self._check_skipped(state)
 

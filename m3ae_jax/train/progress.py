@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import resource
 import sys
@@ -34,6 +35,35 @@ _GIB = 2**30
 def peak_flops(device_kind: str) -> float | None:
     """Published bfloat16 operations per second of one device; None if it is not in the table."""
     return next((flops for pattern, flops in _PEAKS if re.fullmatch(pattern, device_kind)), None)
+
+
+class Start:
+    """What the time from the program's start to the end of its first step goes to."""
+
+    def __init__(self) -> None:
+        self._parts = {"imports": process_age()}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context whose time counts as that of `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begin
+
+    def end(self) -> dict[str, float]:
+        """Seconds by part, the rest as ``other``."""
+        return {**self._parts, "other": max(process_age() - sum(self._parts.values()), 0.0)}
+
+
+def process_age() -> float:
+    """Seconds since this process was started; its processor time where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
 
 
 class Progress:

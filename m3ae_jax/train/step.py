@@ -69,8 +69,15 @@ def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, rules: Rules = RULES
 ) -> TrainState:
     """A fresh state, born on the mesh with its shardings."""
+    return jit_init(objective, optimizer, mesh, seed, rules)()
+
+
+def jit_init(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, rules: Rules = RULES
+) -> Any:
+    """What `init_state` calls, jitted."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(objective, optimizer, mesh, seed, rules))
-    return jax.jit(lambda: _fresh(objective, optimizer, seed), out_shardings=shardings)()
+    return jax.jit(lambda: _fresh(objective, optimizer, seed), out_shardings=shardings)
 
 
 def _fresh(objective: Objective, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from m3ae_jax.benchmark import compare, features, guard, index, input, step
+from m3ae_jax.benchmark import checkpoint, compare, encode, end_to_end, features, guard, index, init, input, step
 from m3ae_jax.config import default, resolve
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.errors import UserError
@@ -142,3 +142,41 @@ def test_the_guard_benchmark_compares_two_compiled_steps():
     assert min(side.flops for side in sides.values()) > 0
     assert {side.calls_to_the_host for side in sides.values()} == {0}  # nothing makes the host wait
     assert "compiled FLOPs" in figures.text() and json.loads(json.dumps(figures.record()))["steps"] == 2
+
+
+@pytest.mark.slow
+def test_making_saving_and_restoring_a_state_are_timed():
+    made = init.measure(small(), repeats=2)
+    assert len(made.run_seconds) == 2 and min(made.compile_seconds) > 0 and made.state_bytes > 12 * made.parameters
+    saved = checkpoint.measure(small(), repeats=2)
+    assert all(0 < wait <= all_ for wait, all_ in zip(saved.wait_seconds, saved.save_seconds, strict=True))
+    assert saved.state_bytes == made.state_bytes and saved.file_bytes > 0 and min(saved.restore_seconds) > 0
+    for figures, words in ((made, f"{made.parameters:,} parameters"), (saved, "the loop waits")):
+        assert words in figures.text() and json.loads(json.dumps(figures.record()))
+
+
+@pytest.mark.slow
+def test_encoding_is_timed_by_batch_size(monkeypatch):
+    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
+    monkeypatch.setattr(encode, "_ROUND_SECONDS", 0.0)
+    c = small()
+    figures = encode.measure(c, repeats=2, sizes=(1, 4))
+    assert [rate.batch_size for rate in figures.rates] == [1, 4] and figures.tokens == 16 + 16
+    assert all(len(rate.seconds) == 2 and rate.examples_per_second > 0 for rate in figures.rates)
+    # One layer of width 16: products with weights, and attention among 33 tokens; patches of 192 numbers.
+    assert figures.flops_per_example == 2 * 33 * 12 * 16**2 + 4 * 33**2 * 16 + 2 * 16 * 192 * 16
+    assert "32 visible tokens" in figures.text() and json.loads(json.dumps(figures.record()))
+
+
+@pytest.mark.slow
+def test_training_with_data_is_timed_beside_ready_batches():
+    c = small()
+    c.data.train.source, c.optimizer.warmup = "scenes", "1 steps"
+    c = resolve(c)
+    figures = end_to_end.measure(c, repeats=2, steps=3)
+    assert len(figures.step_seconds) == len(figures.ready_seconds) == 2 and 0 <= figures.wait_share < 1
+    assert list(figures.start) == ["cold", "cached"]
+    for parts in figures.start.values():
+        assert list(parts) == ["imports", "data", "state", "evaluation", "batch", "compile", "other"]
+        assert min(parts.values()) >= 0 and parts["imports"] > 0
+    assert "to the end of the first step" in figures.text() and json.loads(json.dumps(figures.record()))

@@ -1,0 +1,99 @@
+"""How long it takes to save and to restore a training state, and how long the loop waits for a save."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from m3ae_jax.benchmark.step import Model, device, told, vocabulary_of
+from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.parallel.mesh import make_mesh
+from m3ae_jax.train.step import abstract_state, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFigures:
+    """What was measured; seconds of each round.
+
+    Attributes:
+        device: how many of which.
+        folder: on whose file system.
+        state_bytes: in memory, of all devices.
+        file_bytes: of one checkpoint.
+        wait_seconds: until the loop goes on.
+        save_seconds: until all is on the disk and checked.
+        restore_seconds: from the disk to the devices, its checksums compared.
+    """
+
+    device: str
+    folder: str
+    state_bytes: int
+    file_bytes: int
+    wait_seconds: list[float]
+    save_seconds: list[float]
+    restore_seconds: list[float]
+
+    def text(self) -> str:
+        """For people."""
+        written, read = (
+            self.file_bytes / statistics.median(seconds) / 1e6 for seconds in (self.save_seconds, self.restore_seconds)
+        )
+        return (
+            f"a checkpoint of {self.state_bytes / 2**30:.2f} GiB, {self.file_bytes / 2**30:.2f} GiB on the disk "
+            f"({self.folder}; {self.device}; seconds are the median of the rounds and their range):\n"
+            f"  the loop waits  {told(self.wait_seconds)} s\n"
+            f"  saved after     {told(self.save_seconds)} s, {written:,.0f} MB/s\n"
+            f"  restored in     {told(self.restore_seconds)} s, {read:,.0f} MB/s"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        return dataclasses.asdict(self)
+
+
+def measure(config: ConfigDict, repeats: int, workdir: str = "") -> CheckpointFigures:
+    """Saves and restores a fresh state of a resolved config.
+
+    Args:
+        config: resolved.
+        repeats: saves, each of which is restored.
+        workdir: on whose file system; "": that of temporary files.
+    """
+    model = Model.of(config, vocabulary_of(config), make_mesh(config))
+    state, abstract = jax.block_until_ready(init_state(*model)), abstract_state(*model)
+    waits, saves, restores = list[float](), list[float](), list[float]()
+    with tempfile.TemporaryDirectory(dir=workdir or None) as folder:
+        with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+            for step in range(1, repeats + 1):
+                state = dataclasses.replace(state, step=jnp.int32(step))
+                begin = time.perf_counter()
+                checkpoints.save(state, {"config": config.to_dict()}, {})
+                waits.append(time.perf_counter() - begin)
+                checkpoints.wait()
+                saves.append(time.perf_counter() - begin)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        for _ in range(repeats):
+            with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:  # as a new run would
+                begin = time.perf_counter()
+                jax.block_until_ready(checkpoints.restore(repeats, abstract))
+                restores.append(time.perf_counter() - begin)
+        where = str(Path(folder).parent)
+    return CheckpointFigures(
+        device=device(),
+        folder=where,
+        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        file_bytes=size,
+        wait_seconds=waits,
+        save_seconds=saves,
+        restore_seconds=restores,
+    )

@@ -1,0 +1,152 @@
+"""How fast a run trains with its own data, beside the same step on a batch that lies ready; and how it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from m3ae_jax import config as config_lib
+from m3ae_jax.benchmark.step import device, told
+from m3ae_jax.errors import UserError
+from m3ae_jax.metrics.writers import read_rows
+from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.train.setup import Setup, prepare
+
+_STEPS = 30  # of a round
+
+
+@dataclasses.dataclass(frozen=True)
+class EndToEndFigures:
+    """What was measured; seconds of each round.
+
+    Attributes:
+        device: how many of which.
+        batch_size: examples of a step, of all processes.
+        data: what is read.
+        step_seconds: a step with its data.
+        ready_seconds: a step on one batch that lies on the device.
+        host_seconds: of the program's thread, for handing a batch and a step to the device.
+        wait_share: of the time, in which the program waited for the next batch.
+        start: seconds of a new process by what it does, to its first step: ``cold``, then ``cached``, with what the
+            first has compiled.
+    """
+
+    device: str
+    batch_size: int
+    data: str
+    step_seconds: list[float]
+    ready_seconds: list[float]
+    host_seconds: float
+    wait_share: float
+    start: dict[str, dict[str, float]]
+
+    def text(self) -> str:
+        """For people."""
+        step, ready = statistics.median(self.step_seconds), statistics.median(self.ready_seconds)
+        starts = [
+            f"  start, {name:<7} {sum(parts.values()):.1f} s to the end of the first step: "
+            + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+            for name, parts in self.start.items()
+        ]
+        return "\n".join(
+            [
+                f"training with data, {self.batch_size} examples a step, {self.data} ({self.device}; seconds are the "
+                "median of the rounds and their range):",
+                f"  with its data   {told(self.step_seconds)} s a step, {self.batch_size / step:,.1f} examples/s",
+                f"  ready batches   {told(self.ready_seconds)} s a step, {self.batch_size / ready:,.1f} examples/s",
+                f"  ratio           {ready / step:.2f} x the examples/s of ready batches",
+                f"  waits           {self.wait_share:.0%} of the time for data; "
+                f"{self.host_seconds * 1e6:,.0f} us of host time a step",
+                *starts,
+            ]
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        return dataclasses.asdict(self)
+
+
+def measure(config: ConfigDict, repeats: int, steps: int = _STEPS, *, starts: bool = True) -> EndToEndFigures:
+    """Trains with and without data in turns, then starts the program twice.
+
+    Args:
+        config: resolved; its data are read.
+        repeats: rounds of each.
+        steps: of a round.
+        starts: whether to start the program too, with a compilation cache of its own.
+
+    Raises:
+        UserError: the data are missing or do not fit.
+    """
+    setup = prepare(config)
+    step, state = setup.train_step(), setup.init_state()
+    with_data, ready = list[float](), list[float]()
+    waited = host = 0.0
+    with contextlib.closing(_endless(setup)) as batches:
+        batch = put_batch(next(batches), setup.mesh)
+        state, figures = step(state, batch)
+        for _ in range(repeats):
+            state, figures = step(state, batch)
+            jax.block_until_ready(figures)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                state, figures = step(state, batch)
+            jax.block_until_ready(figures)
+            ready.append((time.perf_counter() - begin) / steps)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                before = time.perf_counter()
+                read = next(batches)
+                got = time.perf_counter()
+                state, figures = step(state, put_batch(read, setup.mesh))
+                host += time.perf_counter() - got
+                waited += got - before
+            jax.block_until_ready(figures)
+            with_data.append((time.perf_counter() - begin) / steps)
+    return EndToEndFigures(
+        device=device(),
+        batch_size=config.batch_size,
+        data=f"{config.data.train.source} {config.data.train.path}".strip() or ", ".join(setup.train_data.names),
+        step_seconds=with_data,
+        ready_seconds=ready,
+        host_seconds=host / (repeats * steps),
+        wait_share=waited / (sum(with_data) * steps),
+        start=_starts(config) if starts else {},
+    )
+
+
+def _endless(setup: Setup) -> Generator[Any, None, None]:
+    while True:
+        yield from setup.train_batches(0)
+
+
+def _starts(config: ConfigDict) -> dict[str, dict[str, float]]:
+    """Of two new processes that do one step, without and with what the first has compiled."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        short = config_lib.from_json(config_lib.to_json(config))
+        short.duration, short.evals, short.eval.every = "1 steps", (), "1000 steps"
+        path.write_text(config_lib.to_json(short), encoding="utf-8")
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        for name in ("cold", "cached"):
+            workdir = Path(folder) / name
+            command = [sys.executable, "-m", "m3ae_jax.main", f"--config={path}", f"--workdir={workdir}"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"the program did not start: {(done.stderr or done.stdout).strip()[-500:]}")
+            row = next(row for row in read_rows(workdir) if "start/imports" in row)
+            found[name] = {k.removeprefix("start/"): v for k, v in row.items() if k.startswith("start/")}
+    return found
