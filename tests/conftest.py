@@ -1,10 +1,13 @@
 """What all tests share: eight CPU devices, golden files, the folder of reference data."""
 
+import atexit
 import io
 import json
 import math
 import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +21,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: XLA's optimiser would take most of their time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# The programs that tests start share what they compile, and leave the user's cache alone.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="m3ae_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # of the tests' own programs hardly one comes twice
 
 TESTS = Path(__file__).resolve().parent
 

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from m3ae_jax import config as configs
+from m3ae_jax.models import transformer
 from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
 from m3ae_jax.models.transformer import OutputHead, Transformer, TransformerOptions
 from m3ae_jax.objectives.m3ae import M3AE
@@ -69,6 +70,18 @@ def test_unroll_compiles_no_loop(params: Any) -> None:
 
     assert has_loop(OPTIONS)
     assert not has_loop(dataclasses.replace(OPTIONS, unroll=True))
+
+
+def test_merged_kernel_axes_change_nothing(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where heads are split over devices the kernels keep their axes (`flat_product`)."""
+
+    def loss(p: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(apply(OPTIONS, p)))
+
+    merged = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(transformer, "splits", lambda axis: True)
+    apart = jax.value_and_grad(loss)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), merged, apart)
 
 
 def test_layers_start_different(fresh: Any) -> None:

@@ -53,7 +53,7 @@ GRACE = 10.0  # between SIGTERM and SIGKILL, as in launch/local.sh
 POLL = 0.005
 
 STOPPED, KILLED, TERMINATED = 75, -signal.SIGKILL, -signal.SIGTERM
-TIMINGS = ("second", "train/data_wait_share", "train/mfu", "time/", "memory/")  # parts of the names of such figures
+TIMINGS = ("second", "train/data_wait_share", "train/mfu", "time/", "start/", "memory/")  # parts of their names
 FIELDS = {
     "batch_size": 8,
     "log_every": "1 steps",
