@@ -2,6 +2,7 @@ r"""Measures a part of the program on this machine.
 
     python -m m3ae_jax.benchmark --what=step
     python -m m3ae_jax.benchmark --what=step --config=configs/mae_base.py --against=vit_mae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=step --config=configs/base.py --against=m3ae --config.batch_size=8
     python -m m3ae_jax.benchmark --what=end_to_end
     python -m m3ae_jax.benchmark --what=init --config=configs/base.py
     python -m m3ae_jax.benchmark --what=checkpoint --config=configs/base.py
@@ -52,7 +53,7 @@ _CONFIG = flags.DEFINE_string("config", "", "As of m3ae_jax.main, with --config.
 _OWN_DATA = flags.DEFINE_bool("own_data", False, "For input: read the config's data, not pictures made here.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements, of which the median and the range are printed.")
 _CAPTION_TOKENS = flags.DEFINE_float("caption_tokens", 25.0, "For step: mean length of the captions.")
-_AGAINST = flags.DEFINE_string("against", "", "For step: another program to time in turns; vit_mae.")
+_AGAINST = flags.DEFINE_string("against", "", "For step: another program to time in turns; vit_mae, m3ae, m3ae_256.")
 _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the figures.")
 _COMPARE = flags.DEFINE_string("compare", "", "A JSON file of --output, of which to print ratios.")
 

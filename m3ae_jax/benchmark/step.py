@@ -6,11 +6,12 @@ No tensorflow is needed. Legend: ``B`` examples.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from m3ae_jax.benchmark.m3ae_reference import M3AEReference
 from m3ae_jax.benchmark.vit_mae import ViTMAE
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.pipeline import Group
@@ -36,8 +38,25 @@ from m3ae_jax.train.step import abstract_state, init_state, jit_train_step
 CAPTION_TOKENS = 25.0
 """Mean length of the captions: CC12M's, about."""
 
-AGAINST = {"vit_mae": ViTMAE}
-"""Programs to compare with, by the name that ``--against`` takes."""
+
+class Other(Protocol):
+    """A program to compare with: what it is, steps of it, and the most that the device held where that is told."""
+
+    name: str
+
+    def run(self, steps: int) -> None:
+        """Runs steps to their end."""
+
+    def peak_bytes(self) -> int | None:
+        """Of the device."""
+
+
+AGAINST: dict[str, Callable[[ConfigDict, bool, float], Other]] = {
+    "vit_mae": lambda config, on_gpu, caption_tokens: ViTMAE(config, on_gpu),
+    "m3ae": M3AEReference,
+    "m3ae_256": functools.partial(M3AEReference, text_tokens=256),
+}
+"""Programs to compare with, by the name that ``--against`` takes; m3ae at its text length 64."""
 
 _ROUND_SECONDS = 2.0  # about what a round takes
 _MOST_STEPS = 50  # of a round
@@ -329,7 +348,7 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
     """
     if against and against not in AGAINST:
         raise UserError(one_of("--against", against, AGAINST))
-    other = AGAINST[against](config, jax.default_backend() == "gpu") if against else None
+    other = AGAINST[against](config, jax.default_backend() == "gpu", caption_tokens) if against else None
     runner = Runner(config, config.anomaly.spike, caption_tokens)
     dtype = autoencoder_options(config, 0).encoder.dtype
     peak = matmul(dtype)

@@ -6,14 +6,29 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from m3ae_jax.benchmark import checkpoint, compare, encode, end_to_end, features, guard, index, init, input, step
-from m3ae_jax.config import default, resolve
+from m3ae_jax.benchmark import (
+    checkpoint,
+    compare,
+    encode,
+    end_to_end,
+    features,
+    guard,
+    index,
+    init,
+    input,
+    m3ae_reference,
+    step,
+)
+from m3ae_jax.benchmark.m3ae_reference import M3AEReference
+from m3ae_jax.config import default, load, resolve
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
+from m3ae_jax.plan.flops import matmul_flops
 
 
 def config():
@@ -115,10 +130,37 @@ def test_the_step_benchmark_measures_without_tensorflow(monkeypatch):
 
 
 def test_the_other_program_is_of_pictures_alone():
-    with pytest.raises(UserError, match=r"--against='vitmae' is not one of vit_mae; did you mean 'vit_mae'"):
+    with pytest.raises(
+        UserError, match=r"--against='vitmae' is not one of m3ae, m3ae_256, vit_mae; did you mean 'vit_mae'"
+    ):
         step.measure(small(), repeats=1, against="vitmae")
     with pytest.raises(UserError, match=r"take configs/mae_base\.py"):
         step.measure(small(), repeats=1, against="vit_mae")
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "gigaflops"),
+    [("small", 64, 58.3), ("small", 256, 118.7), ("base", 64, 84.2), ("base", 256, 163.4)],
+)
+def test_the_m3ae_reference_asks_for_its_published_operations(size, tokens, gigaflops):
+    """Closed forms of the reference's own code at 224 px, ratios 0.75, 30,522 words; GFLOP of three forward passes."""
+    c = load(f"configs/{size}.py")
+    c.data.image_size, c.batch_size = 224, 1
+    reference = M3AEReference(resolve(c), False, 25.0, text_tokens=tokens)
+    params = jax.eval_shape(reference.init)
+    flops = 3 * matmul_flops(reference.loss, params, jax.random.key(0), reference.batch)
+    assert flops / 1e9 == pytest.approx(gigaflops, rel=0.002)
+
+
+@pytest.mark.slow
+def test_the_m3ae_reference_trains_beside_ours(monkeypatch):
+    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
+    monkeypatch.setattr(m3ae_reference, "BERT_VOCABULARY", 50)
+    figures = step.measure(small(), repeats=2, caption_tokens=6.0, against="m3ae")
+    assert len(figures.against.seconds) == 2 and "text length 64" in figures.text()
+    with pytest.raises(UserError, match=r"take configs/base\.py"):
+        step.measure(small(modalities=("image",)), repeats=1, against="m3ae")
 
 
 @pytest.mark.slow
