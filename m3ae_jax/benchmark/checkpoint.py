@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from m3ae_jax.benchmark.step import Model, device, told, vocabulary_of
@@ -61,7 +62,7 @@ class CheckpointFigures:
 
 
 def measure(config: ConfigDict, repeats: int, workdir: str = "") -> CheckpointFigures:
-    """Saves and restores a fresh state of a resolved config.
+    """Saves and restores a state of a resolved config, whose moments are as hard to compress as its parameters.
 
     Args:
         config: resolved.
@@ -69,7 +70,13 @@ def measure(config: ConfigDict, repeats: int, workdir: str = "") -> CheckpointFi
         workdir: on whose file system; "": that of temporary files.
     """
     model = Model.of(config, vocabulary_of(config), make_mesh(config))
-    state, abstract = jax.block_until_ready(init_state(*model)), abstract_state(*model)
+    state, abstract = init_state(*model), abstract_state(*model)
+    # A fresh state's moments are zeros, which are compressed to nothing.
+    moments = {
+        name: jax.tree.map(lambda x, like: x.astype(like.dtype), state.params, optax.tree.get(state.opt_state, name))
+        for name in ("mu", "nu")
+    }
+    state = jax.block_until_ready(dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, **moments)))
     waits, saves, restores = list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory(dir=workdir or None) as folder:
         with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
