@@ -118,7 +118,7 @@ def measure(config: ConfigDict, repeats: int, steps: int = _STEPS, *, starts: bo
     return EndToEndFigures(
         device=device(),
         batch_size=config.batch_size,
-        data=f"{config.data.train.source} {config.data.train.path}".strip() or ", ".join(setup.train_data.names),
+        data=", ".join(setup.train_data.names) or f"{config.data.train.source} {config.data.train.path}".strip(),
         step_seconds=with_data,
         ready_seconds=ready,
         host_seconds=host / (repeats * steps),
