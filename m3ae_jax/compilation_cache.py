@@ -2,7 +2,8 @@
 
 What is cached is code, so it lies in a folder of the user's that no other user may write to, never in a run's folder.
 JAX's own settings come first: ``JAX_COMPILATION_CACHE_DIR`` for another folder, ``JAX_ENABLE_COMPILATION_CACHE=false``
-for none.
+for none. A run of several processes takes none by itself: JAX lets the first of them alone write, and the others would
+compile while it reads, unless all share the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 _DAYS = 30
-"""After so long without use a file is removed."""
+"""So long after it was written a file is removed; what is still in use is then compiled anew."""
 
 
 def use() -> None:
@@ -27,14 +28,41 @@ def use() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "m3ae_jax" / _machine()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-            _tidy(folder)
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no home
+        ours = _home() / "m3ae_jax"
+        folder = ours / _machine()
+        ours.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if all(_private(part) for part in (folder, ours)) and all(_safe(part) for part in ours.parents):
+            _tidy(ours)
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+def _home() -> Path:
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # By the specification of these folders a relative path is to be ignored.
+    return (named if named.is_absolute() else Path.home() / ".cache").resolve()
+
+
+def _private(folder: Path) -> bool:
+    """Whether this is a folder, no link, that its owner, this user, alone may write to."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _safe(folder: Path) -> bool:
+    """Whether nobody but this user and root could put another folder in the place of one within."""
+    found = folder.lstat()
+    kept = not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX)
+    return found.st_uid in (0, os.getuid()) and (kept or _own_group_alone(found))
+
+
+def _own_group_alone(found: os.stat_result) -> bool:
+    """Whether a folder that its group may write to is of a group that carries the user's own number.
+
+    So many systems set up their users, with the umask 0002.
+    """
+    return not found.st_mode & 0o002 and found.st_uid == os.getuid() and found.st_gid == found.st_uid
 
 
 def _machine() -> str:
@@ -46,11 +74,10 @@ def _machine() -> str:
     return platform.machine()
 
 
-def _tidy(folder: Path) -> None:
-    # By the time of the last change, for many file systems keep no time of the last reading: what is still in use is
-    # compiled anew once a month.
+def _tidy(ours: Path) -> None:
+    # By the time of writing, for many file systems keep no time of reading.
     old = time.time() - _DAYS * 24 * 3600
-    for file in folder.glob("*-cache"):
+    for file in ours.glob("*/*-cache"):
         with contextlib.suppress(OSError):
             if file.stat().st_mtime < old:
                 file.unlink()

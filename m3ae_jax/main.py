@@ -69,6 +69,8 @@ def _run() -> None:
         return
     if _several():
         supervise()
+    elif _MODE.value != "plan":  # which tells how long compiling takes
+        compilation_cache.use()
     console.import_tensorflow()
     _meet()
     if _MODE.value == "print_config":
@@ -132,7 +134,6 @@ def main(argv: list[str]) -> None:
 def cli() -> None:
     """Entry point."""
     console.use_huge_pages()
-    compilation_cache.use()
     command_line.run(main, _overrides)
 
 

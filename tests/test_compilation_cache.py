@@ -52,6 +52,34 @@ def test_a_link_is_not_used(home, tmp_path):
     assert DIR not in os.environ
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_nor_one_whose_place_another_could_take(home, mode, monkeypatch):
+    home.parent.mkdir()
+    home.parent.chmod(mode)
+    monkeypatch.setattr(compilation_cache, "_own_group_alone", lambda found: False)
+    compilation_cache.use()
+    assert DIR not in os.environ
+    home.parent.chmod(mode | 0o1000)  # sticky: only owners move what is within
+    compilation_cache.use()
+    assert DIR in os.environ
+
+
+def test_a_relative_cache_home_is_ignored(home, tmp_path):
+    os.environ["XDG_CACHE_HOME"] = "somewhere"
+    compilation_cache.use()
+    assert os.environ[DIR].startswith(str(tmp_path / ".cache" / "m3ae_jax"))
+
+
+def test_without_a_home_there_is_none(home, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    del os.environ["XDG_CACHE_HOME"]
+    monkeypatch.setattr(compilation_cache.Path, "home", homeless)
+    compilation_cache.use()
+    assert DIR not in os.environ
+
+
 def test_where_no_folder_can_be_made_there_is_none(home):
     home.parent.write_text("a file")
     compilation_cache.use()
@@ -65,8 +93,12 @@ def test_what_is_old_is_removed(home):
         path = os.path.join(folder, name)
         open(path, "w").close()
         os.utime(path, (time.time() - days * 86400,) * 2)
+    other = home / "another machine" / "c-cache"
+    other.parent.mkdir()
+    other.touch()
+    os.utime(other, (0, 0))
     compilation_cache.use()
-    assert sorted(os.listdir(folder)) == ["b-cache", "other"]
+    assert sorted(os.listdir(folder)) == ["b-cache", "other"] and not other.exists()
 
 
 @pytest.mark.slow

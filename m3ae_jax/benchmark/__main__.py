@@ -87,7 +87,7 @@ def _main(argv: list[str]) -> None:
         from m3ae_jax.benchmark import compare
 
         before = compare.load(Path(_COMPARE.value), _WHAT.value) if _COMPARE.value else None
-        figures = _measured(config_lib.resolve(config))
+        figures = _measured(config_lib.resolve(config), path)
         print(figures.text())
         record = {"what": _WHAT.value, "config": path, "overrides": dict(_overrides), **figures.record()}
         if _OUTPUT.value:
@@ -102,8 +102,9 @@ def _main(argv: list[str]) -> None:
         sys.exit(2)
 
 
-def _measured(config: ConfigDict) -> Figures:
+def _measured(config: ConfigDict, path: str) -> Figures:
     repeats = _REPEATS.value
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is told of compiling is of compiling
     if _WHAT.value == "step":
         if _AGAINST.value:  # it needs room on the GPU too
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -134,7 +135,7 @@ def _measured(config: ConfigDict) -> Figures:
     if _WHAT.value == "end_to_end":
         from m3ae_jax.benchmark import end_to_end
 
-        return end_to_end.measure(config, repeats)
+        return end_to_end.measure(config, repeats, (path, _overrides))
     from m3ae_jax.benchmark import index, input
 
     if _WHAT.value == "index":

@@ -28,11 +28,11 @@ class CheckpointFigures:
     Attributes:
         device: how many of which.
         folder: on whose file system.
-        state_bytes: in memory, of all devices.
+        state_bytes: in memory, one copy.
         file_bytes: of one checkpoint.
         wait_seconds: until the loop goes on.
         save_seconds: until all is on the disk and checked.
-        restore_seconds: from the disk to the devices, its checksums compared.
+        restore_seconds: to the devices, checksums compared; the system may still hold the files in memory.
     """
 
     device: str
@@ -53,7 +53,7 @@ class CheckpointFigures:
             f"({self.folder}; {self.device}; seconds are the median of the rounds and their range):\n"
             f"  the loop waits  {told(self.wait_seconds)} s\n"
             f"  saved after     {told(self.save_seconds)} s, {written:,.0f} MB/s\n"
-            f"  restored in     {told(self.restore_seconds)} s, {read:,.0f} MB/s"
+            f"  restored in     {told(self.restore_seconds)} s, {read:,.0f} MB/s, files just written"
         )
 
     def record(self) -> dict[str, Any]:
@@ -61,13 +61,12 @@ class CheckpointFigures:
         return dataclasses.asdict(self)
 
 
-def measure(config: ConfigDict, repeats: int, workdir: str = "") -> CheckpointFigures:
+def measure(config: ConfigDict, repeats: int) -> CheckpointFigures:
     """Saves and restores a state of a resolved config, whose moments are as hard to compress as its parameters.
 
     Args:
         config: resolved.
         repeats: saves, each of which is restored.
-        workdir: on whose file system; "": that of temporary files.
     """
     model = Model.of(config, vocabulary_of(config), make_mesh(config))
     state, abstract = init_state(*model), abstract_state(*model)
@@ -78,7 +77,7 @@ def measure(config: ConfigDict, repeats: int, workdir: str = "") -> CheckpointFi
     }
     state = jax.block_until_ready(dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, **moments)))
     waits, saves, restores = list[float](), list[float](), list[float]()
-    with tempfile.TemporaryDirectory(dir=workdir or None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
             for step in range(1, repeats + 1):
                 state = dataclasses.replace(state, step=jnp.int32(step))

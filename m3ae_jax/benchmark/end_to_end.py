@@ -7,22 +7,24 @@ import dataclasses
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax import config as config_lib
 from m3ae_jax.benchmark.step import device, told
 from m3ae_jax.errors import UserError
 from m3ae_jax.metrics.writers import read_rows
 from m3ae_jax.parallel.mesh import put_batch
+from m3ae_jax.sweep.runner import python_command
 from m3ae_jax.train.setup import Setup, prepare
+
+Overrides = Sequence[tuple[str, str]]
+"""Of a config, as (path, text)."""
 
 _STEPS = 30  # of a round
 
@@ -78,18 +80,21 @@ class EndToEndFigures:
         return dataclasses.asdict(self)
 
 
-def measure(config: ConfigDict, repeats: int, steps: int = _STEPS, *, starts: bool = True) -> EndToEndFigures:
-    """Trains with and without data in turns, then starts the program twice.
+def measure(
+    config: ConfigDict, repeats: int, start: tuple[str, Overrides] | None = None, steps: int = _STEPS
+) -> EndToEndFigures:
+    """Starts the program twice, then trains with and without data in turns.
 
     Args:
         config: resolved; its data are read.
         repeats: rounds of each.
+        start: the config's file and overrides, for m3ae_jax.main; None: it is not started.
         steps: of a round.
-        starts: whether to start the program too, with a compilation cache of its own.
 
     Raises:
         UserError: the data are missing or do not fit.
     """
+    starts = _starts(*start) if start else {}  # first: afterwards this process holds the device
     setup = prepare(config)
     step, state = setup.train_step(), setup.init_state()
     with_data, ready = list[float](), list[float]()
@@ -123,7 +128,7 @@ def measure(config: ConfigDict, repeats: int, steps: int = _STEPS, *, starts: bo
         ready_seconds=ready,
         host_seconds=host / (repeats * steps),
         wait_share=waited / (sum(with_data) * steps),
-        start=_starts(config) if starts else {},
+        start=starts,
     )
 
 
@@ -132,21 +137,22 @@ def _endless(setup: Setup) -> Generator[Any, None, None]:
         yield from setup.train_batches(0)
 
 
-def _starts(config: ConfigDict) -> dict[str, dict[str, float]]:
+def _starts(path: str, overrides: Overrides) -> dict[str, dict[str, float]]:
     """Of two new processes that do one step, without and with what the first has compiled."""
     found = {}
+    short = (("duration", "1 steps"), ("evals", ""), ("eval.every", "1000 steps"))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        short = config_lib.from_json(config_lib.to_json(config))
-        short.duration, short.evals, short.eval.every = "1 steps", (), "1000 steps"
-        path.write_text(config_lib.to_json(short), encoding="utf-8")
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+        }
         for name in ("cold", "cached"):
             workdir = Path(folder) / name
-            command = [sys.executable, "-m", "m3ae_jax.main", f"--config={path}", f"--workdir={workdir}"]
+            command = python_command(path, workdir, (*overrides, *short))
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"the program did not start: {(done.stderr or done.stdout).strip()[-500:]}")
+                last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+                raise UserError(f"m3ae_jax.main with this config ended with {done.returncode}: {''.join(last)}")
             row = next(row for row in read_rows(workdir) if "start/imports" in row)
             found[name] = {k.removeprefix("start/"): v for k, v in row.items() if k.startswith("start/")}
     return found

@@ -22,9 +22,9 @@ class InitFigures:
     Attributes:
         device: how many of which.
         parameters: numbers.
-        state_bytes: parameters, moments and the rest, of all devices.
+        state_bytes: parameters, moments and the rest, one copy.
         lower_seconds: of tracing.
-        compile_seconds: of compiling, without a cache.
+        compile_seconds: of compiling.
         run_seconds: of drawing the numbers.
         host_peak_bytes: the most that the process held.
     """

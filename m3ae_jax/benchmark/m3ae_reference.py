@@ -46,7 +46,7 @@ class M3AEReference:
                 f"--against=m3ae with data.modalities={tuple(config.data.modalities)!r}: it knows pictures with "
                 "captions alone; take configs/base.py"
             )
-        self.name = f"the M3AE reference's step at text length {text_tokens}"
+        self.name = f"the M3AE reference's step at text length {text_tokens}, float32"
         data = config.data
         module = _Model(config, text_tokens)
         self.loss = _loss(module, config.loss.text_weight)

@@ -349,6 +349,8 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
     if against and against not in AGAINST:
         raise UserError(one_of("--against", against, AGAINST))
     other = AGAINST[against](config, jax.default_backend() == "gpu", caption_tokens) if against else None
+    if other:
+        _check_alike(config, against)
     runner = Runner(config, config.anomaly.spike, caption_tokens)
     dtype = autoencoder_options(config, 0).encoder.dtype
     peak = matmul(dtype)
@@ -384,6 +386,21 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         against=Timed.of(theirs.seconds, batch_size, other.peak_bytes()) if theirs and other else None,
         against_name=other.name if other else "",
     )
+
+
+def _check_alike(config: ConfigDict, against: str) -> None:
+    """Refuses what the other programs do not compute.
+
+    Raises:
+        UserError: as said.
+    """
+    devices = make_mesh(config).size
+    if devices > 1:
+        raise UserError(f"--against={against} on {devices} devices: the other program runs on one")
+    if config.objective != "m3ae":
+        raise UserError(f"--against={against} with objective={config.objective!r}: it computes what m3ae does")
+    if config.data.mixture:
+        raise UserError(f"--against={against} with data.mixture: the other program has one source")
 
 
 class _Rounds:

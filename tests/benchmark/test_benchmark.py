@@ -24,10 +24,11 @@ from m3ae_jax.benchmark import (
     step,
 )
 from m3ae_jax.benchmark.m3ae_reference import M3AEReference
-from m3ae_jax.config import default, load, resolve
+from m3ae_jax.config import apply_overrides, default, load, resolve
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
+from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.plan.flops import matmul_flops
 
 
@@ -157,10 +158,14 @@ def test_the_m3ae_reference_trains_beside_ours(monkeypatch):
     monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
     monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
     monkeypatch.setattr(m3ae_reference, "BERT_VOCABULARY", 50)
+    monkeypatch.setattr(step, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     figures = step.measure(small(), repeats=2, caption_tokens=6.0, against="m3ae")
     assert len(figures.against.seconds) == 2 and "text length 64" in figures.text()
     with pytest.raises(UserError, match=r"take configs/base\.py"):
         step.measure(small(modalities=("image",)), repeats=1, against="m3ae")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"--against=m3ae on 8 devices"):
+        step.measure(small(), repeats=1, against="m3ae")
 
 
 @pytest.mark.slow
@@ -212,13 +217,16 @@ def test_encoding_is_timed_by_batch_size(monkeypatch):
 
 @pytest.mark.slow
 def test_training_with_data_is_timed_beside_ready_batches():
-    c = small()
-    c.data.train.source, c.optimizer.warmup = "scenes", "1 steps"
-    c = resolve(c)
-    figures = end_to_end.measure(c, repeats=2, steps=3)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    fields = {**{f"model.{name}": str(size) for name, size in sizes.items()}, "batch_size": "8"}
+    c = load("configs/tiny.py")
+    apply_overrides(c, list(fields.items()))
+    figures = end_to_end.measure(resolve(c), repeats=2, start=("configs/tiny.py", list(fields.items())), steps=3)
     assert len(figures.step_seconds) == len(figures.ready_seconds) == 2 and 0 <= figures.wait_share < 1
     assert list(figures.start) == ["cold", "cached"]
     for parts in figures.start.values():
         assert list(parts) == ["imports", "data", "state", "evaluation", "batch", "compile", "other"]
         assert min(parts.values()) >= 0 and parts["imports"] > 0
     assert "to the end of the first step" in figures.text() and json.loads(json.dumps(figures.record()))
+    with pytest.raises(UserError, match=r"ended with 2: error: .*batch_sizes"):
+        end_to_end.measure(resolve(c), repeats=1, start=("configs/tiny.py", [("batch_sizes", "8")]))

@@ -88,7 +88,14 @@ def test_no_step_is_waited_for_between_log_lines(tmp_path, monkeypatch):
         now["stage"] = "between"
         return started(self, step, loss)
 
+    def waited(self):
+        read.append(now["stage"])
+        return wait(self)
+
+    wait = array.block_until_ready
     monkeypatch.setattr(array, "_value", property(looked))
+    monkeypatch.setattr(array, "block_until_ready", waited)
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: jax.tree.map(waited, tree))
     monkeypatch.setattr(Watchdog, "stage", at)
     monkeypatch.setattr(Watchdog, "started", goes_on)
     monkeypatch.setattr(Watchdog, "look", lambda self: None)  # a thread of its own, which may wait
