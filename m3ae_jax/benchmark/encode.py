@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from typing import Any
@@ -13,15 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import device, matmul, told, vocabulary_of
+from m3ae_jax.benchmark.step import Rounds, device, matmul, told, vocabulary_of
 from m3ae_jax.data.pipeline import Group
 from m3ae_jax.inference import BATCH_SIZES
 from m3ae_jax.objectives.base import Batch, Objective, build
 from m3ae_jax.objectives.m3ae import autoencoder_options
 from m3ae_jax.plan.flops import matmul_flops
-
-_ROUND_SECONDS = 1.0
-_MOST_CALLS = 50  # of a round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,24 +117,23 @@ def measure(config: ConfigDict, repeats: int, sizes: tuple[int, ...] = BATCH_SIZ
     params = nn.unbox(jax.jit(objective.init)(jax.random.key(config.seed)))
     patch_values, dtype = 3 * config.data.patch_size**2, autoencoder_options(config, 0).encoder.dtype
     peak, peaks = matmul(dtype), list[float]()
-    encode, calls = jax.jit(objective.encode), {}
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    compiling = {}
+    encode = jax.jit(objective.encode)
+
+    def calls(batch: Batch, count: int) -> None:
+        for _ in range(count):
+            said = encode(params, batch)
+        jax.block_until_ready(said)
+
+    rounds, compiling = {}, {}
     for size in sizes:
         batch = jax.device_put(whole_batch(objective, patch_values, size, vocabulary))
         begin = time.perf_counter()
-        jax.block_until_ready(encode(params, batch))
+        calls(batch, 1)
         compiling[size] = time.perf_counter() - begin
-        begin = time.perf_counter()
-        jax.block_until_ready(encode(params, batch))
-        calls[size] = batch, int(np.clip(_ROUND_SECONDS / (time.perf_counter() - begin), 1, _MOST_CALLS))
+        rounds[size] = Rounds(functools.partial(calls, batch))
     for _ in range(repeats):
-        for size, (batch, count) in calls.items():
-            begin = time.perf_counter()
-            for _ in range(count):
-                said = encode(params, batch)
-            jax.block_until_ready(said)
-            seconds[size].append((time.perf_counter() - begin) / count)
+        for of_size in rounds.values():
+            of_size.one()
         peaks.append(peak())
     one = whole_batch(objective, patch_values, 1, vocabulary)
     return EncodeFigures(
@@ -145,5 +142,5 @@ def measure(config: ConfigDict, repeats: int, sizes: tuple[int, ...] = BATCH_SIZ
         compute_dtype=jnp.dtype(dtype).name,
         flops_per_example=matmul_flops(objective.encode, params, one),
         matmul_flops_per_second=peaks,
-        rates=[Rate(size, seconds[size], compiling[size]) for size in sizes],
+        rates=[Rate(size, rounds[size].seconds, compiling[size]) for size in sizes],
     )

@@ -1,6 +1,6 @@
 """A training step that computes what the M3AE reference's does, to compare with.
 
-Written anew from a description of its public code, for timing alone: the caption takes its whole text length, one order
+Written anew after its public code, for timing alone: the caption takes its whole text length, one order
 of tokens hides the same places in all examples, the decoder and both heads run over all tokens, layers are not stacked,
 and a rate of 0 still draws. Legend: ``B`` batch, ``N`` tokens, ``L`` patches, ``T`` text length.
 """
@@ -21,7 +21,7 @@ from m3ae_jax.models.embeddings import sincos_1d, sincos_2d
 from m3ae_jax.train.setup import BERT_VOCABULARY
 
 TEXT_TOKENS = 64
-"""Of a caption; the reference's default is 256 or, in its recipes, 64."""
+"""Of a caption: the reference's default for pairs."""
 
 _XAVIER, _SMALL = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02)
 
@@ -31,7 +31,6 @@ class M3AEReference:
 
     Args:
         config: resolved; of pictures and captions.
-        on_gpu: whether it runs there; it is the same program.
         caption_tokens: mean length of a caption.
         text_tokens: slots of a caption.
 
@@ -39,8 +38,7 @@ class M3AEReference:
         UserError: the config is of other modalities.
     """
 
-    def __init__(self, config: ConfigDict, on_gpu: bool, caption_tokens: float, text_tokens: int = TEXT_TOKENS) -> None:
-        del on_gpu
+    def __init__(self, config: ConfigDict, caption_tokens: float, text_tokens: int = TEXT_TOKENS) -> None:
         if tuple(config.data.modalities) != ("image", "text"):
             raise UserError(
                 f"--against=m3ae with data.modalities={tuple(config.data.modalities)!r}: it knows pictures with "

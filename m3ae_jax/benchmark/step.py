@@ -51,8 +51,8 @@ class Other(Protocol):
         """Of the device."""
 
 
-AGAINST: dict[str, Callable[[ConfigDict, bool, float], Other]] = {
-    "vit_mae": lambda config, on_gpu, caption_tokens: ViTMAE(config, on_gpu),
+AGAINST: dict[str, Callable[[ConfigDict, float], Other]] = {
+    "vit_mae": lambda config, caption_tokens: ViTMAE(config, jax.default_backend() == "gpu"),
     "m3ae": M3AEReference,
     "m3ae_256": functools.partial(M3AEReference, text_tokens=256),
 }
@@ -348,14 +348,14 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
     """
     if against and against not in AGAINST:
         raise UserError(one_of("--against", against, AGAINST))
-    other = AGAINST[against](config, jax.default_backend() == "gpu", caption_tokens) if against else None
+    other = AGAINST[against](config, caption_tokens) if against else None
     if other:
         _check_alike(config, against)
     runner = Runner(config, config.anomaly.spike, caption_tokens)
     dtype = autoencoder_options(config, 0).encoder.dtype
     peak = matmul(dtype)
-    ours = _Rounds(runner.run)
-    theirs = _Rounds(other.run) if other else None
+    ours = Rounds(runner.run)
+    theirs = Rounds(other.run) if other else None
     peaks = []
     for _ in range(repeats):
         ours.one()
@@ -403,7 +403,7 @@ def _check_alike(config: ConfigDict, against: str) -> None:
         raise UserError(f"--against={against} with data.mixture: the other program has one source")
 
 
-class _Rounds:
+class Rounds:
     """Seconds a step of each round, of as many steps as its first one says.
 
     Before each round a step is not timed: the system may have taken back memory that the program will ask for again.

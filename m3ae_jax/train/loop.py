@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
         UserError: the config, the data or the folder does not fit, or the run cannot go on.
         Stopped: a signal asked for it.
     """
-    begun, start = time.perf_counter(), Start()
+    start = Start()
     resolved = config_lib.resolve(config)
     with start.part("data"):
         setup = prepare(resolved)
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
             checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
             stack.enter_context(contextlib.closing(checkpoints))
             writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
-            return _Loop(setup, workdir, identity, checkpoints, writer, events, begun, start).run()
+            return _Loop(setup, workdir, identity, checkpoints, writer, events, start).run()
         except Exception as error:
             if tells_of_a_loss(error):
                 _leave_alone(workdir, events, error)
@@ -186,14 +186,13 @@ class _Loop:
         checkpoints: Checkpoints,
         writer: MetricWriter,
         events: Events,
-        begun: float,
         start: Start,
     ) -> None:
         self._setup, self._workdir, self._identity = setup, workdir, identity
         self._checkpoints, self._writer, self._events = checkpoints, writer, events
         self._validate = Validation(setup)
         self._draw = Reconstructions(setup, workdir / "pictures")
-        self._starting: Start | None = start
+        self._start = start
         self._metrics: dict[str, float] = {}
         self._priors: dict[str, float] = {}
         self._replaced = Replacements()
@@ -202,13 +201,13 @@ class _Loop:
         self._watchdog = Watchdog(config.stall.report_after, config.stall.stop_after)
         flops = flops_per_example(config, setup.tokenizer.vocab_size if setup.tokenizer else 0)
         kind = jax.devices()[0].device_kind
-        self._progress = Progress(config.batch_size, setup.total_steps, flops, setup.mesh.size, kind, begun)
+        self._progress = Progress(config.batch_size, setup.total_steps, flops, setup.mesh.size, kind, start)
 
     def run(self) -> TrainState:
         """From the first state to the closing evaluations, watched."""
         with self._watchdog:
             self._watchdog.stage("starting", patient=True)
-            with self._part("state"):
+            with self._start.part("state"):
                 state = self._first_state()
             if int(state.step) < self._setup.total_steps:
                 state = self._train(state)
@@ -226,9 +225,8 @@ class _Loop:
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
         evals_every = setup.steps("eval.evals_every") if setup.config.eval.evals_every else total
         if start == 0:
-            with self._part("evaluation"):
-                self._priors = priors(setup)
-                self._evaluate(state)
+            self._priors = priors(setup)
+            self._evaluate(state)
         log.info(self._progress.formula())
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
@@ -241,16 +239,12 @@ class _Loop:
             for step in range(start + 1, total + 1):
                 self._metrics = {}
                 watchdog.stage("waiting for data")
-                with self._part("batch"):
-                    batch = self._progress.waiting(lambda: next(batches), figures)
+                batch = self._progress.waiting(lambda: next(batches), figures)
                 self._replaced.add(batch)
                 profile.before(step)
                 compiling = step == start + 1
                 watchdog.stage("compiling the step" if compiling else "running steps", patient=compiling)
-                with (
-                    self._progress.spent_on("compile") if compiling else contextlib.nullcontext(),
-                    self._part("compile"),
-                ):
+                with self._progress.spent_on("compile") if compiling else contextlib.nullcontext():
                     state, figures = step_fn(state, put_batch(batch, setup.mesh))
                 watchdog.started(step, figures["loss"])
                 profile.after(step, figures)
@@ -273,10 +267,6 @@ class _Loop:
         if self._replaced.by_reason.sum():
             log.warning(self._replaced.summary())
         return state
-
-    def _part(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Of the start; after the first step nothing."""
-        return self._starting.part(name) if self._starting else contextlib.nullcontext()
 
     def _first_state(self) -> TrainState:
         """What the run starts from: 1. its own newest checkpoint, 2. ``init_from``, 3. fresh parameters."""
@@ -332,7 +322,7 @@ class _Loop:
         timing = self._progress.interval(step)
         del values["skipped"]
         row = {k if k.startswith("tokens/") else f"train/{k}": v for k, v in {**values, **timing}.items()}
-        parts, self._starting = self._starting.end() if self._starting else {}, None
+        parts = self._progress.first_step(step)
         start = {f"start/{part}": seconds for part, seconds in parts.items()}
         self._writer.scalars(step, row | self._progress.shares() | memory() | self._priors | start)
         self._priors = {}

@@ -74,7 +74,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment_dtype: Any) -> 
     """`optax.scale_by_adam`, whose moments stay as they were where ``fine`` is False.
 
     The update is made of the moments that are kept. When they were chosen after it, XLA's CPU back end computed them
-    for themselves and once more for the parameters, of copies of the old ones: 7 % of a step.
+    for themselves and once more for the parameters, of copies of the old ones (docs/performance.md).
     """
     of = optax.scale_by_adam(b1, b2, eps=eps, mu_dtype=first_moment_dtype)
 

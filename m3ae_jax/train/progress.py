@@ -37,28 +37,6 @@ def peak_flops(device_kind: str) -> float | None:
     return next((flops for pattern, flops in _PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
-class Start:
-    """What the time from the program's start to the end of its first step goes to."""
-
-    def __init__(self) -> None:
-        self._begun = time.perf_counter()
-        self._parts = {"imports": process_age()}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A context whose time counts as that of `name`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begin
-
-    def end(self) -> dict[str, float]:
-        """Seconds by part: ``imports`` (all before this was made), those that were named, and the rest as ``other``."""
-        named = sum(self._parts.values()) - self._parts["imports"]
-        return {**self._parts, "other": max(time.perf_counter() - self._begun - named, 0.0)}
-
-
 def process_age() -> float:
     """Seconds since this process was started; its processor time where the system does not say."""
     try:
@@ -66,6 +44,26 @@ def process_age() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return time.process_time()
+
+
+class Start:
+    """How a run starts, until there is a `Progress`.
+
+    Attributes:
+        begun: `time.perf_counter()` when this was made.
+        parts: seconds by name; ``imports`` are all before it was made.
+    """
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.parts = {"imports": process_age()}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context whose time is that of `name`."""
+        begin = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - begin
 
 
 class Progress:
@@ -77,16 +75,16 @@ class Progress:
         flops_per_example: of matrix products, forward and backward, in closed form.
         devices: that take part.
         device_kind: as JAX tells it.
-        begun: `time.perf_counter()` when the start began.
+        start: of the run.
     """
 
     def __init__(
-        self, batch_size: int, total: int, flops_per_example: float, devices: int, device_kind: str, begun: float
+        self, batch_size: int, total: int, flops_per_example: float, devices: int, device_kind: str, start: Start
     ) -> None:
         self._batch_size, self._total = batch_size, total
         self._flops, self._devices, self._kind = flops_per_example * batch_size / devices, devices, device_kind
         self._peak = peak_flops(device_kind)
-        self._begun = begun
+        self._start, self._begun = start, start.begun
         self._spent = dict.fromkeys(KINDS, 0.0)
         self._waited = self._pause = 0.0
         self._first_step = 0
@@ -138,6 +136,20 @@ class Progress:
         }
         self._last, self._waited, self._pause = (now, step), 0.0, 0.0
         return figures
+
+    def first_step(self, step: int) -> dict[str, float]:
+        """Seconds from the program's start to the end of its first step, by what they went to; ``{}`` later."""
+        if step != self._first_step + 1:
+            return {}
+        spent = self._spent  # waiting for data: for the first batch, whole, as the device has no work yet
+        known = {
+            **self._start.parts,
+            "evaluation": spent["evaluation"],
+            "batch": spent["data_wait"],
+            "compile": spent["compile"],
+        }
+        other = time.perf_counter() - self._begun - (sum(known.values()) - known["imports"])
+        return {**known, "other": max(other, 0.0)}
 
     def shares(self) -> dict[str, float]:
         """Where the time since the start went, ``time/<kind>`` and for the steps ``time/step`` (goodput); 1 in all."""

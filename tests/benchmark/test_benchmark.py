@@ -147,7 +147,7 @@ def test_the_m3ae_reference_asks_for_its_published_operations(size, tokens, giga
     """Closed forms of the reference's own code at 224 px, ratios 0.75, 30,522 words; GFLOP of three forward passes."""
     c = load(f"configs/{size}.py")
     c.data.image_size, c.batch_size = 224, 1
-    reference = M3AEReference(resolve(c), False, 25.0, text_tokens=tokens)
+    reference = M3AEReference(resolve(c), 25.0, text_tokens=tokens)
     params = jax.eval_shape(reference.init)
     flops = 3 * matmul_flops(reference.loss, params, jax.random.key(0), reference.batch)
     assert flops / 1e9 == pytest.approx(gigaflops, rel=0.002)
@@ -205,7 +205,7 @@ def test_making_saving_and_restoring_a_state_are_timed():
 @pytest.mark.slow
 def test_encoding_is_timed_by_batch_size(monkeypatch):
     monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
-    monkeypatch.setattr(encode, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
     c = small()
     figures = encode.measure(c, repeats=2, sizes=(1, 4))
     assert [rate.batch_size for rate in figures.rates] == [1, 4] and figures.tokens == 16 + 16
