@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3ae_jax.data.sources.base import SourceOptions
-from m3ae_jax.data.sources.example_proto import ExampleSource, Storage, find_files
+from m3ae_jax.data.sources.example_proto import ExampleSource, find_files
 from m3ae_jax.data.sources.files import gzip_line, is_remote, open_file
 from m3ae_jax.data.sources.index import Shard, Tally
 from m3ae_jax.errors import UserError
@@ -60,17 +60,14 @@ class ArrayRecordSource(ExampleSource):
         if is_remote(path):
             raise UserError(f"data.*.path={path!r}: ArrayRecord files are read from local disks; copy or mount them")
         paths = find_files(path, _EXTENSIONS, _FORMS)
-        super().__init__(_Storage(), path, paths, options)
-        _tell_group_size(paths[0])
+        super().__init__(ArrayRecordStorage(), path, paths, options)
+        _warn_of_groups(paths[0])
 
 
-def storage() -> Storage:
-    """How this format keeps records."""
-    return _Storage()
+class ArrayRecordStorage:
+    """How records are stored; see `Storage`.
 
-
-class _Storage:
-    """Rows are `[number, checksum]`: of the record in the file; of the file's end, for the fingerprint.
+    Rows are `[number, checksum]`: of the record in the file; of the file's end, for the fingerprint.
 
     File sizes are multiples of 64 KiB, so that two files are often of the same; their ends are not.
     """
@@ -82,6 +79,7 @@ class _Storage:
         self._open = functools.lru_cache(maxsize=_MAX_OPEN)(_open)
 
     def scan(self, path: str) -> Shard:
+        """See `Storage`."""
         file = open_file(path)
         tally = Tally(os.path.basename(path))
         reader = _open(path)
@@ -95,7 +93,8 @@ class _Storage:
         return Shard(file.size, file.mtime_ns, np.stack([numbers, np.full_like(numbers, end)], 1), tally.skipped)
 
     def first(self, path: str) -> Iterator[bytes]:
-        open_file(path)  # an OSError where it cannot be opened, which the library does not tell from damage
+        """See `Storage`."""
+        open_file(path)  # an OSError where it cannot be opened, which the library takes for damage
         reader = _open(path)
         for number in range(reader.num_records() if reader.ok() else 0):
             for payload in _read(path, reader, [number]):
@@ -103,6 +102,7 @@ class _Storage:
                     yield payload
 
     def read(self, path: str, rows: np.ndarray) -> list[bytes | None]:
+        """See `Storage`."""
         reader = self._open(path)
         if not reader.ok():
             raise OSError(f"{path}: cannot be read as when it was indexed; start again to index it anew")
@@ -139,10 +139,10 @@ def _check_signature(path: str, start: bytes) -> None:
         raise UserError(f"data.*.path: {path} is not an ArrayRecord file; {_FORMS}")
 
 
-def _tell_group_size(path: str) -> None:
+def _warn_of_groups(path: str) -> None:
     """Warns of a file whose records are compressed in groups: reading one decompresses its whole group."""
     reader = _open(path)
-    found = re.search(r"group_size:(\d+)", (reader.ok() and reader.writer_options_string()) or "")
-    if found and int(found[1]) > 1:
+    match = re.search(r"group_size:(\d+)", (reader.ok() and reader.writer_options_string()) or "")
+    if match and int(match[1]) > 1:
         line = "array_record: %s: written with group_size:%s, slow to read at random; rewrite it with group_size:1: %s"
-        _log.warning(line, path, found[1], "python -m m3ae_jax.data.prepare")
+        _log.warning(line, path, match[1], "python -m m3ae_jax.data.prepare")

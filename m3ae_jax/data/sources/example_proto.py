@@ -6,6 +6,7 @@ A format says how its records are found and read (`Storage`); here is what their
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -27,13 +28,14 @@ from m3ae_jax.data.sources.base import (
     find_key,
     several,
 )
-from m3ae_jax.data.sources.files import File, expand, is_remote, open_file
-from m3ae_jax.data.sources.index import Index, Shard, Tally, report, skip_line
+from m3ae_jax.data.sources.concatenated import ConcatenatedSource
+from m3ae_jax.data.sources.files import expand, is_remote, open_file
+from m3ae_jax.data.sources.index import Index, Shard, Tally, caption_rows, left_out, report
 from m3ae_jax.errors import UserError, one_of
 
 _INDEX_VERSION = 1
 _CLASS_NAMES = "classes.txt"
-_LOOKED_AT = 8  # records whose features tell the keys; one alone may lack an optional feature
+_LOOKED_AT = 8  # records whose features show the keys; one alone may lack an optional feature
 _MOST_TRIED = 100  # records tried for that, where some are damaged
 _BLOCK = 64  # records read at once while captions are counted
 
@@ -47,7 +49,7 @@ class Storage(Protocol):
 
     Attributes:
         kind: its name, for messages and the index.
-        columns: of a row, which tells where a record lies.
+        columns: of a row, which says where a record lies.
         damage: what is wrong with a record that `read` gives as None.
     """
 
@@ -71,7 +73,7 @@ class Storage(Protocol):
 
         Args:
             path: the file.
-            rows: `[n, k] int64`, the records' rows; `columns` of them tell where a record lies.
+            rows: `[n, k] int64`, the records' rows; `columns` of them say where a record lies.
 
         Raises:
             OSError: the storage failed.
@@ -89,7 +91,7 @@ def parse(payload: bytes) -> Features | None:
     return {key: feature.bytes_list.value or feature.int64_list.value for key, feature in features.items()}
 
 
-def _of_bytes(features: Features, key: str | None) -> list[bytes]:
+def _byte_values(features: Features, key: str | None) -> list[bytes]:
     return [value for value in features.get(key or "", ()) if isinstance(value, bytes)]
 
 
@@ -132,7 +134,7 @@ class Layout:
         elif "text" in self.modalities:
             record["caption"] = self._made_caption(features)
         if self.image is not None:
-            record["image"] = next(iter(_of_bytes(features, self.image)), b"")
+            record["image"] = next(iter(_byte_values(features, self.image)), b"")
         label = self._label(features)
         if label is not None:
             record["label"] = label
@@ -140,7 +142,7 @@ class Layout:
 
     def captions(self, features: Features) -> list[bytes]:
         """All captions of an Example."""
-        return _of_bytes(features, self.caption)
+        return _byte_values(features, self.caption)
 
     def _label(self, features: Features) -> int | None:
         """The class number; None where there is none or it is out of range."""
@@ -158,7 +160,7 @@ class Layout:
         label = self._label(features)
         if label is not None:
             return self.template.format(self.classes[label] if self.classes else label).encode()
-        names = [] if self.classes else _of_bytes(features, self.label)
+        names = [] if self.classes else _byte_values(features, self.label)
         return self.template.format(names[0].decode("utf-8", "replace")).encode() if names else b""
 
 
@@ -170,10 +172,10 @@ def find_layout(examples: Iterable[Features], options: SourceOptions, classes: t
     """
     values = {key: value for features in examples for key, value in features.items() if len(value)}
     there = sorted({key for features in examples for key in features})
-    of_bytes = [key for key, value in values.items() if isinstance(value[0], bytes)]
+    byte_keys = [key for key, value in values.items() if isinstance(value[0], bytes)]
     layout = Layout(
-        find_key(options.image_key, IMAGE_KEYS, of_bytes, "data.*.image_key", path),
-        find_key(options.caption_key, CAPTION_KEYS, of_bytes, "data.*.caption_key", path),
+        find_key(options.image_key, IMAGE_KEYS, byte_keys, "data.*.image_key", path),
+        find_key(options.caption_key, CAPTION_KEYS, byte_keys, "data.*.caption_key", path),
         find_key(options.label_key, LABEL_KEYS, values, "data.*.label_key", path),
         options.template,
         classes,
@@ -187,7 +189,35 @@ def find_layout(examples: Iterable[Features], options: SourceOptions, classes: t
     return layout
 
 
-class ExampleSource:
+class ExampleRecords(ConcatenatedSource):
+    """Pictures, captions and labels of stored Examples, by index.
+
+    A damaged record, or one that is no Example, gives a picture and a caption of no bytes and no label; the first
+    damaged one of a file is logged.
+    """
+
+    _storage: Storage
+    _layout: Layout
+    _each_caption: bool
+
+    def _set_parts(self, paths: Sequence[str], tables: Sequence[np.ndarray]) -> None:
+        """Sets the file of each part and the rows of its records, whose last column numbers captions if each counts."""
+        self._part_paths, self._tables = paths, tables
+        self._number_examples(map(len, tables))
+        self._warned: set[str] = set()
+
+    def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
+        path, table = self._part_paths[part], self._tables[part][rows]
+        records = []
+        for row, payload in zip(table.tolist(), self._storage.read(path, table), strict=True):
+            if payload is None and path not in self._warned:
+                self._warned.add(path)
+                _log.warning("%s: %s: %s at %d: not used", self._storage.kind, path, self._storage.damage, row[0])
+            records.append(self._layout.record(payload, row[-1] if self._each_caption else None))
+        return records
+
+
+class ExampleSource(ExampleRecords):
     """Pictures, captions and labels of Examples in files, by index: the part that TFRecord and ArrayRecord share.
 
     Examples are in the order of the files (as given; a folder's or glob's sorted by name), then of the records
@@ -197,7 +227,7 @@ class ExampleSource:
         modalities: `("image", "text")`, `("image",)` or `("text",)`, whichever the records hold.
         classes: the lines of a ``classes.txt`` beside the files; empty where there is none.
         fingerprint: hash of the files' base names and sizes, of where the records lie, and of the keys.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
     """
 
     def __init__(self, storage: Storage, path: str, paths: list[str], options: SourceOptions) -> None:
@@ -213,89 +243,33 @@ class ExampleSource:
             UserError: a file is none of this format, its records are no Examples, or have no such keys.
             OSError: a file cannot be read.
         """
-        _check(options)
-        self._storage, self._paths = storage, paths
+        check_captions(options)
+        if options.template:
+            class_captions(options.template, ())
         examples = _first_examples(storage, paths)
-        self._layout = find_layout(examples, options, _class_names(paths[0]), path) if examples else None
-        self._each_caption = options.captions == "all" and self._layout is not None and bool(self._layout.caption)
-        index = self._index(options)
-        shards = index.of(paths)
+        layout = find_layout(examples, options, _class_names(paths[0]), path) if examples else None
+        counted = layout.caption if layout is not None and options.captions == "all" else None
+        kind, scan, columns = storage.kind, storage.scan, storage.columns
+        if layout is not None and counted is not None:
+            kind = f"{kind}_" + re.sub(r"[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", counted)
+            scan, columns = functools.partial(scan_captions, storage, layout, keep_all=False), columns + 1
+        index = Index(kind, _INDEX_VERSION, columns, scan, options.cache_dir)
+        shards = index.shards(paths)
         self.report = report(shards)
-        if self._layout is None or not self.report.examples:
-            found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
+        if layout is None or not self.report.examples:
             what = "no tf.train.Example" if self.report.examples else "no records"
-            raise UserError(f"data.*.path={path!r} holds {what}{found}")
-        # A row's file follows from its number: file s holds rows starts[s] to starts[s + 1].
-        tables = [_each(shard.rows) if self._each_caption else shard.rows for shard in shards]
-        self._starts = np.cumsum([0] + [len(table) for table in tables], dtype=np.int64)
-        self._rows = np.concatenate(tables)
-        self.report = dataclasses.replace(self.report, examples=len(self._rows))
-        self.modalities, self.classes = self._layout.modalities, self._layout.classes
-        self._fingerprint = index.fingerprint(paths, shards, options.captions, repr(self._layout))
-        self._warned: set[str] = set()
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._rows)
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        A damaged record, or one that is no Example, gives a picture and a caption of no bytes and no label; the
-        first damaged one of a file is logged.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a file cannot be read, or is shorter than when it was indexed.
-        """
-        assert self._layout is not None
-        indices = np.asarray(indices, np.int64)
-        files = np.searchsorted(self._starts, indices, side="right") - 1
-        records = [Record()] * len(indices)
-        for file in np.unique(files).tolist():
-            places = np.flatnonzero(files == file)
-            rows = self._rows[indices[places]]
-            payloads = self._storage.read(self._paths[file], rows)
-            for place, row, payload in zip(places.tolist(), rows.tolist(), payloads, strict=True):
-                if payload is None:
-                    self._warn(self._paths[file], row[0])
-                records[place] = self._layout.record(payload, row[-1] if self._each_caption else None)
-        return records
-
-    def _warn(self, path: str, where: int) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            _log.warning("%s: %s: %s at %d: not used", self._storage.kind, path, self._storage.damage, where)
-
-    def _index(self, options: SourceOptions) -> Index:
-        """Where each record lies and, if each caption is an example, the number of its captions."""
-        storage = self._storage
-        if not self._each_caption or self._layout is None:
-            return Index(storage.kind, _INDEX_VERSION, storage.columns, storage.scan, options.cache_dir)
-        layout = self._layout
-        key = re.sub(r"[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):x}_", layout.caption or "")
-        return Index(
-            f"{storage.kind}_{key}",
-            _INDEX_VERSION,
-            storage.columns + 1,
-            lambda path: _scan_captions(storage, layout, path),
-            options.cache_dir,
-        )
+            raise UserError(f"data.*.path={path!r} holds {what}{left_out(self.report)}")
+        self._storage, self._layout, self._each_caption = storage, layout, counted is not None
+        self._set_parts(paths, [counted_rows(shard.rows) if self._each_caption else shard.rows for shard in shards])
+        self.report = dataclasses.replace(self.report, examples=len(self))
+        self.modalities, self.classes = layout.modalities, layout.classes
+        self.fingerprint = index.fingerprint(paths, shards, options.captions, repr(layout))
 
 
-def _check(options: SourceOptions) -> None:
-    """Refuses options that no data could go with."""
+def check_captions(options: SourceOptions) -> None:
+    """Raises a `UserError` where `options.captions` is none of `CAPTIONS`."""
     if options.captions not in CAPTIONS:
         raise UserError(one_of("data.*.captions", options.captions, CAPTIONS))
-    if options.template:
-        class_captions(options.template, ())
 
 
 def _first_examples(storage: Storage, paths: list[str]) -> list[Features]:
@@ -305,37 +279,41 @@ def _first_examples(storage: Storage, paths: list[str]) -> list[Features]:
     return list(islice((features for features in parsed if features), _LOOKED_AT))
 
 
-def _scan_captions(storage: Storage, layout: Layout, path: str) -> Shard:
-    """As the storage's own scan, but reads every record: the last column is the number of its captions."""
+def scan_captions(storage: Storage, layout: Layout, path: str, keep_all: bool) -> Shard:
+    """As the storage's own scan, but reads every record: a last column has the number of its captions.
+
+    Args:
+        storage: the format.
+        layout: which key holds the captions.
+        path: the file.
+        keep_all: whether records that are no Examples stay, as ones without a caption; else they are left out.
+    """
     shard = storage.scan(path)
     tally = Tally(os.path.basename(path))
-    tally.skipped |= shard.skipped
-    rows = []
+    tally.merge(shard.skipped)
+    counts: list[int] = []
     for start in range(0, len(shard.rows), _BLOCK):
-        block = shard.rows[start : start + _BLOCK]
-        for number, (row, payload) in enumerate(zip(block.tolist(), storage.read(path, block), strict=True), start):
+        for payload in storage.read(path, shard.rows[start : start + _BLOCK]):
             features = parse(payload) if payload is not None else None
-            if features is None:
-                tally.add(storage.damage if payload is None else "no tf.train.Example", f"record {number}")
+            if features is None and not keep_all:
+                tally.add(storage.damage if payload is None else "no tf.train.Example", f"record {len(counts)}")
+                counts.append(-1)
             else:
-                rows.append([*row, len(layout.captions(features))])
-    table = np.array(rows, np.int64).reshape(len(rows), storage.columns + 1)
-    return Shard(shard.size, shard.mtime_ns, table, tally.skipped)
+                counts.append(len(layout.captions(features or {})))
+    rows = np.column_stack([shard.rows, np.array(counts, np.int64)])
+    return dataclasses.replace(shard, rows=rows[rows[:, -1] >= 0], skipped=tally.skipped)
 
 
-def _each(rows: np.ndarray) -> np.ndarray:
-    """A row for each caption: instead of their number, which it is. A record without any stays, with none."""
-    counts = np.maximum(rows[:, -1], 1)
-    each = np.repeat(rows, counts, axis=0)
-    each[:, -1] = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return each
+def counted_rows(rows: np.ndarray) -> np.ndarray:
+    """A row for each caption, where the last column is their number; it becomes the caption's number in its record."""
+    return caption_rows(rows[:, :-1], rows[:, -1])
 
 
 def _class_names(path: str) -> tuple[str, ...]:
     """The lines of ``classes.txt`` beside a file."""
     beside = os.path.join(os.path.dirname(path), _CLASS_NAMES)
     try:
-        file: File = open_file(beside)
+        file = open_file(beside)
     except OSError:
         return ()
     return tuple(line.strip() for line in file.read(0, file.size).decode("utf-8", "replace").rstrip().splitlines())
@@ -350,8 +328,8 @@ def find_files(path: str, extensions: tuple[str, ...], forms: str) -> list[str]:
     numbered = re.compile(rf"(?:{'|'.join(map(re.escape, extensions))})-\d+-of-\d+$")
     ends = set(extensions)
     for part in [path] if os.path.exists(path) else path.split(","):
-        found = [numbered.search(name.lower()) for name in _names_in(os.path.expanduser(part.strip()))]
-        ends |= {match[0] for match in found if match}
+        matches = [numbered.search(name.lower()) for name in _names_in(os.path.expanduser(part.strip()))]
+        ends |= {match[0] for match in matches if match}
     return expand(path, sorted(ends), forms)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from m3ae_jax.errors import UserError
 
@@ -38,8 +38,8 @@ def expand(path: str, extensions: Sequence[str], forms: str) -> list[str]:
         UserError: a part names nothing.
     """
     parts = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
-    found = [file for part in parts for file in _expand_part(part, tuple(extensions), forms)]
-    return list(dict.fromkeys(file if is_remote(file) else os.path.abspath(file) for file in found))
+    files = [file for part in parts for file in _expand_part(part, tuple(extensions), forms)]
+    return list(dict.fromkeys(file if is_remote(file) else os.path.abspath(file) for file in files))
 
 
 def _expand_part(part: str, extensions: tuple[str, ...], forms: str) -> list[str]:
@@ -49,39 +49,40 @@ def _expand_part(part: str, extensions: tuple[str, ...], forms: str) -> list[str
     files = []
     for name in names:
         if is_remote(name):
-            found = _remote(name, extensions)
+            matches = _remote(name, extensions)
         elif os.path.exists(name):
-            found = _in_folder(name, extensions) if os.path.isdir(name) else [name]
+            matches = _local(name, extensions)
         else:
-            matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-            folders = [_in_folder(match, extensions) if os.path.isdir(match) else [match] for match in matches]
-            found = [file for files_of in folders for file in files_of]
-        if not found:
+            paths = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
+            matches = [file for path in paths for file in _local(path, extensions)]
+        if not matches:
             hint = _hint(name, extensions) if len(names) == 1 and not is_remote(name) else ""
             what = f" ({os.path.basename(name)} of its range)" if len(names) > 1 else ""
             raise UserError(f"data.*.path={part!r}: no such file{what}; {forms}{hint}")
-        files += found
+        files += matches
     return files
 
 
 def _expand_ranges(name: str) -> list[str]:
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
-    if found is None or os.path.exists(name):
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if match is None or os.path.exists(name):
         return [name]
-    first, last = found.groups()
+    first, last = match.groups()
     numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    expanded = [e for n in numbers for e in _expand_ranges(name[: found.start()] + n + name[found.end() :])]
+    expanded = [e for n in numbers for e in _expand_ranges(name[: match.start()] + n + name[match.end() :])]
     return expanded or [name]
 
 
-def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[str]:
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    found = [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
-    if not found:
-        for name in names:
-            if name.lower().endswith(tuple(e + ".gz" for e in extensions)):
-                raise UserError(gzip_line(os.path.join(folder, name)))
-    return found
+def _local(path: str, extensions: tuple[str, ...]) -> list[str]:
+    """A file itself, or the files of a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    files = [os.path.join(path, name) for name in names if name.lower().endswith(extensions)]
+    packed = [name for name in names if name.lower().endswith(tuple(e + ".gz" for e in extensions))]
+    if packed and not files:
+        raise UserError(gzip_line(os.path.join(path, packed[0])))
+    return files
 
 
 def _remote(name: str, extensions: tuple[str, ...]) -> list[str]:
@@ -118,11 +119,14 @@ def gzip_line(path: str) -> str:
     return f"data.*.path: {path} is compressed, which allows no random access; run: {rename}gunzip -k {packed}"
 
 
-class File(Protocol):
+class File:
     """A file open for reading at offsets, from several threads at once; it closes itself."""
 
     size: int
     mtime_ns: int
+
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`.
@@ -130,9 +134,33 @@ class File(Protocol):
         Raises:
             OSError: the storage failed, or the file is shorter than that.
         """
+        data = self.read_up_to(offset, size)
+        if len(data) < size:
+            raise OSError(f"{self._path}: shorter than when it was indexed; start again to index it anew")
+        return data
 
     def read_up_to(self, offset: int, size: int) -> bytes:
         """As `read`, but fewer at the end of the file."""
+        raise NotImplementedError
+
+
+class ReadAhead:
+    """Reads small pieces of a file in its order, some way ahead: neighbours then cost one call to the system.
+
+    Each call lets another thread take the interpreter's lock, which costs more than the call.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._data, self._start = b"", 0
+
+    def read(self, offset: int, size: int, ahead: int = 16 * 1024) -> bytes:
+        """`size` bytes from `offset`, fewer at the end of the file; where they are not there yet, reads `ahead`."""
+        at = offset - self._start
+        if at < 0 or at + size > len(self._data):
+            self._data = self._file.read_up_to(offset, max(size, ahead))
+            self._start, at = offset, 0
+        return self._data[at : at + size]
 
 
 def open_file(path: str) -> File:
@@ -145,19 +173,15 @@ def open_file(path: str) -> File:
 
 
 def file_cache() -> Callable[[str], File]:
-    """An `open_file` that keeps the files used last open."""
+    """An `open_file` that leaves the files used last open."""
     return functools.lru_cache(maxsize=_MAX_OPEN)(open_file)
 
 
-def _too_short(path: str) -> OSError:
-    return OSError(f"{path}: shorter than when it was indexed; start again to index it anew")
-
-
-class _Local:
+class _Local(File):
     """A descriptor that closes itself when its last user, a reader or the cache, lets go of it."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        super().__init__(path)
         self._descriptor = -1  # so that __del__ works where open raises
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._descriptor)
@@ -167,15 +191,9 @@ class _Local:
         if self._descriptor >= 0:
             close(self._descriptor)
 
-    def read(self, offset: int, size: int) -> bytes:
-        data = self.read_up_to(offset, size)
-        if len(data) < size:
-            raise _too_short(self._path)
-        return data
-
     def read_up_to(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)
-        while len(data) < size:  # a network file system may return less than asked for
+        while len(data) < size:  # a network file system may return less than requested
             more = os.pread(self._descriptor, size - len(data), offset + len(data))
             if not more:
                 break
@@ -183,13 +201,14 @@ class _Local:
         return data
 
 
-class _Remote:
+class _Remote(File):
     """A file of a store; one reader at a time, as it has one place."""
 
     def __init__(self, path: str) -> None:
         import tensorflow as tf
 
-        self._path, self._lock = path, threading.Lock()
+        super().__init__(path)
+        self._lock = threading.Lock()
         self._errors: Any = tf.errors.OpError
         try:
             status = tf.io.gfile.stat(path)
@@ -197,12 +216,6 @@ class _Remote:
         except tf.errors.OpError as error:
             raise OSError(f"{path}: {error.message}") from None
         self.size, self.mtime_ns = status.length, status.mtime_nsec
-
-    def read(self, offset: int, size: int) -> bytes:
-        data = self.read_up_to(offset, size)
-        if len(data) < size:
-            raise _too_short(self._path)
-        return data
 
     def read_up_to(self, offset: int, size: int) -> bytes:
         try:

@@ -1,7 +1,7 @@
 """An index of files, built once: where each record lies; checked against the files' sizes and times of change.
 
 It is one file beside the data, or in a cache folder where that one cannot be written (a store such as ``gs://``
-included). It knows each file's size and time of change, so only new and changed files are walked again.
+included). It holds each file's size and time of change, so only new and changed files are scanned again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ _log = logging.getLogger("m3ae_jax")
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What indexing found.
+    """How many examples the files hold, and what was left out.
 
     Attributes:
         shards: number of files.
@@ -49,7 +48,7 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of one file.
+    """The index of one file.
 
     Attributes:
         size: bytes.
@@ -67,16 +66,30 @@ class Shard:
 
 
 class Tally:
-    """Counts what is left out of a file, with the first name per reason."""
+    """Counts what is left out of a file, or of several, with the first name per reason.
 
-    def __init__(self, shard: str) -> None:
-        self._shard = shard
+    Args:
+        shard: the file's name, which is put before the names of its records.
+    """
+
+    def __init__(self, shard: str = "") -> None:
+        self._prefix = f"{shard}:" if shard else ""
         self.skipped: dict[str, tuple[int, str]] = {}
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
         """Counts `count` records like `name`."""
-        before, sample = self.skipped.get(reason, (0, f"{self._shard}:{printable(name)}"))
-        self.skipped[reason] = (before + count, sample)
+        self.merge({reason: (count, self._prefix + printable(name))})
+
+    def merge(self, skipped: Mapping[str, tuple[int, str]]) -> None:
+        """Adds the counts of another tally."""
+        for reason, (count, sample) in skipped.items():
+            before, first = self.skipped.get(reason, (0, sample))
+            self.skipped[reason] = (before + count, first)
+
+    def report(self, shards: int, examples: int) -> IndexReport:
+        """These counts as a report on so many files and examples."""
+        counts = {reason: count for reason, (count, _) in self.skipped.items()}
+        return IndexReport(shards, examples, counts, {reason: sample for reason, (_, sample) in self.skipped.items()})
 
 
 def printable(name: str) -> str:
@@ -86,13 +99,13 @@ def printable(name: str) -> str:
 
 
 class Index:
-    """Builds and keeps the index of a format.
+    """Builds, saves and loads the index of a format.
 
     Args:
         kind: the format's name, for messages and file names.
         version: changes when the rows mean something else.
         columns: of a row.
-        scan: walks one file; raises `UserError` where it is none of this format.
+        scan: indexes one file; raises `UserError` where it is none of this format.
         cache_dir: where an index goes that cannot be written beside its data (default ``$XDG_CACHE_HOME``, else
             ``~/.cache``; under it ``m3ae_jax/index/``).
     """
@@ -105,14 +118,14 @@ class Index:
         root = cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self._cache = Path(root).expanduser() / "m3ae_jax" / "index"
 
-    def of(self, paths: list[str]) -> list[Shard]:
-        """What is known of each file, from the folders' indices or by walking it."""
-        known: dict[str, Shard] = {}
+    def shards(self, paths: list[str]) -> list[Shard]:
+        """The index of each file, loaded from the folders' indices or made by scanning the file."""
+        by_path: dict[str, Shard] = {}
         for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
-            chosen = [os.path.basename(path) for path in paths if os.path.dirname(path) == folder]
-            shards = self._of_folder(folder, chosen)
-            known.update({os.path.join(folder, name): shards[name] for name in chosen})
-        return [known[path] for path in paths]
+            names = [os.path.basename(path) for path in paths if os.path.dirname(path) == folder]
+            by_name = self._folder_shards(folder, names)
+            by_path |= {os.path.join(folder, name): by_name[name] for name in names}
+        return [by_path[path] for path in paths]
 
     def fingerprint(self, paths: list[str], shards: list[Shard], *more: str) -> str:
         """Hash of base names, sizes and rows (not of times of change), so that two copies have the same."""
@@ -124,7 +137,7 @@ class Index:
             digest.update(text.encode())
         return digest.hexdigest()[:16]
 
-    def _of_folder(self, folder: str, names: list[str]) -> dict[str, Shard]:
+    def _folder_shards(self, folder: str, names: list[str]) -> dict[str, Shard]:
         places = [self._cache / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}{self._name}"]
         if not is_remote(folder):
             places.insert(0, Path(folder, self._name))
@@ -142,7 +155,7 @@ class Index:
             fresh = dict(zip(missing, pool.map(scan, paths), strict=True))
         known |= fresh
         saved = self._save(places, known)
-        self._tell(fresh, time.monotonic() - began, saved)
+        self._log_scanned(fresh, time.monotonic() - began, saved)
         return known
 
     def _load(self, place: Path, folder: str) -> dict[str, Shard]:
@@ -200,13 +213,13 @@ class Index:
             size, time_ns = (0, 0) if isinstance(error, OSError) else _size_and_time(path)
             return Shard(size, time_ns, np.zeros((0, self._columns), np.int64), tally.skipped)
 
-    def _tell(self, fresh: dict[str, Shard], seconds: float, saved: Path | None) -> None:
+    def _log_scanned(self, fresh: dict[str, Shard], seconds: float, saved: Path | None) -> None:
         where = saved or "nowhere: no folder can be written, so the next start indexes again"
-        found = report(fresh.values())
+        total = report(fresh.values())
         line = "%s: indexed %d files, %d examples in %.1f s, saved in %s"
-        _log.info(line, self._kind, found.shards, found.examples, seconds, where)
-        if found.skipped:
-            _log.warning("%s: left out: %s", self._kind, skip_line(found))
+        _log.info(line, self._kind, total.shards, total.examples, seconds, where)
+        if total.skipped:
+            _log.warning("%s: left out: %s", self._kind, skip_line(total))
         ungrouped = [name for name, shard in fresh.items() if not shard.grouped]
         if ungrouped:
             line = "%s: keys are not grouped in %d shards (e.g. %s): pictures and captions paired by key"
@@ -230,18 +243,34 @@ def _write_atomically(place: Path, arrays: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def report(shards: Iterable[Shard]) -> IndexReport:
+def report(shards: Collection[Shard]) -> IndexReport:
     """The sum over files."""
-    number, examples, skipped, samples = 0, 0, Counter[str](), dict[str, str]()
+    tally = Tally()
     for shard in shards:
-        number += 1
-        examples += len(shard.rows)
-        for reason, (count, sample) in shard.skipped.items():
-            skipped[reason] += count
-            samples.setdefault(reason, sample)
-    return IndexReport(number, examples, dict(skipped), samples)
+        tally.merge(shard.skipped)
+    return tally.report(len(shards), sum(len(shard.rows) for shard in shards))
 
 
-def skip_line(found: IndexReport) -> str:
+def skip_line(total: IndexReport) -> str:
     """What was left out, in one line."""
-    return ", ".join(f"{r} {n} (e.g. {found.samples[r]})" for r, n in sorted(found.skipped.items()))
+    return ", ".join(f"{r} {n} (e.g. {total.samples[r]})" for r, n in sorted(total.skipped.items()))
+
+
+def left_out(total: IndexReport) -> str:
+    """What was left out, in brackets, as the end of an error message; empty where nothing was."""
+    return f" (left out: {skip_line(total)})" if total.skipped else ""
+
+
+def caption_rows(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """A row for each caption.
+
+    Args:
+        rows: `[n, k] int64`, of the records.
+        counts: `[n] int64`, captions of each record; of a record without any there is one row still.
+
+    Returns:
+        `[m, k + 1] int64`: the record's row, then the caption's number among those of its record, from 0.
+    """
+    counts = np.maximum(counts, 1)
+    firsts = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.column_stack([np.repeat(rows, counts, axis=0), np.arange(len(firsts)) - firsts])

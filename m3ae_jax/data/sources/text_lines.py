@@ -1,8 +1,8 @@
 """Plain UTF-8 text files: each line that is not blank is an example.
 
-The files are indexed once, by NumPy searching large blocks for line ends; kept are 8 bytes a line, where it starts.
-A line ends where the next one of the index starts, so what lies between, an end of line and blank lines, is cut off
-when it is read.
+The files are indexed once, by NumPy searching large blocks for line ends; the index has 8 bytes a line, where it
+starts. A line ends where the next one of the index starts, so what lies between, an end of line and blank lines, is
+cut off when it is read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from m3ae_jax.data.sources.base import Record, SourceOptions
+from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import expand, file_cache, gzip_line, open_file
 from m3ae_jax.data.sources.index import Index, Shard, report
 from m3ae_jax.errors import UserError
@@ -35,7 +36,7 @@ _FOREIGN = {  # the longer ones first: that of UTF-32 starts as that of UTF-16
 _FORMS = "it takes a folder of .txt files, a glob, or one file, or several separated by commas, e.g. 'books/*.txt'"
 
 
-class TextSource:
+class TextSource(ConcatenatedSource):
     """The lines of text files, by index.
 
     Examples are in the order of the files (as given; a folder's or glob's sorted by name), then of their lines. Line
@@ -44,12 +45,11 @@ class TextSource:
     Attributes:
         modalities: `("text",)`.
         classes: none.
-        report: what was found.
+        report: numbers of files and lines.
         fingerprint: hash of the files' base names and sizes and of where each line starts.
     """
 
     modalities: tuple[str, ...] = ("text",)
-    classes: tuple[str, ...] = ()
 
     def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
         """Opens the files, indexing those that are new or changed.
@@ -64,45 +64,25 @@ class TextSource:
         """
         self._paths = expand(path, (".txt",), _FORMS)
         index = Index("text", _INDEX_VERSION, 1, _scan, options.cache_dir)
-        shards = index.of(self._paths)
+        shards = index.shards(self._paths)
         self.report = report(shards)
         if not self.report.examples:
             raise UserError(f"data.*.path={path!r} holds no line that is not blank; {_FORMS}")
-        self._fingerprint = index.fingerprint(self._paths, shards)
+        self.fingerprint = index.fingerprint(self._paths, shards)
         # Left in one array per file: those of a folder are views of what its index holds.
         self._rows = [shard.rows[:, 0] for shard in shards]
         self._sizes = [shard.size for shard in shards]
-        self._starts = np.cumsum([0] + [len(rows) for rows in self._rows], dtype=np.int64)
+        self._number_examples(map(len, self._rows))
         self._open = file_cache()
 
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return int(self._starts[-1])
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a file cannot be read, or is shorter than when it was indexed.
-        """
-        files = np.searchsorted(self._starts, indices, side="right") - 1
-        places = np.asarray(indices) - self._starts[files]
-        return [Record(caption=self._line(*at)) for at in zip(files.tolist(), places.tolist(), strict=True)]
-
-    def _line(self, file: int, place: int) -> bytes:
-        rows = self._rows[file]
-        start = int(rows[place])
-        end = int(rows[place + 1]) if place + 1 < len(rows) else self._sizes[file]
-        data = self._open(self._paths[file]).read(start, min(end - start, MAX_LINE))
-        return data.partition(b"\n")[0].removesuffix(b"\r")
+    def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
+        starts, records = self._rows[part], []
+        for row in rows.tolist():
+            start = int(starts[row])
+            end = int(starts[row + 1]) if row + 1 < len(starts) else self._sizes[part]
+            data = self._open(self._paths[part]).read(start, min(end - start, MAX_LINE))
+            records.append(Record(caption=data.partition(b"\n")[0].removesuffix(b"\r")))
+        return records
 
 
 def _scan(path: str) -> Shard:
@@ -123,7 +103,7 @@ def _scan(path: str) -> Shard:
                 f"iconv -f {encoding} -t UTF-8 {path} > {stem}.utf8.txt, and move {os.path.basename(path)} away"
             )
     begin = len(_BOM) if start.startswith(_BOM) else 0
-    found, pending, blank = [], begin, True  # the line that the last block left open
+    whole_lines, pending, blank = [], begin, True  # the line that the last block left open
     for offset in range(begin, file.size, _BLOCK):
         block = np.frombuffer(file.read(offset, min(_BLOCK, file.size - offset)), np.uint8)
         ends = np.flatnonzero(block == _NEWLINE) + 1
@@ -133,14 +113,14 @@ def _scan(path: str) -> Shard:
         lines = starts + offset
         lines[0] = pending
         whole = len(ends)
-        found.append(lines[:whole][~blanks[:whole]])
+        whole_lines.append(lines[:whole][~blanks[:whole]])
         if len(blanks) > whole:
             pending, blank = int(lines[whole]), bool(blanks[whole])
         else:
             pending, blank = offset + len(block), True
     if not blank:
-        found.append(np.array([pending]))
-    rows = np.concatenate(found).astype(np.int64, copy=False) if found else np.empty(0, np.int64)
+        whole_lines.append(np.array([pending]))
+    rows = np.concatenate([np.empty(0, np.int64), *whole_lines])
     return Shard(file.size, file.mtime_ns, rows[:, np.newaxis])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import glob
 import importlib
 import json
@@ -22,25 +23,31 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
-from m3ae_jax.data.sources import array_record, tfrecord
+from m3ae_jax.data.sources.array_record import ArrayRecordStorage
 from m3ae_jax.data.sources.base import (
     CAPTION_KEYS,
-    CAPTIONS,
     IMAGE_KEYS,
     LABEL_KEYS,
-    Record,
     SourceOptions,
     class_captions,
     find_key,
 )
-from m3ae_jax.data.sources.example_proto import Layout, Storage, parse
+from m3ae_jax.data.sources.example_proto import (
+    ExampleRecords,
+    Layout,
+    Storage,
+    check_captions,
+    counted_rows,
+    scan_captions,
+)
 from m3ae_jax.data.sources.files import is_remote, open_file
-from m3ae_jax.data.sources.index import Index, Shard, Tally, report
+from m3ae_jax.data.sources.index import Index, Tally
+from m3ae_jax.data.sources.tfrecord import TFRecordStorage
 from m3ae_jax.errors import UserError, one_of
 
 _INDEX_VERSION = 1
-_BLOCK = 64  # records read at once while captions are counted
 _SEQUENCE_KEYS = ("captions/text", "captions/caption")  # of data sets as coco_captions
 _INFO = "dataset_info.json"
 _FEATURES = "tensorflow_datasets.core.features."  # the library's own classes are in modules below it
@@ -56,7 +63,7 @@ _FORMS = (
 )
 
 
-class TFDSSource:
+class TFDSSource(ExampleRecords):
     """The examples of a prepared TensorFlow Datasets data set, by index.
 
     Examples are in the order of the files of the split, then of the records within a file.
@@ -64,7 +71,7 @@ class TFDSSource:
     Attributes:
         modalities: `("image", "text")`, `("image",)` or `("text",)`, whichever the records hold.
         classes: the names of the label's classes; empty where there is none.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
         fingerprint: hash of the files' base names and sizes, of where the records lie, of the split and the keys.
     """
 
@@ -81,73 +88,32 @@ class TFDSSource:
             UserError: an unknown or unprepared data set, an unknown split, no such feature, no example.
             OSError: a file cannot be read.
         """
-        if options.captions not in CAPTIONS:
-            raise UserError(one_of("data.*.captions", options.captions, CAPTIONS))
+        check_captions(options)
         builder = _open_builder(_find_prepared(path), path)
-        found = _find_features(builder.info.features, options, path)
-        self._layout, self.classes = found.layout, found.classes
+        self._layout, self.classes = _find_features(builder.info.features, options, path)
         self.modalities = self._layout.modalities
-        self._storage = _storage_of(builder, path)
+        self._storage = storage = _storage(builder, path)
         self._each_caption = options.captions == "all" and self._layout.caption is not None
         slices = _slices(builder, options.split, path)
-        self._paths = list(dict.fromkeys(part.path for part in slices))
-        index = self._index(options.cache_dir)
-        shards = dict(zip(self._paths, index.of(self._paths), strict=True))
+        paths = list(dict.fromkeys(part.path for part in slices))
+        kind, scan, columns = f"tfds_{storage.kind}", storage.scan, storage.columns
+        if self._each_caption:
+            kind += f"_{re.sub('[^A-Za-z0-9]', '-', self._layout.caption or '')}"
+            scan, columns = functools.partial(scan_captions, storage, self._layout, keep_all=True), columns + 1
+        index = Index(kind, _INDEX_VERSION, columns, scan, options.cache_dir)
+        shards = dict(zip(paths, index.shards(paths), strict=True))
         tally = Tally(os.path.basename(str(builder.data_path)))
-        # Part p of the split holds examples starts[p] to starts[p + 1], those of rows tables[p] of its file.
-        self._parts = [part.path for part in slices]
         tables = [_take(shards[part.path].rows, part, tally) for part in slices]
-        self._tables = [_each(table) if self._each_caption else table for table in tables]
-        self._starts = np.cumsum([0] + [len(table) for table in self._tables], dtype=np.int64)
-        of_files = report([*shards.values(), Shard(0, 0, np.empty((0, 0)), tally.skipped)])
-        self.report = dataclasses.replace(of_files, shards=len(shards), examples=len(self))
+        if self._each_caption:
+            tables = [counted_rows(table) for table in tables]
+        self._set_parts([part.path for part in slices], tables)
+        for shard in shards.values():
+            tally.merge(shard.skipped)
+        self.report = tally.report(len(shards), len(self))
         if not len(self):
             raise UserError(f"data.*.path={path!r}: its split {options.split!r} holds no example")
         taken = [f"{os.path.basename(part.path)}[{part.skip}:{part.skip + part.take}]" for part in slices]
-        self._fingerprint = index.fingerprint(
-            self._paths, list(shards.values()), *taken, options.captions, repr(self._layout)
-        )
-
-    def _index(self, cache_dir: str | None) -> Index:
-        """Where each record lies and, if each caption is an example, the number of its captions."""
-        storage, layout = self._storage, self._layout
-        if not self._each_caption:
-            return Index(f"tfds_{storage.kind}", _INDEX_VERSION, storage.columns, storage.scan, cache_dir)
-        kind = f"tfds_{storage.kind}_{re.sub('[^A-Za-z0-9]', '-', layout.caption or '')}"
-        return Index(
-            kind, _INDEX_VERSION, storage.columns + 1, lambda path: _scan_captions(storage, layout, path), cache_dir
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return int(self._starts[-1])
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        A damaged record gives a picture and a caption of no bytes and no label.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a file cannot be read, or is shorter than when it was indexed.
-        """
-        indices = np.asarray(indices, np.int64)
-        parts = np.searchsorted(self._starts, indices, side="right") - 1
-        records = [Record()] * len(indices)
-        for part in np.unique(parts).tolist():
-            places = np.flatnonzero(parts == part)
-            rows = self._tables[part][indices[places] - self._starts[part]]
-            payloads = self._storage.read(self._parts[part], rows)
-            for place, number, payload in zip(places.tolist(), rows[:, -1].tolist(), payloads, strict=True):
-                records[place] = self._layout.record(payload, number if self._each_caption else None)
-        return records
+        self.fingerprint = index.fingerprint(paths, list(shards.values()), *taken, options.captions, repr(self._layout))
 
 
 # --- which data set ----------------------------------------------------------------------------------------
@@ -174,13 +140,6 @@ class _Wanted:
     own: bool
 
 
-def _import_tfds() -> Any:
-    """The library; it takes a second, so not before it is needed."""
-    import tensorflow_datasets
-
-    return tensorflow_datasets
-
-
 def _find_prepared(path: str) -> str:
     """The folder of the data set that a path names.
 
@@ -189,24 +148,24 @@ def _find_prepared(path: str) -> str:
     """
     folder = os.path.expanduser(path)
     if os.path.isdir(folder) or (is_remote(path) and "@" not in path):
-        found = _choose(_prepared_below(folder), "", "", folder, path)
-        if found:
-            return found
+        place = _choose(_prepared_below(folder), "", "", folder, path)
+        if place:
+            return place
         if os.path.isabs(folder) or not _NAME.fullmatch(path) or is_remote(path):
             raise UserError(f"data.*.path={path!r} holds no prepared data set (dataset_info.json); {_FORMS}")
     wanted = _parse_path(path)
-    place = _join(wanted.data_dir, wanted.name)
-    prepared = _prepared_below(place)
-    found = _choose(prepared, wanted.config, wanted.version, place, path)
-    if found:
-        return found
-    known = () if wanted.own else tuple(_import_tfds().list_builders(with_community_datasets=False))
+    top = _join(wanted.data_dir, wanted.name)
+    prepared = _prepared_below(top)
+    place = _choose(prepared, wanted.config, wanted.version, top, path)
+    if place:
+        return place
+    known = () if wanted.own else tuple(tfds.list_builders(with_community_datasets=False))
     if prepared:
         has = ", ".join("/".join(parts) for parts in sorted(prepared))
-        raise UserError(f"data.*.path={path!r} is not prepared: {place} has only {has}; run: {wanted.prepare}")
+        raise UserError(f"data.*.path={path!r} is not prepared: {top} has only {has}; run: {wanted.prepare}")
     if wanted.own or wanted.name in known:
-        raise UserError(f"data.*.path={path!r} is not prepared: there is no {place}; run: {wanted.prepare}")
-    there = [] if is_remote(place) or not os.path.isdir(wanted.data_dir) else os.listdir(wanted.data_dir)
+        raise UserError(f"data.*.path={path!r} is not prepared: there is no {top}; run: {wanted.prepare}")
+    there = [] if is_remote(top) or not os.path.isdir(wanted.data_dir) else os.listdir(wanted.data_dir)
     near = difflib.get_close_matches(wanted.name, {*known, *there}, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _FORMS
     raise UserError(
@@ -223,17 +182,15 @@ def _parse_path(path: str) -> _Wanted:
     spec, _, data_dir = path.partition("@")
     option = f" --data_dir={data_dir}" if data_dir else ""
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    found = _NAME.fullmatch(spec)
-    if found:
-        # The library takes MyData for my_data too.
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", found["name"]).lower()
-        return _Wanted(
-            name, found["config"] or "", found["version"] or "", data_dir, f"tfds build {spec}{option}", own=False
-        )
-    found = _CLASS.fullmatch(spec)
-    if found is None:
+    match = _NAME.fullmatch(spec) or _CLASS.fullmatch(spec)
+    if match is None:
         raise UserError(f"data.*.path={path!r} is no name of a data set; {_FORMS}")
-    module, class_name, config = found["module"], found["builder"], found["config"] or ""
+    config, version = match["config"] or "", match["version"] or ""
+    if match.re is _NAME:
+        # The library takes MyData for my_data too.
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", match["name"]).lower()
+        return _Wanted(name, config, version, data_dir, f"tfds build {spec}{option}", own=False)
+    module, class_name = match["module"], match["builder"]
     try:
         builder = getattr(importlib.import_module(module), class_name)
         name = builder.name
@@ -242,7 +199,7 @@ def _parse_path(path: str) -> _Wanted:
         raise UserError(f"data.*.path={path!r} cannot be imported as a builder: {error}") from error
     arguments = f"data_dir='{data_dir}'" + (f", config='{config}'" if config else "")
     prepare = f'python -c "from {module} import {class_name}; {class_name}({arguments}).download_and_prepare()"'
-    return _Wanted(name, config, found["version"] or "", data_dir, prepare, own=True)
+    return _Wanted(name, config, version, data_dir, prepare, own=True)
 
 
 def _join(folder: str, *names: str) -> str:
@@ -262,14 +219,14 @@ def _glob(folder: str, pattern: str) -> list[str]:
 
 def _prepared_below(folder: str) -> dict[tuple[str, ...], str]:
     """The prepared data sets in a folder: by path below it, which is `()`, `(version,)` or `(config, version)`."""
-    found = {}
+    places = {}
     for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}"):
         for name in _glob(folder, pattern):
             place = name[: -len(_INFO) - 1]
             parts = tuple(place[len(folder.rstrip("/")) + 1 :].split("/")) if pattern != _INFO else ()
             if not parts or _VERSION.fullmatch(parts[-1]):  # an unfinished one is called incomplete.ABCDEF_1.0.0
-                found[parts] = place
-    return found
+                places[parts] = place
+    return places
 
 
 def _choose(prepared: dict[tuple[str, ...], str], config: str, version: str, folder: str, path: str) -> str | None:
@@ -307,21 +264,19 @@ def _open_builder(folder: str, path: str) -> Any:
     Raises:
         UserError: it is of an old version of the library, or damaged, or would import code.
     """
-    tfds = _import_tfds()
     try:
         with _importing_nothing(folder):
-            builder = tfds.builder_from_directory(folder)
+            return tfds.builder_from_directory(folder)
     except (OSError, UserError):
         raise
     except Exception as error:  # it promises nothing about what a damaged file raises
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"data.*.path={path!r}: {folder} cannot be opened: {reason}") from error
-    return builder
 
 
 @contextlib.contextmanager
 def _importing_nothing(folder: str) -> Iterator[None]:
-    """Keeps the library from importing the modules of features' classes that a data set names, but its own.
+    """Stops the library from importing the modules of features' classes that a data set names, but its own.
 
     It imports whatever ``features.json`` or ``dataset_info.json`` says, in any of several notations, and so would run
     a file that comes with the data where Python looks for modules there, as in the working directory. So the one
@@ -330,7 +285,7 @@ def _importing_nothing(folder: str) -> Iterator[None]:
     Raises:
         UserError: a class is neither the library's nor of a module that is imported already.
     """
-    connector = _import_tfds().features.FeatureConnector
+    connector = tfds.features.FeatureConnector
 
     def cls_from_name(name: str) -> Any:
         module = name.rpartition(".")[0]
@@ -372,32 +327,25 @@ class _Leaf:
 
 
 def _leaves(feature: Any, parts: tuple[str, ...] = (), depth: int = 0) -> Iterator[_Leaf]:
-    features = _import_tfds().features
-    if isinstance(feature, features.FeaturesDict):
+    if isinstance(feature, tfds.features.FeaturesDict):
         for name, inner in feature.items():
             yield from _leaves(inner, (*parts, name), depth)
-    elif isinstance(feature, features.Sequence):
+    elif isinstance(feature, tfds.features.Sequence):
         yield from _leaves(feature.feature, parts, depth + 1)
     else:
         name = "/".join(parts)
         yield _Leaf(name, f"{name}/ragged_flat_values" if depth > 1 else name, feature, depth)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """`layout` has the classes' names as they are read in a caption, `classes` as they are."""
+def _find_features(features: Any, options: SourceOptions, path: str) -> tuple[Layout, tuple[str, ...]]:
+    """Which features are the picture, the caption and the label; and the classes' names as they are stored.
 
-    layout: Layout
-    classes: tuple[str, ...]
-
-
-def _find_features(features: Any, options: SourceOptions, path: str) -> _Found:
-    """Which features are the picture, the caption and the label.
+    The layout has the names as they are read in a caption.
 
     Raises:
         UserError: one that is named is not there, or there is neither picture nor caption.
     """
-    types = _import_tfds().features
+    types = tfds.features
     leaves = sorted(_leaves(features), key=lambda leaf: leaf.name)  # their order in a features.json is by chance
 
     def find(what: str, wanted: str, usual: Sequence[str], typed: list[_Leaf], other: list[_Leaf]) -> _Leaf | None:
@@ -423,7 +371,7 @@ def _find_features(features: Any, options: SourceOptions, path: str) -> _Found:
         class_captions(options.template, classes)
     readable = tuple(name.replace("_", " ") for name in classes)
     layout = Layout(_key(image), _key(caption), _key(label), options.template, readable)
-    return _Found(layout, classes)
+    return layout, classes
 
 
 def _key(leaf: _Leaf | None) -> str | None:
@@ -438,7 +386,7 @@ def _is_string(feature: Any) -> bool:
     import tensorflow as tf
 
     dtype = getattr(feature, "tf_dtype", None)
-    return isinstance(feature, _import_tfds().features.Tensor) and dtype is tf.string
+    return isinstance(feature, tfds.features.Tensor) and dtype is tf.string
 
 
 # --- where they are ----------------------------------------------------------------------------------------
@@ -453,7 +401,7 @@ class _Slice:
     take: int
 
 
-def _storage_of(builder: Any, path: str) -> Storage:
+def _storage(builder: Any, path: str) -> Storage:
     """How its files are read.
 
     Raises:
@@ -461,13 +409,13 @@ def _storage_of(builder: Any, path: str) -> Storage:
     """
     kind, folder = builder.info.file_format.value, str(builder.data_path)
     if kind == "tfrecord":
-        return tfrecord.storage()
+        return TFRecordStorage()
     if kind != "array_record":
         command = f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record --out_dir=DIR"
         raise UserError(f"data.*.path={path!r}: {folder} is stored as {kind}, which allows no random access; {command}")
     if is_remote(folder):
         raise UserError(f"data.*.path={path!r}: ArrayRecord files are read from local disks; copy or mount {folder}")
-    return array_record.storage()
+    return ArrayRecordStorage()
 
 
 def _slices(builder: Any, split: str, path: str) -> list[_Slice]:
@@ -501,23 +449,3 @@ def _take(rows: np.ndarray, part: _Slice, tally: Tally) -> np.ndarray:
     if len(taken) < part.take:
         tally.add("not in its file", os.path.basename(part.path), part.take - len(taken))
     return taken
-
-
-def _scan_captions(storage: Storage, layout: Layout, path: str) -> Shard:
-    """As the storage's own scan, but reads every record: the last column is the number of its captions."""
-    shard = storage.scan(path)
-    counts = []
-    for start in range(0, len(shard.rows), _BLOCK):
-        payloads = storage.read(path, shard.rows[start : start + _BLOCK])
-        parsed = (parse(payload) if payload is not None else None for payload in payloads)
-        counts += [len(layout.captions(features)) if features else 0 for features in parsed]
-    rows = np.column_stack([shard.rows, np.array(counts, np.int64)])
-    return dataclasses.replace(shard, rows=rows)
-
-
-def _each(rows: np.ndarray) -> np.ndarray:
-    """A row for each caption: instead of their number, which it is. A record without any stays, with none."""
-    counts = np.maximum(rows[:, -1], 1)
-    each = np.repeat(rows, counts, axis=0)
-    each[:, -1] = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return each

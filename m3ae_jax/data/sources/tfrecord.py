@@ -1,7 +1,7 @@
 """TFRecord files of `tf.train.Example`, by index.
 
 A file is a list of records: the length of the data (8 bytes, little-endian), the length's checksum (4), the data,
-their checksum (4); a checksum is a masked CRC-32C. The files are indexed once: one walk over the lengths notes
+their checksum (4); a checksum is a masked CRC-32C. The files are indexed once: one pass over the lengths records
 where each record lies, and from then on a record is one read at an offset, with its checksum verified at each
 read. There is no end mark: a file cut off exactly between two records looks whole.
 """
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from m3ae_jax.data.sources.base import SourceOptions
-from m3ae_jax.data.sources.example_proto import ExampleSource, Storage, find_files
-from m3ae_jax.data.sources.files import File, file_cache, gzip_line, open_file
+from m3ae_jax.data.sources.example_proto import ExampleSource, find_files
+from m3ae_jax.data.sources.files import File, ReadAhead, file_cache, gzip_line, open_file
 from m3ae_jax.data.sources.index import Shard, Tally
 from m3ae_jax.errors import UserError
 
@@ -51,16 +51,11 @@ class TFRecordSource(ExampleSource):
             UserError: as `ExampleSource`, or `path` names no file.
             OSError: a file cannot be read.
         """
-        super().__init__(_Storage(), path, find_files(path, _EXTENSIONS, _FORMS), options)
+        super().__init__(TFRecordStorage(), path, find_files(path, _EXTENSIONS, _FORMS), options)
 
 
-def storage() -> Storage:
-    """How this format keeps records."""
-    return _Storage()
-
-
-class _Storage:
-    """Rows are `[offset, size]` of the data."""
+class TFRecordStorage:
+    """How records are stored; see `Storage`. Rows are `[offset, size]` of the data."""
 
     kind, columns, damage = "tfrecord", 2, "wrong checksum"
 
@@ -68,6 +63,7 @@ class _Storage:
         self._open = file_cache()
 
     def scan(self, path: str) -> Shard:
+        """See `Storage`."""
         tally = Tally(os.path.basename(path))
         file = open_file(path)
         if not file.size:  # an empty list, or a copy that never began
@@ -82,6 +78,7 @@ class _Storage:
         return Shard(file.size, file.mtime_ns, np.array(rows, np.int64).reshape(len(rows), 2), tally.skipped)
 
     def first(self, path: str) -> Iterator[bytes]:
+        """See `Storage`."""
         file = open_file(path)
         try:
             for offset, size in _frames(path, file):
@@ -92,6 +89,7 @@ class _Storage:
             return
 
     def read(self, path: str, rows: np.ndarray) -> list[bytes | None]:
+        """See `Storage`."""
         file = self._open(path)
         return [_verified(file, offset, size) for offset, size in rows[:, :2].tolist()]
 
@@ -109,13 +107,9 @@ def _frames(path: str, file: File) -> Iterator[tuple[int, int]]:
         UserError: it is no TFRecord file.
         _Damaged: a header is none, or the file ends within a record.
     """
-    position, size = 0, 0
-    ahead, start = b"", 0
+    position, size, reader = 0, 0, ReadAhead(file)
     while position < file.size:
-        if position + _HEADER > start + len(ahead):
-            ahead = file.read_up_to(position, _AHEAD if size < _AHEAD // 4 else _HEADER)
-            start = position
-        header = ahead[position - start : position - start + _HEADER]
+        header = reader.read(position, _HEADER, _AHEAD if size < _AHEAD // 4 else _HEADER)
         if len(header) < _HEADER:
             raise _Damaged(f"cut off after {file.size} bytes")
         length, checksum = struct.unpack("<QI", header)
@@ -194,17 +188,17 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
         `[_PER_BLOCK * 256] uint32` by place in the block and value, and `[_PER_BLOCK * 4 * 256] uint32` by number
         of the block, place in its checksum, and value.
     """
-    of_byte = [_BYTES]
+    byte_tables = [_BYTES]
     single = np.arange(256, dtype=np.uint32)[None, :] << np.array([[0], [8], [16], [24]], np.uint32)
-    of_checksum = [single]
+    checksum_tables = [single]
     # Shifting by a whole block is linear in the register's bytes: four look-ups.
     block = _shifted(single, _PER_BLOCK)
     for _ in range(_PER_BLOCK - 1):
-        of_byte.append(_shifted(of_byte[-1], 1))
-        last = of_checksum[-1]
+        byte_tables.append(_shifted(byte_tables[-1], 1))
+        last = checksum_tables[-1]
         parts = [block[k][(last >> np.uint32(8 * k)) & 255] for k in range(4)]
-        of_checksum.append(np.bitwise_xor.reduce(parts))
-    return np.concatenate(of_byte[::-1]), np.stack(of_checksum[::-1]).ravel()
+        checksum_tables.append(np.bitwise_xor.reduce(parts))
+    return np.concatenate(byte_tables[::-1]), np.stack(checksum_tables[::-1]).ravel()
 
 
 _PLACES = np.arange(_PER_BLOCK * 4) * 256
@@ -224,12 +218,12 @@ def _crc32c_chunk(register: int, data: bytes) -> int:
         for byte in data:
             register = _BYTES_LIST[(register ^ byte) & 255] ^ (register >> 8)
         return register
-    of_byte, of_checksum = _tables()
+    byte_table, checksum_table = _tables()
     # Leading zeros leave a register of zero as it is, and the register is added to the first four bytes.
     padding = -len(data) % _PER_BLOCK
     padded = np.zeros(padding + len(data), np.uint8)
     padded[padding:] = np.frombuffer(data, np.uint8)
     padded[padding : padding + 4] ^= np.frombuffer(register.to_bytes(4, "little"), np.uint8)
-    entries = of_byte.take(padded.reshape(-1, _PER_BLOCK) + _PLACES[:_PER_BLOCK])
+    entries = byte_table.take(padded.reshape(-1, _PER_BLOCK) + _PLACES[:_PER_BLOCK])
     checksums = np.bitwise_xor.reduce(entries, axis=1).astype("<u4").view(np.uint8)
-    return int(np.bitwise_xor.reduce(of_checksum.take(checksums + _PLACES[-len(checksums) :])))
+    return int(np.bitwise_xor.reduce(checksum_table.take(checksums + _PLACES[-len(checksums) :])))

@@ -1,6 +1,6 @@
 """WebDataset tar shards, as img2dataset writes them: KEY.jpg + KEY.txt and/or KEY.json.
 
-The shards are indexed once: one walk over the tar headers notes where each picture and each caption lies,
+The shards are indexed once: one pass over the tar headers records where each picture and each caption lies,
 and from then on example i is two `pread` calls. Nothing is ever extracted to disk.
 
 A member's key is its path up to the first dot of the base name; the rest, lowercased, is its extension. An
@@ -24,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from m3ae_jax.data.sources.base import Record, SourceOptions, several
-from m3ae_jax.data.sources.files import File, expand, file_cache, gzip_line, open_file
-from m3ae_jax.data.sources.index import Index, Shard, Tally, report, skip_line
+from m3ae_jax.data.sources.concatenated import ConcatenatedSource
+from m3ae_jax.data.sources.files import ReadAhead, expand, file_cache, gzip_line, open_file
+from m3ae_jax.data.sources.index import Index, Shard, Tally, caption_rows, left_out, report
 from m3ae_jax.errors import UserError
 
 _IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
@@ -49,21 +50,21 @@ _FORMS = (
 _log = logging.getLogger("m3ae_jax")
 
 
-class WebDatasetSource:
+class WebDatasetSource(ConcatenatedSource):
     """Pairs of picture and caption in local tar shards, by index.
 
     Examples are in the order of the shards (as given; a folder's or glob's sorted by name), then in the
-    order of the pictures within a shard. A caption of zero bytes is a caption: the example stays.
+    order of the pictures within a shard. A caption of zero bytes is a caption: the example stays. A .json that does
+    not parse, or whose caption is missing or no string, gives an empty caption.
 
     Attributes:
         modalities: `("image", "text")`; where no shard holds a pair `("image",)`, or without pictures `("text",)`.
         fingerprint: hash of the shards' base names and sizes and of all offsets (not of times of change), so
             that two copies of the data have the same.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
     """
 
     modalities: tuple[str, ...] = ("image", "text")
-    classes: tuple[str, ...] = ()
 
     def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
         """Opens the shards, indexing those that are new or changed.
@@ -85,7 +86,7 @@ class WebDatasetSource:
         if self._each:
             kind = "webdataset_all_" + hashlib.sha256(caption_key.encode()).hexdigest()[:8]
             index = Index(kind, _INDEX_VERSION, 6, lambda path: _scan_all(path, caption_key), options.cache_dir)
-        shards = index.of(self._paths)
+        shards = index.shards(self._paths)
         self.report = report(shards)
         alone = [f"no {half}" for half in ("caption", "image") if f"no {half}" in self.report.skipped]
         if not self.report.examples and alone:  # not one pair: pictures alone, or texts alone
@@ -93,43 +94,23 @@ class WebDatasetSource:
             self.modalities = (wanted,)
             scan = functools.partial(_scan, alone=wanted)
             index = Index(f"webdataset_{wanted}", _INDEX_VERSION, 5, scan, options.cache_dir)
-            shards = index.of(self._paths)
+            shards = index.shards(self._paths)
             self.report = report(shards)
         if not self.report.examples:
-            found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
-            raise UserError(f"data.*.path={path!r} holds no KEY.jpg (png, ...) with a KEY.txt or KEY.json{found}")
-        # A row's shard follows from its number: shard s holds rows starts[s] to starts[s + 1].
-        self._starts = np.cumsum([0] + [len(shard.rows) for shard in shards], dtype=np.int64)
-        self._rows = np.concatenate([shard.rows for shard in shards])
-        uses_json = any((shard.rows[:, 4] == _KIND_JSON).any() for shard in shards)
-        self._fingerprint = index.fingerprint(self._paths, shards, *([caption_key] if uses_json else []))
+            raise UserError(
+                f"data.*.path={path!r} holds no KEY.jpg (png, ...) with a KEY.txt or KEY.json{left_out(self.report)}"
+            )
+        self._rows = [shard.rows for shard in shards]
+        self._number_examples(map(len, self._rows))
+        uses_json = any((rows[:, 4] == _KIND_JSON).any() for rows in self._rows)
+        self.fingerprint = index.fingerprint(self._paths, shards, *([caption_key] if uses_json else []))
         self._open = file_cache()
 
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._rows)
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        A .json that does not parse, or whose caption is missing or no string, gives an empty caption.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a shard cannot be read, or is shorter than when it was indexed.
-        """
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
+    def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
+        opened = self._open(self._paths[part])
         records: list[Record] = []
-        for shard, row in zip(shards.tolist(), self._rows[indices].tolist(), strict=True):
+        for row in self._rows[part][rows].tolist():
             image_offset, image_size, caption_offset, caption_size, kind = row[:5]
-            opened = self._open(self._paths[shard])
             if kind == _KIND_NONE:
                 records.append({"image": opened.read(image_offset, image_size)})
                 continue
@@ -150,33 +131,12 @@ def _json_captions(data: bytes, key: str) -> list[bytes]:
         fields = json.loads(data)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         return []
-    found = fields.get(key) if isinstance(fields, dict) else None
-    captions = found if isinstance(found, list) else [found]
+    value = fields.get(key) if isinstance(fields, dict) else None
+    captions = value if isinstance(value, list) else [value]
     return [caption.encode("utf-8", "replace") for caption in captions if isinstance(caption, str)]
 
 
 # --- one shard ---------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Reads at an offset, some way ahead: neighbouring headers then cost one call to the system.
-
-    Each call lets another thread take the interpreter's lock, which costs more than the call.
-    """
-
-    _AHEAD = 16 * 1024
-
-    def __init__(self, file: File) -> None:
-        self._file = file
-        self._data, self._start = b"", 0
-
-    def read(self, size: int, offset: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end of the file."""
-        at = offset - self._start
-        if at < 0 or at + size > len(self._data):
-            self._data = self._file.read_up_to(offset, max(size, self._AHEAD))
-            self._start, at = offset, 0
-        return self._data[at : at + size]
 
 
 class _Damaged(Exception):
@@ -201,7 +161,7 @@ class _Part(NamedTuple):
 
 
 def _scan(path: str, alone: str = "") -> Shard:
-    """Walks one shard's headers and pairs its members.
+    """Reads one shard's headers and pairs its members.
 
     Args:
         path: the shard.
@@ -212,14 +172,14 @@ def _scan(path: str, alone: str = "") -> Shard:
     """
     tally = Tally(os.path.basename(path))
     file = open_file(path)
-    reader = _Reader(file)
+    reader = ReadAhead(file)
     if file.size:  # an empty file is a shard cut off at once
-        _check_is_tar(path, reader.read(_BLOCK, 0))
-    parts = _collect(path, reader, file.size, tally)
-    grouped = all(len({part.run for part in of_key}) == 1 for of_key in parts.values() if not _repeats(of_key))
+        _check_is_tar(path, reader.read(0, _BLOCK))
+    keys = _collect(path, reader, file.size, tally)
+    grouped = all(len({part.run for part in parts}) == 1 for parts in keys.values() if not _repeats(parts))
     rows = []
-    for of_key in parts.values():
-        row = _pair(_first_sample(of_key, grouped, tally) if _repeats(of_key) else of_key, tally, alone)
+    for parts in keys.values():
+        row = _pair(_first_sample(parts, grouped, tally) if _repeats(parts) else parts, tally, alone)
         if row is not None:
             rows.append(row)
     table = np.array(sorted(rows), np.int64).reshape(len(rows), 5)
@@ -230,12 +190,10 @@ def _scan_all(path: str, caption_key: str) -> Shard:
     """As `_scan`, with a row for each caption; its number is a sixth column."""
     shard, file = _scan(path), open_file(path)
     counts = [
-        max(len(_json_captions(file.read(offset, size), caption_key)), 1) if kind == _KIND_JSON else 1
+        len(_json_captions(file.read(offset, size), caption_key)) if kind == _KIND_JSON else 1
         for _, _, offset, size, kind in shard.rows.tolist()
     ]
-    numbers = np.concatenate([np.arange(count) for count in counts] or [np.arange(0)]).astype(np.int64)
-    rows = np.concatenate([np.repeat(shard.rows, counts, axis=0), numbers[:, None]], axis=1)
-    return dataclasses.replace(shard, rows=rows)
+    return dataclasses.replace(shard, rows=caption_rows(shard.rows, np.array(counts, np.int64)))
 
 
 def _check_is_tar(path: str, start: bytes) -> None:
@@ -247,7 +205,7 @@ def _check_is_tar(path: str, start: bytes) -> None:
         raise UserError(gzip_line(path) if start.startswith(b"\x1f\x8b") else no_tar) from None
 
 
-def _collect(path: str, reader: _Reader, size: int, tally: Tally) -> dict[str, list[_Part]]:
+def _collect(path: str, reader: ReadAhead, size: int, tally: Tally) -> dict[str, list[_Part]]:
     """The pictures and captions of a shard by key, in the order of the tar."""
     parts: dict[str, list[_Part]] = {}
     run, last_key = 0, None
@@ -295,10 +253,10 @@ def _first_sample(parts: list[_Part], grouped: bool, tally: Tally) -> list[_Part
         samples[-1].append(part)
     whole = [sample for sample in samples if all(_roles(sample))]
     rest = [part for sample in samples if not all(_roles(sample)) for part in sample]
-    kept = whole[0] if whole and grouped and not all(_roles(rest)) else []
+    selected = whole[0] if whole and grouped and not all(_roles(rest)) else []
     pictures = sum(_roles(sample)[0] for sample in samples)
-    tally.add("duplicate key", parts[0].name, max(pictures - bool(kept), 1))
-    return kept
+    tally.add("duplicate key", parts[0].name, max(pictures - bool(selected), 1))
+    return selected
 
 
 def _roles(parts: list[_Part]) -> tuple[bool, bool]:
@@ -330,14 +288,14 @@ def _pair(parts: list[_Part], tally: Tally, alone: str = "") -> tuple[int, int, 
 # Python's tarfile takes about 60 us a member, under the interpreter's lock: half an hour for 12M pairs.
 
 
-def _members(reader: _Reader, end: int) -> Iterator[_Member]:
+def _members(reader: ReadAhead, end: int) -> Iterator[_Member]:
     """The members of a tar but its directories, reading nothing but headers.
 
     Raises:
         _Damaged: a header is none, or the file ends before the archive does.
     """
     position, long_name, pax = 0, None, dict[bytes, bytes]()
-    while (header := reader.read(_BLOCK, position)) != _ZERO_BLOCK:
+    while (header := reader.read(position, _BLOCK)) != _ZERO_BLOCK:
         name, size, kind = _parse_header(header)
         offset = position + _BLOCK
         if b"size" in pax:
@@ -350,9 +308,9 @@ def _members(reader: _Reader, end: int) -> Iterator[_Member]:
         if offset + size > end:
             raise _Damaged(f"cut off after {end} bytes")
         if kind == _TAR_LONG_NAME:
-            long_name = reader.read(size, offset).partition(b"\0")[0]
+            long_name = reader.read(offset, size).partition(b"\0")[0]
         elif kind == _TAR_PAX:
-            pax = _parse_pax(reader.read(size, offset))
+            pax = _parse_pax(reader.read(offset, size))
         elif kind not in b"gK":  # g: defaults for all members, K: a link's long target
             name = pax.get(b"path") or long_name or name
             regular = kind in _TAR_REGULAR and not any(key.startswith(b"GNU.sparse") for key in pax)
@@ -388,11 +346,11 @@ def _octal(field: bytes) -> int:
 def _parse_pax(data: bytes) -> dict[bytes, bytes]:
     """The records `LENGTH KEY=VALUE\\n` of an extended header."""
     fields, position = {}, 0
-    while (found := _PAX_RECORD.match(data, position)) is not None:
-        length = int(found[1])
-        if length < len(found[0]) + 1:
+    while (match := _PAX_RECORD.match(data, position)) is not None:
+        length = int(match[1])
+        if length < len(match[0]) + 1:
             raise _Damaged("a damaged pax header")
-        fields[found[2]] = data[found.end() : position + length - 1]
+        fields[match[2]] = data[match.end() : position + length - 1]
         position += length
     size = fields.get(b"size", b"0")
     if not size.isdigit() or len(size) > 18:
@@ -400,11 +358,11 @@ def _parse_pax(data: bytes) -> dict[bytes, bytes]:
     return fields
 
 
-def _sparse_map_size(reader: _Reader, header: bytes, position: int) -> int:
+def _sparse_map_size(reader: ReadAhead, header: bytes, position: int) -> int:
     """Bytes of the further blocks of a GNU sparse file's map, each of which says whether one more follows."""
     size, more = 0, header[482]
     while more:
-        block = reader.read(_BLOCK, position + size)
+        block = reader.read(position + size, _BLOCK)
         if len(block) < _BLOCK:
             raise _Damaged("cut off within a sparse file's map")
         size, more = size + _BLOCK, block[504]

@@ -74,7 +74,7 @@ def no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: object, path: str) -> None:
         raise AssertionError(f"{path} was scanned")
 
-    monkeypatch.setattr(array_record._Storage, "scan", fail)
+    monkeypatch.setattr(array_record.ArrayRecordStorage, "scan", fail)
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_cut_anywhere_loses_the_file_and_nothing_else(tmp_path: Path, caplog: py
     path = tmp_path / "cut.array_record"
     used = [i for i, byte in enumerate(good) if byte]
     places = sorted({*used, *range(0, len(good), 8191)})
-    storage = array_record._Storage()
+    storage = array_record.ArrayRecordStorage()
     for cut in places:
         path.write_bytes(good[:cut])
         shard = storage.scan(str(path))

@@ -85,7 +85,7 @@ def no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: object, path: str) -> None:
         raise AssertionError(f"{path} was scanned")
 
-    monkeypatch.setattr(tfrecord._Storage, "scan", fail)
+    monkeypatch.setattr(tfrecord.TFRecordStorage, "scan", fail)
 
 
 # --- reading -----------------------------------------------------------------------------------------------
