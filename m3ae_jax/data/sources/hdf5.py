@@ -1,6 +1,6 @@
 """HDF5 files, a data set of pictures beside one of captions or class numbers; row i of each is example i.
 
-The layouts of M3AE's reference implementation are found by name: `jpg` + `caption`, `{split}_jpg` +
+The layouts of M3AE's reference implementation are recognised by name: `jpg` + `caption`, `{split}_jpg` +
 `{split}_labels`, `text` alone; so are all the usual names (`base.IMAGE_KEYS`, ...) with or without
 ``{split}_`` or ``{split}/`` before them. Others are named by the options.
 
@@ -15,8 +15,8 @@ an attribute or data set `class_names`, `label_names` or `classes` (a JSON list 
 of classes from an attribute `num_classes`; a label beyond them is refused. Without either, labels are taken as they
 are if they run from 0 without a gap. If they have gaps, one that is not below the number of examples (labels and
 examples of all splits of the files together) is refused: so a 1000 for "unknown" among 40 examples of three
-classes is found, while 2,000 examples of some of 1,000 classes pass. A mark that is below the number of examples
-is not found.
+classes is noticed, while 2,000 examples of some of 1,000 classes pass. A mark that is below the number of examples
+is not noticed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import h5py
 import numpy as np
 
 from m3ae_jax.data.sources.base import (
@@ -46,8 +47,9 @@ from m3ae_jax.data.sources.base import (
     find_key,
     several,
 )
+from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import expand, is_remote
-from m3ae_jax.data.sources.index import Shard, Tally, report
+from m3ae_jax.data.sources.index import Tally
 from m3ae_jax.errors import UserError
 
 _FORMS = (
@@ -55,6 +57,7 @@ _FORMS = (
     "separated by commas"
 )
 _ALIASES = {"val": ("validation", "valid", "test"), "validation": ("val", "valid", "test")}
+_USUAL_KEYS = {"image": IMAGE_KEYS, "caption": CAPTION_KEYS, "label": LABEL_KEYS}
 _NAMES_KEYS = ("class_names", "label_names", "classes")
 _MAX_OPEN = 64
 _MAX_BYTES = 2**28  # of one picture or caption
@@ -69,20 +72,18 @@ _DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, 
 _log = logging.getLogger("m3ae_jax")
 
 
-class HDF5Source:
+class HDF5Source(ConcatenatedSource):
     """Pictures with captions or classes, or texts, in local HDF5 files, by index.
 
-    Examples are in the order of the files, then of the rows.
+    Examples are in the order of the files, then of the rows. A row that HDF5 cannot read, as its chunk is damaged,
+    gives a picture (a caption) of zero bytes.
 
     Attributes:
         modalities: of `("image", "text")` those that are there.
         classes: names of the classes, their numbers where there are no names; empty without labels.
         fingerprint: hash of the files' base names and sizes and of the data sets' names and lengths.
-        report: what was found.
+        report: how many examples there are, and what was left out.
     """
-
-    modalities: tuple[str, ...]
-    classes: tuple[str, ...] = ()
 
     def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
         """Opens the files and checks that their data sets fit together.
@@ -93,18 +94,15 @@ class HDF5Source:
                 sets, with or without the split before them.
 
         Raises:
-            UserError: h5py is missing; `path` names no file; a file is damaged, or none of these layouts; data sets
-                of unequal lengths; a label that is no class.
+            UserError: `path` names no file; a file is damaged, or none of these layouts; data sets of unequal
+                lengths; a label that is no class.
             OSError: a file cannot be read.
         """
-        _h5py()
-        for part in path.split(","):
-            if is_remote(part):
-                raise UserError(
-                    f"data.*.path={part.strip()!r}: HDF5 is read from local files; copy it or mount the store"
-                )
+        remote = next((part.strip() for part in path.split(",") if is_remote(part)), None)
+        if remote is not None:
+            raise UserError(f"data.*.path={remote!r}: HDF5 is read from local files; copy it or mount the store")
         paths = expand(path, (".h5", ".hdf5", ".hdf"), _FORMS)
-        tally = Tally("data.*.path")
+        tally = Tally()
         self._files: list[_File] = []
         for name in paths:
             try:
@@ -117,75 +115,46 @@ class HDF5Source:
         if not self._files:
             raise UserError(f"data.*.path={path!r}: none of its {len(paths)} files can be read")
         first = self._files[0]
-        self._caption_count = first.captions
         for file in self._files:
-            if (file.kinds, file.captions) != (first.kinds, first.captions):
-                raise UserError(f"data.*.path: {file.path} has {file.said}, but {first.path} {first.said}")
+            if (file.keys.keys(), file.captions) != (first.keys.keys(), first.captions):
+                raise UserError(f"data.*.path: {file.path} has {file.contents}, but {first.path} {first.contents}")
         self._class_captions: tuple[bytes, ...] = ()
-        if first.labels is not None:
+        if "label" in first.keys:
             self.classes = _classes(self._files)
-            if first.caption is None and options.template:
+            if "caption" not in first.keys and options.template:
                 self._class_captions = class_captions(options.template, self.classes)
-        has_text = first.caption is not None or bool(self._class_captions)
-        self.modalities = ("image",) * (first.image is not None) + ("text",) * has_text
+        has_text = "caption" in first.keys or bool(self._class_captions)
+        self.modalities = ("image",) * ("image" in first.keys) + ("text",) * has_text
         # With captions="all" a row with k captions is k examples.
         self._per_row = first.captions if options.captions == "all" else 1
-        self._starts = np.cumsum([0] + [file.length * self._per_row for file in self._files], dtype=np.int64)
+        self._number_examples(file.length * self._per_row for file in self._files)
         if not len(self):
-            raise UserError(f"data.*.path={path!r} holds no example: {first.said} has no rows")
-        left_out = Shard(0, 0, np.zeros((0, 0)), tally.skipped)
-        self.report = dataclasses.replace(report([left_out]), shards=len(self._files), examples=len(self))
-        parts = [(os.path.basename(f.path), f.size, f.length, f.image, f.caption, f.label) for f in self._files]
-        told = json.dumps([parts, self._per_row, options.template if self._class_captions else ""])
-        self._fingerprint = hashlib.sha256(f"hdf5 1 {told}".encode()).hexdigest()[:16]
+            raise UserError(f"data.*.path={path!r} holds no example: {first.contents} has no rows")
+        self.report = tally.report(len(self._files), len(self))
+        parts = [(os.path.basename(f.path), f.size, f.length, *map(f.keys.get, _USUAL_KEYS)) for f in self._files]
+        identity = json.dumps([parts, self._per_row, options.template if self._class_captions else ""])
+        self.fingerprint = hashlib.sha256(f"hdf5 1 {identity}".encode()).hexdigest()[:16]
         self._open = functools.lru_cache(maxsize=_MAX_OPEN)(_open)
 
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return int(self._starts[-1])
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        A row that HDF5 cannot read, as its chunk is damaged, gives a picture (a caption) of zero bytes.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a file is gone or has another size than when it was opened, or the disk failed.
-        """
-        indices = np.asarray(indices, np.int64)
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        records = [Record() for _ in indices]
-        for number in np.unique(numbers).tolist():
-            places = np.flatnonzero(numbers == number)
-            local = indices[places] - self._starts[number]
-            for place, record in zip(places.tolist(), self._read_file(self._files[number], local), strict=True):
-                records[place] = record
-        return records
-
-    def _read_file(self, file: _File, local: np.ndarray) -> list[Record]:
+    def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
+        file = self._files[part]
         if os.stat(file.path).st_size != file.size:  # HDF5 would take zeros for what is missing
             raise OSError(f"{file.path}: another size than when it was opened; start again to read it anew")
         opened = self._open(file.path)
-        rows, which = np.divmod(local, self._per_row)
+        rows, which = np.divmod(rows, self._per_row)
         records = [Record() for _ in rows]
-        if file.image is not None:
-            for record, value in zip(records, _take(opened[file.image], rows), strict=True):
+        if "image" in file.keys:
+            for record, value in zip(records, _take(opened[file.keys["image"]], rows), strict=True):
                 record["image"] = _picture(value)
-        if file.caption is not None:
-            for record, value, chosen in zip(records, _take(opened[file.caption], rows), which.tolist(), strict=True):
-                captions = _captions(value) if self._caption_count > 1 else [_bytes(value)]
+        if "caption" in file.keys:
+            values = _take(opened[file.keys["caption"]], rows)
+            for record, value, number in zip(records, values, which.tolist(), strict=True):
+                # Of several captions the empty ones are padding.
+                captions = [_bytes(value)] if file.captions == 1 or value is None else [_bytes(one) for one in value]
                 if self._per_row > 1:
-                    captions = captions[chosen : chosen + 1]
+                    captions = captions[number : number + 1]
                 record.update(several([caption for caption in captions if caption]))
-        if file.labels is not None:
+        if "label" in file.keys:
             for record, label in zip(records, file.labels[rows].tolist(), strict=True):
                 record["label"] = label
                 if self._class_captions:
@@ -205,11 +174,11 @@ def _take(dataset: Any, rows: np.ndarray) -> list[Any]:
     whole = _is_plausible(dataset, unique)
     values: list[Any] = [None] * len(unique)
     try:
-        found = list(dataset[unique[whole]])
+        stored = list(dataset[unique[whole]])
     except _DAMAGE as error:
         _raise_failure(error)
-        found = [_take_one(dataset, row) for row in unique[whole].tolist()]
-    for place, value in zip(np.flatnonzero(whole).tolist(), found, strict=True):
+        stored = [_take_one(dataset, row) for row in unique[whole].tolist()]
+    for place, value in zip(np.flatnonzero(whole).tolist(), stored, strict=True):
         values[place] = value
     return [values[place] for place in places.tolist()]
 
@@ -240,7 +209,7 @@ def _take_one(dataset: Any, row: int) -> Any:
 
 
 def _raise_failure(error: BaseException) -> None:
-    """Raises `error` where the system refused a call (HDF5 then tells its number), not where HDF5 found damage."""
+    """Raises `error` where the system refused a call (it has a number then), not where HDF5 met with damage."""
     if isinstance(error, OSError) and error.errno:
         raise error
 
@@ -263,55 +232,37 @@ def _picture(value: Any) -> bytes:
     return file.getvalue()
 
 
-def _captions(value: Any) -> list[bytes]:
-    """All captions of a row `[k]`, padding included."""
-    return [_bytes(one) for one in value] if value is not None else []
-
-
 # --- one file ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """What is known of a file.
+    """The data sets of a file.
 
     Attributes:
+        path: where it is.
         size: bytes.
-        image, caption, label: names of data sets.
+        keys: names of the data sets by what they hold: image, caption, label, as far as they are there.
         length: rows of each.
         captions: of a row.
-        labels: `[length] int64`.
+        labels: `[length] int64`; empty without labels.
         other_labels: those of the other splits, in no order.
-        class_names: empty where the file does not tell.
+        class_names: empty where the file has none.
     """
 
     path: str
     size: int
-    image: str | None
-    caption: str | None
-    label: str | None
+    keys: dict[str, str]
     length: int
     captions: int
-    labels: np.ndarray | None
+    labels: np.ndarray
     other_labels: np.ndarray
     class_names: tuple[str, ...]
 
     @property
-    def kinds(self) -> tuple[bool, ...]:
-        return tuple(key is not None for key in (self.image, self.caption, self.label))
-
-    @property
-    def said(self) -> str:
+    def contents(self) -> str:
         more = f" ({self.captions} captions a row)" if self.captions > 1 else ""
-        return " + ".join(key for key in (self.image, self.caption, self.label) if key is not None) + more
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError:
-        raise UserError("data.*.source='hdf5' needs h5py: pip install h5py") from None
-    return h5py
+        return " + ".join(self.keys.values()) + more
 
 
 def _open(path: str) -> Any:
@@ -320,7 +271,7 @@ def _open(path: str) -> Any:
     Raises:
         OSError: it cannot be opened, or (without `errno`) is no whole HDF5 file.
     """
-    return _h5py().File(path, "r", locking=False, rdcc_nbytes=_CHUNK_CACHE)
+    return h5py.File(path, "r", locking=False, rdcc_nbytes=_CHUNK_CACHE)
 
 
 class _NotWhole(UserError):
@@ -347,26 +298,23 @@ def _inspect(path: str, options: SourceOptions) -> _File:
 
 def _inspect_open(path: str, size: int, file: Any, options: SourceOptions) -> _File:
     names = list(itertools.islice(_names(file), _MAX_NAMES))
-    chosen = _choose(options, names, path)
-    image, caption, label = (None if key is None else _dataset(file, key, path) for key in chosen)
-    lengths = {key.name[1:]: _rows(key, path) for key in (image, caption, label) if key is not None}
+    datasets = {kind: _dataset(file, name, path) for kind, name in _choose(options, names, path).items()}
+    keys = {kind: dataset.name[1:] for kind, dataset in datasets.items()}
+    lengths = {keys[kind]: _rows(dataset, path) for kind, dataset in datasets.items()}
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} has {rows} rows" for name, rows in lengths.items())
-        raise UserError(f"data.*.path: {path}: {found}; row i of each must be of example i, so they must be as many")
-    captions = 1
-    if image is not None:
-        _check_picture(image, path)
-    if caption is not None:
-        captions = _check_caption(caption, path)
-    labels, others, class_names = None, np.zeros(0, np.int64), tuple[str, ...]()
-    if label is not None:
-        labels = _labels(label, path)
-        same = [_dataset(file, name, path) for name in names if name != label.name[1:] and _split_of(name, LABEL_KEYS)]
+        each = ", ".join(f"{name} has {rows} rows" for name, rows in lengths.items())
+        raise UserError(f"data.*.path: {path}: {each}; row i of each must be of example i, so they must be as many")
+    if "image" in datasets:
+        _check_picture(datasets["image"], path)
+    captions = _check_caption(datasets["caption"], path) if "caption" in datasets else 1
+    labels = others = np.zeros(0, np.int64)
+    class_names: tuple[str, ...] = ()
+    if "label" in datasets:
+        labels = _labels(datasets["label"], path)
+        same = [_dataset(file, name, path) for name in names if name != keys["label"] and _split_of(name, LABEL_KEYS)]
         others = np.concatenate([others, *(_labels(other, path) for other in same if other.dtype.kind in "iu")])
-        class_names = _class_names(file, label, path)
-    keys = [None if key is None else key.name[1:] for key in (image, caption, label)]
-    length = next(iter(lengths.values()))
-    return _File(path, size, keys[0], keys[1], keys[2], length, captions, labels, others, class_names)
+        class_names = _class_names(file, datasets["label"], path)
+    return _File(path, size, keys, next(iter(lengths.values())), captions, labels, others, class_names)
 
 
 def _names(file: Any) -> Iterator[str]:
@@ -375,22 +323,20 @@ def _names(file: Any) -> Iterator[str]:
     Raises:
         KeyError: one is damaged (without this, a file would silently seem to hold pictures alone).
     """
-    h5py = _h5py()
     for name in file:
         link = file.get(name, getlink=True)
         if isinstance(link, h5py.ExternalLink):
-            yield name  # not followed; told of where it is chosen
+            yield name  # not followed; refused where it is chosen
             continue
-        found = file[name] if isinstance(link, h5py.HardLink) else file.get(name)  # a link may lead nowhere
-        if isinstance(found, h5py.Dataset):
+        target = file[name] if isinstance(link, h5py.HardLink) else file.get(name)  # a link may lead nowhere
+        if isinstance(target, h5py.Dataset):
             yield name
-        elif isinstance(found, h5py.Group):
-            yield from (f"{name}/{inner}" for inner in found if _is_dataset(found, inner))
+        elif isinstance(target, h5py.Group):
+            yield from (f"{name}/{inner}" for inner in target if _is_dataset(target, inner))
 
 
 def _is_dataset(group: Any, name: str) -> bool:
     """Whether it is a data set, or a link to another file that is not followed."""
-    h5py = _h5py()
     return isinstance(group.get(name, getlink=True), h5py.ExternalLink) or isinstance(group.get(name), h5py.Dataset)
 
 
@@ -403,40 +349,35 @@ def _dataset(file: Any, name: str, path: str) -> Any:
     Raises:
         UserError: its rows are in another file.
     """
-    within = not isinstance(file.get(name, getlink=True), _h5py().ExternalLink)
-    found = file[name] if within else None
-    if found is None or found.file.filename != file.filename or found.external or found.is_virtual:
+    within = not isinstance(file.get(name, getlink=True), h5py.ExternalLink)
+    dataset = file[name] if within else None
+    if dataset is None or dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
         raise UserError(
             f"data.*.path: {path}: the rows of {name} are in another file (an external link, external storage or a "
             "virtual data set), which is not read; name the file that holds them"
         )
-    return found
+    return dataset
 
 
-def _choose(options: SourceOptions, names: Sequence[str], path: str) -> list[str | None]:
-    """The names of picture, caption and label.
+def _choose(options: SourceOptions, names: Sequence[str], path: str) -> dict[str, str]:
+    """The names of picture, caption and label, as far as they are there.
 
     Raises:
-        UserError: neither a picture nor a caption, or not those asked for.
+        UserError: neither a picture nor a caption, or not those that the options name.
     """
-    wanted = (
-        (options.image_key, IMAGE_KEYS, "image_key"),
-        (options.caption_key, CAPTION_KEYS, "caption_key"),
-        (options.label_key, LABEL_KEYS, "label_key"),
-    )
-    splits = [options.split] if options.split else []
-    prefixes = [f"{split}{mark}" for split in splits for mark in "_/"] + [""]
+    named = {kind: key for kind in _USUAL_KEYS if (key := getattr(options, f"{kind}_key"))}
+    prefixes = [f"{options.split}{mark}" for mark in "_/" if options.split] + [""]
     prefixes += [f"{split}{mark}" for split in _ALIASES.get(options.split, ()) for mark in "_/"]
     for prefix in prefixes:
-        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        found = [
-            next((key for key in ([asked] if asked else usual) if key in inner), None) for asked, usual, _ in wanted
-        ]
-        whole = all(key is not None or not asked for key, (asked, _, _) in zip(found, wanted, strict=True))
-        if whole and (found[0] is not None or found[1] is not None):
+        chosen: dict[str, str] = {}
+        for kind, usual in _USUAL_KEYS.items():
+            present = [prefix + key for key in ([named[kind]] if kind in named else usual) if prefix + key in names]
+            if present:
+                chosen[kind] = present[0]
+        if chosen.keys() >= named.keys() and ("image" in chosen or "caption" in chosen):
             if prefix and prefix[:-1] != options.split:
                 _log.info("hdf5: %s: split %s is called %s here", path, options.split, prefix[:-1])
-            return [None if key is None else prefix + key for key in found]
+            return chosen
     there = {split for name in names for usual in (IMAGE_KEYS, CAPTION_KEYS) if (split := _split_of(name, usual))}
     if there:
         near = difflib.get_close_matches(options.split, there, n=1)
@@ -445,8 +386,8 @@ def _choose(options: SourceOptions, names: Sequence[str], path: str) -> list[str
             f"data.*.split={options.split!r}: {path} has only the splits {', '.join(sorted(there))} "
             f"(data sets {', '.join(sorted(names))}){hint}"
         )
-    for asked, usual, field in wanted:
-        find_key(asked, usual, names, f"data.*.{field}", path)
+    for kind, usual in _USUAL_KEYS.items():
+        find_key(named.get(kind, ""), usual, names, f"data.*.{kind}_key", path)
     raise UserError(
         f"data.*.path: {path} has no data set of pictures or captions under a usual name, only "
         f"{', '.join(sorted(names)) or 'none at all'}; name them with image_key, caption_key and label_key"
@@ -455,7 +396,7 @@ def _choose(options: SourceOptions, names: Sequence[str], path: str) -> list[str
 
 def _split_of(name: str, usual: Sequence[str]) -> str:
     """`train` of ``train_jpg`` or ``train/jpg``; empty where it is no such name."""
-    if name in (*IMAGE_KEYS, *CAPTION_KEYS, *LABEL_KEYS):
+    if any(name in keys for keys in _USUAL_KEYS.values()):
         return ""
     ends = (f"{mark}{key}" for key in usual for mark in "_/")
     return next((name[: -len(end)] for end in ends if name.endswith(end)), "")
@@ -468,7 +409,7 @@ def _rows(dataset: Any, path: str) -> int:
 
 
 def _check_picture(dataset: Any, path: str) -> None:
-    h5py, kind, shape = _h5py(), dataset.dtype, dataset.shape
+    kind, shape = dataset.dtype, dataset.shape
     text = h5py.check_string_dtype(kind)
     if text is not None and text.length is None:
         raise UserError(
@@ -486,7 +427,7 @@ def _check_picture(dataset: Any, path: str) -> None:
 
 def _check_caption(dataset: Any, path: str) -> int:
     """The number of captions of a row."""
-    h5py, kind, shape = _h5py(), dataset.dtype, dataset.shape
+    kind, shape = dataset.dtype, dataset.shape
     is_text = h5py.check_string_dtype(kind) is not None or _is_fixed_bytes(kind)
     if not (is_text or h5py.check_vlen_dtype(kind) == np.uint8) or len(shape) > 2 or 0 in shape[1:]:
         raise UserError(
@@ -507,7 +448,6 @@ def _labels(dataset: Any, path: str) -> np.ndarray:
 
 
 def _kind(dataset: Any) -> str:
-    h5py = _h5py()
     inner = h5py.check_vlen_dtype(dataset.dtype)
     text = h5py.check_string_dtype(dataset.dtype)
     name = f"variable-length {inner}" if inner is not None else "strings" if text is not None else str(dataset.dtype)
@@ -545,13 +485,12 @@ def _classes(files: Sequence[_File]) -> tuple[str, ...]:
     """The names of the classes, or their numbers; checks every label (see the module's docstring).
 
     Raises:
-        UserError: a label is no class, or the files tell different names.
+        UserError: a label is no class, or the files name different classes.
     """
     named = {file.class_names: file.path for file in files if file.class_names}
     if len(named) > 1:
         raise UserError(f"data.*.path: {' and '.join(list(named.values())[:2])} name different classes")
-    own = [file.labels for file in files if file.labels is not None]
-    together = np.concatenate([*own, *(file.other_labels for file in files)])
+    together = np.concatenate([labels for file in files for labels in (file.labels, file.other_labels)])
     present = np.unique(together[together >= 0])
     names = next(iter(named), ())
     if names:
@@ -569,9 +508,8 @@ def _classes(files: Sequence[_File]) -> tuple[str, ...]:
 
 
 def _check_range(file: _File, limit: int, rule: str) -> None:
-    assert file.labels is not None
     bad = np.flatnonzero((file.labels < 0) | (file.labels >= limit))
     if bad.size:
-        said = ", ".join(f"{file.labels[row]} at row {row}" for row in bad[:3].tolist())
+        first = ", ".join(f"{file.labels[row]} at row {row}" for row in bad[:3].tolist())
         more = f" and {bad.size - 3} more" if bad.size > 3 else ""
-        raise UserError(f"data.*.label_key: {file.path}: {file.label} has {said}{more}; {rule}")
+        raise UserError(f"data.*.label_key: {file.path}: {file.keys['label']} has {first}{more}; {rule}")
