@@ -4,9 +4,9 @@ A picture is binary, or a struct whose field `bytes` is. A caption is a string, 
 of one picture. A class is an integer; names of the classes are read from a `ClassLabel` in the schema's
 metadata.
 
-Parquet stores rows in groups, and a group is the least that can be decoded. The groups used last are kept decoded, up
-to `_CACHE_BYTES`; where all fit, or groups are small, reading in any order is fast. Otherwise a warning tells of
-the cost at the start.
+Parquet stores rows in groups, and a group is the least that can be decoded. The groups used last are cached decoded,
+up to `_CACHE_BYTES`; where all fit, or groups are small, reading in any order is fast. Otherwise a warning at the start
+says what it costs.
 
 Damage: a file whose footer cannot be read is left out and counted. A group that cannot be decoded gives pictures (or
 captions) of zero bytes. Bytes that changed where no compression and no checksum notices it come as they are.
@@ -23,12 +23,14 @@ import json
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from m3ae_jax.data.sources.base import (
     CAPTION_KEYS,
@@ -40,8 +42,9 @@ from m3ae_jax.data.sources.base import (
     find_key,
     several,
 )
+from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import File, expand, open_file
-from m3ae_jax.data.sources.index import IndexReport, Tally, skip_line
+from m3ae_jax.data.sources.index import Tally, caption_rows, left_out, skip_line
 from m3ae_jax.errors import UserError
 
 _FORMS = (
@@ -55,23 +58,24 @@ _SCAN_THREADS = 4
 _MAX_CLASSES = 10**6
 _MAX_ROWS = 2**48
 
+# What pyarrow makes of damage; a name that is no UTF-8 is a ValueError.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
+
 _log = logging.getLogger("m3ae_jax")
 
 
-class ParquetSource:
+class ParquetSource(ConcatenatedSource):
     """Pictures with captions or classes, or texts, in Parquet files, by index.
 
-    Examples are in the order of the files, then of the rows.
+    Examples are in the order of the files, then of the rows. A null, and a row of a group that cannot be decoded,
+    gives zero bytes. So does the picture of a row whose label is null or no class.
 
     Attributes:
         modalities: of `("image", "text")` those that are there.
         classes: names of the classes, their numbers where there are no names; empty without labels.
         fingerprint: hash of the files' base names and sizes, of the row groups' lengths and of the columns' names.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
     """
-
-    modalities: tuple[str, ...]
-    classes: tuple[str, ...] = ()
 
     def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
         """Opens the files and reads their footers.
@@ -82,81 +86,51 @@ class ParquetSource:
             options: `image_key`, `caption_key` and `label_key` name columns.
 
         Raises:
-            UserError: pyarrow is missing; `path` names no file, or none that is whole; columns are missing or of other
-                types; a label that is no class.
+            UserError: `path` names no file, or none that is whole; columns are missing or of other types; a label
+                that is no class.
             OSError: a file cannot be read.
         """
-        _pyarrow()
+        paths, tally = expand(path, (".parquet",), _FORMS), Tally()
         self._footer = functools.lru_cache(maxsize=_MAX_FOOTERS)(_read_footer)
-        found = _scan(expand(path, (".parquet",), _FORMS))
-        self._columns = columns = _choose(found.files[0], options) if found.files else _Columns()
+        files = _scan(paths, tally)
+        self._columns = columns = _choose(files[0], options) if files else _Columns()
         self._cache = _Cache(self._decode, _CACHE_BYTES)
-        self._damaged: set[int] = set()
-        self._files, self._groups, tally = found.files, _groups(found.files, columns), found.tally
-        self._which: np.ndarray | None = None  # `[n, 3]` group, row and caption of each example
+        self._damaged: set[_Group] = set()
+        _check_columns(files, columns)
+        self._groups = [group for file in files for group in file.groups if group.rows]
+        self._captions: list[np.ndarray] | None = None  # of each group `[n, 2]`: row and caption of each example
         if columns.several and options.captions == "all":
-            self._which = self._expand(tally)
-        self._starts = np.cumsum([0] + [group.rows for group in self._groups], dtype=np.int64)
-        samples = {reason: sample for reason, (_, sample) in tally.items()}
-        counts = {reason: count for reason, (count, _) in tally.items()}
-        self.report = IndexReport(len(found.files) + found.damaged, len(self), counts, samples)
+            self._captions = [self._caption_rows(group, tally) for group in self._groups]
+        self._number_examples(map(len, self._captions) if self._captions else [group.rows for group in self._groups])
+        self.report = tally.report(len(paths), len(self))
         if not len(self):
-            left_out = f" (left out: {skip_line(self.report)})" if counts else ""
-            raise UserError(f"data.*.path={path!r} holds no example{left_out}")
-        if counts:
+            raise UserError(f"data.*.path={path!r} holds no example{left_out(self.report)}")
+        if self.report.skipped:
             _log.warning("parquet: left out: %s", skip_line(self.report))
         if columns.label:
-            self.classes = self._label_names()
+            self.classes = self._label_names(files)
         self._class_captions: tuple[bytes, ...] = ()
         if columns.label and not columns.caption and options.template:
             self._class_captions = class_captions(options.template, self.classes)
         has_text = bool(columns.caption or self._class_captions)
         self.modalities = ("image",) * bool(columns.image) + ("text",) * has_text
-        self._fingerprint = self._hash(options.template if self._class_captions else "")
+        self.fingerprint = self._hash(files, options.template if self._class_captions else "")
         self._warn_if_slow()
 
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
+    def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
+        decoded = self._cache.get(part)
+        if self._captions is None:
+            return [self._record(decoded, row, None) for row in rows.tolist()]
+        return [self._record(decoded, row, caption) for row, caption in self._captions[part][rows].tolist()]
 
-    def __len__(self) -> int:
-        """Number of examples."""
-        return int(self._starts[-1]) if self._which is None else len(self._which)
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
-
-        A null, and a row of a group that cannot be decoded, gives zero bytes. So does the picture of a row whose label
-        is null or no class.
-
-        Args:
-            indices: `[n] int64`, each in `[0, len(self))`.
-
-        Raises:
-            OSError: a file is gone or has another size than when it was opened, or the storage failed.
-        """
-        indices = np.asarray(indices, np.int64)
-        if self._which is not None:
-            groups, rows, chosen = self._which[indices].T
-        else:
-            groups = np.searchsorted(self._starts, indices, side="right") - 1
-            rows, chosen = indices - self._starts[groups], np.full(len(indices), -1)
-        records = [Record() for _ in indices]
-        for group in np.unique(groups).tolist():
-            decoded = self._cache.get(group)
-            for place in np.flatnonzero(groups == group).tolist():
-                records[place] = self._record(decoded, int(rows[place]), int(chosen[place]))
-        return records
-
-    def _record(self, group: _Decoded, row: int, chosen: int) -> Record:
+    def _record(self, group: _Decoded, row: int, chosen: int | None) -> Record:
         record, columns = Record(), self._columns
         if columns.image:
             record["image"] = _value(group.image, row) or b""
         if columns.caption:
-            found = _value(group.caption, row)
-            captions = [one or b"" for one in found or []] if columns.several else [found or b""]
-            record.update(several(captions if chosen < 0 else captions[chosen : chosen + 1]))
+            value = _value(group.caption, row)
+            captions = [one or b"" for one in value or []] if columns.several else [value or b""]
+            record.update(several(captions if chosen is None else captions[chosen : chosen + 1]))
         if columns.label:
             label = _value(group.label, row)
             known = label is not None and 0 <= label < len(self.classes)
@@ -167,98 +141,88 @@ class ParquetSource:
                 record["image"] = b""
         return record
 
-    def _decode(self, number: int, columns: _Columns | None = None) -> _Decoded:
-        """Decodes a row group; nothing in it where it is damaged.
+    def _decode(self, number: int) -> _Decoded:
+        return self._decode_columns(self._groups[number], self._columns)
 
-        Args:
-            number: of the group, from 0 over all files.
-            columns: other ones than those of the source.
+    def _decode_columns(self, group: _Group, columns: _Columns) -> _Decoded:
+        """Decodes columns of a row group; nothing in them where it is damaged.
 
         Raises:
             OSError: the storage failed.
         """
-        group, columns = self._groups[number], columns or self._columns
-        file = self._files[group.file]
-        stream = _Stream(open_file(file.path))
-        if stream.size != file.size:
-            raise OSError(f"{file.path}: another size than when it was opened; start again to read it anew")
-        footer = self._footer(file.path)
+        stream = _Stream(open_file(group.path))
+        if stream.size != group.file_size:
+            raise OSError(f"{group.path}: another size than when it was opened; start again to read it anew")
+        footer = self._footer(group.path)
         try:
-            opened = _open(stream, footer)
-            table = opened.read_row_group(group.number, columns=columns.leaves, use_threads=False)
+            table = _open(stream, footer).read_row_group(group.number, columns=columns.leaves, use_threads=False)
             return _unpack(table, columns, group.rows)
-        except _damage() as error:
+        except _DAMAGE as error:
             if stream.failure is not None:
                 raise stream.failure from None
-            if number not in self._damaged:  # once, though it may be tried again
-                self._damaged.add(number)
+            if group not in self._damaged:  # once, though it may be tried again
+                self._damaged.add(group)
                 line = "parquet: %s: row group %d cannot be decoded (%s); none of its %d rows can be used"
-                _log.warning(line, file.path, group.number, _one_line(error), group.rows)
+                _log.warning(line, group.path, group.number, _one_line(error), group.rows)
             return _Decoded()
 
-    def _expand(self, tally: dict[str, tuple[int, str]]) -> np.ndarray:
-        """Group, row and caption of every caption; a row without any stays, with an empty one."""
-        import pyarrow.compute as pc
+    def _caption_rows(self, group: _Group, tally: Tally) -> np.ndarray:
+        """Row and caption of every caption of a group; a row without any stays, with an empty one."""
+        key = self._columns.caption
+        captions = self._decode_columns(group, _Columns(caption=key, leaves=(key,), several=True)).caption
+        if captions is None:
+            name = f"{os.path.basename(group.path)}:row group {group.number}"
+            tally.add("damaged row group", name, group.rows)
+            return np.zeros((0, 2), np.int64)
+        counts = pc.list_value_length(captions).fill_null(0).to_numpy()
+        return caption_rows(np.arange(group.rows)[:, None], counts)
 
-        parts = [np.zeros((0, 3), np.int64)]
-        captions_alone = _Columns(caption=self._columns.caption, leaves=(self._columns.caption,), several=True)
-        for number, group in enumerate(self._groups):
-            decoded = self._decode(number, captions_alone)
-            if decoded.caption is None:
-                path = self._files[group.file].path
-                _count(tally, path, "damaged row group", f"row group {group.number}", group.rows)
-                continue
-            counts = np.maximum(pc.list_value_length(decoded.caption).fill_null(0).to_numpy(), 1)
-            rows = np.repeat(np.arange(group.rows), counts)
-            firsts = np.repeat(np.cumsum(counts) - counts, counts)
-            parts.append(np.stack([np.full_like(rows, number), rows, np.arange(len(rows)) - firsts], 1))
-        return np.concatenate(parts)
-
-    def _label_names(self) -> tuple[str, ...]:
+    def _label_names(self, files: Sequence[_File]) -> tuple[str, ...]:
         """The names of the classes, or their numbers.
 
         Raises:
             UserError: a label is no class.
         """
-        key, first, top = self._columns.label, self._files[0], -1
+        key, first, top = self._columns.label, files[0], -1
         names = first.class_names.get(key, ())
-        other = next((file for file in self._files if file.class_names.get(key, ()) != names), None)
+        other = next((file for file in files if file.class_names.get(key, ()) != names), None)
         if other is not None:
             raise UserError(f"data.*.path: {first.path} and {other.path} name different classes in column {key!r}")
-        for number, group in enumerate(self._groups):
-            lowest, highest = group.labels or self._label_range(number)
-            where = f"data.*.label_key: {self._files[group.file].path}: column {key!r}"
+        largest = (len(names) or _MAX_CLASSES) - 1
+        for group in self._groups:
+            leaf = group.leaves.get(key)
+            lowest, highest = (leaf and leaf.limits) or self._label_range(group)
+            where = f"data.*.label_key: {group.path}: column {key!r}"
             if lowest < 0:
                 raise UserError(f"{where} has {lowest} in row group {group.number}; class numbers start at 0")
-            if highest >= (len(names) or _MAX_CLASSES):
-                allowed = f"0 to {(len(names) or _MAX_CLASSES) - 1}"
-                raise UserError(f"{where} has {highest} in row group {group.number}; allowed are {allowed}")
+            if highest > largest:
+                raise UserError(f"{where} has {highest} in row group {group.number}; allowed are 0 to {largest}")
             top = max(top, highest)
         return names or tuple(map(str, range(top + 1)))
 
-    def _label_range(self, number: int) -> tuple[int, int]:
-        """The least and the largest label of a row group whose statistics do not tell."""
-        labels = self._decode(number, _Columns(label=self._columns.label, leaves=(self._columns.label,))).label
+    def _label_range(self, group: _Group) -> tuple[int, int]:
+        """The least and the largest label of a row group without statistics."""
+        key = self._columns.label
+        labels = self._decode_columns(group, _Columns(label=key, leaves=(key,))).label
         known = [] if labels is None else [label for label in labels.to_pylist() if label is not None]
         return (min(known), max(known)) if known else (0, -1)
 
-    def _hash(self, template: str) -> str:
-        columns = self._columns
-        files = [(os.path.basename(file.path), file.size) for file in self._files]
-        groups = [(group.file, group.rows) for group in self._groups]
-        keys = (columns.image, columns.caption, columns.label, template)
-        told = json.dumps([files, groups, keys, len(self)])
-        return hashlib.sha256(f"parquet 1 {told}".encode()).hexdigest()[:16]
+    def _hash(self, files: Sequence[_File], template: str) -> str:
+        sizes = [(os.path.basename(file.path), file.size) for file in files]
+        groups = [(number, group.rows) for number, file in enumerate(files) for group in file.groups if group.rows]
+        keys = (self._columns.image, self._columns.caption, self._columns.label, template)
+        identity = json.dumps([sizes, groups, keys, len(self)])
+        return hashlib.sha256(f"parquet 1 {identity}".encode()).hexdigest()[:16]
 
     def _warn_if_slow(self) -> None:
-        total = sum(group.decoded_bytes for group in self._groups)
-        average = total / len(self._groups)
-        if total > _CACHE_BYTES and average > _SLOW_GROUP:
+        used = [leaf.size for group in self._groups for name, leaf in group.leaves.items() if self._columns.uses(name)]
+        average = sum(used) / len(self._groups)
+        if sum(used) > _CACHE_BYTES and average > _SLOW_GROUP:
             _log.warning(
                 "parquet: row groups are of %.0f MB on average (e.g. %s): in shuffled order each example costs "
                 "decoding that much; python -m m3ae_jax.data.prepare rewrites the files for random access",
                 average / 1e6,
-                self._files[0].path,
+                self._groups[0].path,
             )
 
 
@@ -283,11 +247,8 @@ def _unpack(table: Any, columns: _Columns, rows: int) -> _Decoded:
     """The columns of `table`, pictures and captions as bytes.
 
     Raises:
-        ValueError: there is something else in it than the footer told.
+        ValueError: there is something else in it than the footer says.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     if len(table) != rows:
         raise ValueError(f"{len(table)} rows, the footer tells of {rows}")
     image = caption = label = None
@@ -298,15 +259,15 @@ def _unpack(table: Any, columns: _Columns, rows: int) -> _Decoded:
         image = image.cast(pa.large_binary())
     if columns.caption:
         # As bytes, since a caption may be no valid UTF-8.
-        wanted = pa.large_list(pa.large_binary()) if columns.several else pa.large_binary()
-        caption = table[columns.caption].cast(wanted)
+        kind = pa.large_list(pa.large_binary()) if columns.several else pa.large_binary()
+        caption = table[columns.caption].cast(kind)
     if columns.label:
         label = table[columns.label]
     return _Decoded(image, caption, label, table.nbytes)
 
 
 class _Cache:
-    """The row groups used last, decoded once though several threads ask.
+    """The row groups used last, decoded once though several threads read them.
 
     Args:
         decode: decodes a row group.
@@ -316,7 +277,7 @@ class _Cache:
     def __init__(self, decode: Callable[[int], _Decoded], limit: int) -> None:
         self._decode, self._limit = decode, limit
         self._lock = threading.Lock()
-        self._groups: OrderedDict[int, Future[_Decoded]] = OrderedDict()
+        self._groups: dict[int, Future[_Decoded]] = {}  # the one used last is the last
         self._sizes: dict[int, int] = {}
         self._total = 0
 
@@ -327,12 +288,9 @@ class _Cache:
             OSError: the storage failed.
         """
         with self._lock:
-            future = self._groups.get(number)
-            mine = future is None
-            if future is None:
-                future = self._groups[number] = Future()
-            self._groups.move_to_end(number)
-        if mine:
+            cached = self._groups.pop(number, None)
+            future = self._groups[number] = cached or Future()
+        if cached is None:
             self._fill(number, future)
         return future.result()
 
@@ -348,14 +306,10 @@ class _Cache:
         with self._lock:
             self._sizes[number] = group.nbytes
             self._total += group.nbytes
-            if self._total <= self._limit:
-                return
             for oldest in list(self._groups):
-                if oldest != number and oldest in self._sizes:  # not one that is being decoded
+                if self._total > self._limit and oldest != number and oldest in self._sizes:  # none being decoded
                     self._total -= self._sizes.pop(oldest)
                     del self._groups[oldest]
-                if self._total <= self._limit:
-                    return
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -363,15 +317,7 @@ class _Cache:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """What is known of a file.
-
-    Attributes:
-        path: where it is.
-        size: bytes.
-        types: of each column.
-        class_names: of each column that has any.
-        groups: its row groups.
-    """
+    """A whole file; `types` and `class_names` are by column, the latter of those alone that have any."""
 
     path: str
     size: int
@@ -380,34 +326,22 @@ class _File:
     groups: tuple[_Group, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Group:
-    """A row group.
+    """A row group: its number in its file, its rows, and the leaves of its columns by path."""
 
-    Attributes:
-        file: number of its file.
-        number: in the file.
-        rows: how many.
-        leaves: of each leaf of a column its path, its bytes decoded, and its least and largest value where known.
-        decoded_bytes: of the columns used.
-        labels: least and largest, where the footer tells.
-    """
-
-    file: int
+    path: str
+    file_size: int
     number: int
     rows: int
-    leaves: tuple[tuple[str, int, Any], ...]
-    decoded_bytes: int = 0
-    labels: tuple[int, int] | None = None
+    leaves: dict[str, _Leaf]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """The whole files among those given, and what was left out."""
+class _Leaf(NamedTuple):
+    """The bytes of a leaf when decoded, and its least and largest value where the footer has them."""
 
-    files: list[_File]
-    damaged: int
-    tally: dict[str, tuple[int, str]]
+    size: int
+    limits: tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,6 +359,9 @@ class _Columns:
     leaves: tuple[str, ...] = ()
     several: bool = False
 
+    def uses(self, leaf: str) -> bool:
+        return any(leaf == name or leaf.startswith(name + ".") for name in self.leaves)
+
 
 class _Stream(io.RawIOBase):
     """A file as pyarrow reads it; remembers a failure of the storage, to tell it from damage in the file."""
@@ -441,9 +378,6 @@ class _Stream(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._place
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
         self._place = max(start + offset, 0)
@@ -451,9 +385,9 @@ class _Stream(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(self.size - self._place, 0)
-        wanted = left if size is None or size < 0 else min(size, left)
+        count = left if size is None or size < 0 else min(size, left)
         try:
-            data = self._file.read(self._place, wanted) if wanted else b""
+            data = self._file.read(self._place, count) if count else b""
         except OSError as error:
             self.failure = error
             raise
@@ -461,27 +395,11 @@ class _Stream(io.RawIOBase):
         return data
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("data.*.source='parquet' needs pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def _damage() -> tuple[type[BaseException], ...]:
-    """What pyarrow makes of damage; a name that is no UTF-8 is a ValueError."""
-    return (_pyarrow().ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _open(stream: _Stream, footer: Any = None) -> Any:
-    import pyarrow.parquet as pq
-
     return pq.ParquetFile(stream, metadata=footer, page_checksum_verification=True)
 
 
@@ -493,28 +411,19 @@ def _read_footer(path: str) -> Any:
     """
     try:
         return _open(_Stream(open_file(path))).metadata
-    except _damage() as error:
+    except _DAMAGE as error:
         raise OSError(f"{path}: its footer cannot be read any more: {_one_line(error)}") from None
 
 
-def _scan(paths: Sequence[str]) -> _Found:
+def _scan(paths: Sequence[str], tally: Tally) -> list[_File]:
+    """The whole ones of the files; counts the others."""
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         scanned = list(pool.map(_inspect, paths))
-    files = [file for file in scanned if isinstance(file, _File)]
-    tally: dict[str, tuple[int, str]] = {}
-    for path, file in zip(paths, scanned, strict=True):
-        if isinstance(file, str):
-            _log.warning("parquet: %s is no whole Parquet file and left out: %s", path, file)
-            _count(tally, path, "damaged file", file, 1)
-    return _Found(files, len(paths) - len(files), tally)
-
-
-def _count(tally: dict[str, tuple[int, str]], path: str, reason: str, name: str, count: int) -> None:
-    """Adds to what was left out of all files."""
-    of_file = Tally(os.path.basename(path))
-    of_file.add(reason, name, count)
-    before, sample = tally.get(reason, (0, of_file.skipped[reason][1]))
-    tally[reason] = (before + count, sample)
+    for path, reason in zip(paths, scanned, strict=True):
+        if isinstance(reason, str):
+            _log.warning("parquet: %s is no whole Parquet file and left out: %s", path, reason)
+            tally.add("damaged file", f"{os.path.basename(path)}:{reason}")
+    return [file for file in scanned if isinstance(file, _File)]
 
 
 def _inspect(path: str) -> _File | str:
@@ -527,20 +436,20 @@ def _inspect(path: str) -> _File | str:
     try:
         opened = _open(stream)
         schema, footer = opened.schema_arrow, opened.metadata
-        groups = tuple(_group(footer, number) for number in range(footer.num_row_groups))
+        groups = tuple(_group(path, stream.size, footer, number) for number in range(footer.num_row_groups))
         rows = [group.rows for group in groups]
         if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > _MAX_ROWS:
             return "its row groups do not add up"
         types = {field.name: field.type for field in schema}
         return _File(path, stream.size, types, _class_names(schema.metadata or {}), groups)
-    except _damage() as error:
+    except _DAMAGE as error:
         if stream.failure is not None:
             raise stream.failure from None
         return _one_line(error)
 
 
-def _group(footer: Any, number: int) -> _Group:
-    group, leaves = footer.row_group(number), []
+def _group(path: str, file_size: int, footer: Any, number: int) -> _Group:
+    group, leaves = footer.row_group(number), {}
     for i in range(group.num_columns):
         leaf = group.column(i)
         limits = None
@@ -548,43 +457,28 @@ def _group(footer: Any, number: int) -> _Group:
             with contextlib.suppress(ValueError, OverflowError):  # of another column, as a date that Python has not
                 stats = leaf.statistics
                 limits = (stats.min, stats.max) if stats is not None and stats.has_min_max else None
-        leaves.append((leaf.path_in_schema, leaf.total_uncompressed_size, limits))
-    return _Group(0, number, group.num_rows, tuple(leaves))
+        leaves[leaf.path_in_schema] = _Leaf(leaf.total_uncompressed_size, limits)
+    return _Group(path, file_size, number, group.num_rows, leaves)
 
 
-def _groups(files: Sequence[_File], columns: _Columns) -> list[_Group]:
-    """The row groups of all files, with what is known of the columns used.
-
-    Raises:
-        UserError: a file has other columns than the first.
-    """
-    groups = []
-    for number, file in enumerate(files):
-        for key in (columns.image, columns.caption, columns.label):
-            if key and file.types.get(key) != files[0].types[key] and not _alike(file, files[0], key):
+def _check_columns(files: Sequence[_File], columns: _Columns) -> None:
+    """Raises a `UserError` where a file has other columns than the first."""
+    for file in files:
+        for key in filter(None, (columns.image, columns.caption, columns.label)):
+            if file.types.get(key) != files[0].types[key] and not _alike(file, files[0], key):
                 kind = f"of type {file.types[key]}" if key in file.types else "not there"
                 raise UserError(
                     f"data.*.path: {file.path}: column {key!r} is {kind}, in {files[0].path} of type "
-                    f"{files[0].types[key]}; its columns are {_said(file)}"
+                    f"{files[0].types[key]}; its columns are {_listed(file)}"
                 )
-        for group in file.groups:
-            used = [leaf for leaf in group.leaves if _is_used(leaf[0], columns.leaves)]
-            limits = next((leaf[2] for leaf in used if leaf[0] == columns.label), None)
-            size = sum(leaf[1] for leaf in used)
-            groups.append(_Group(number, group.number, group.rows, (), size, limits))
-    return [group for group in groups if group.rows]
-
-
-def _is_used(leaf: str, chosen: Sequence[str]) -> bool:
-    return any(leaf == name or leaf.startswith(name + ".") for name in chosen)
 
 
 def _alike(file: _File, first: _File, key: str) -> bool:
     """Whether a column can be used as the first file's: string and large_string are the same here."""
     if key not in file.types:
         return False
-    kinds, is_struct = (file.types[key], first.types[key]), _pyarrow().types.is_struct
-    same_form = _is_list(kinds[0]) == _is_list(kinds[1]) and is_struct(kinds[0]) == is_struct(kinds[1])
+    kinds = (file.types[key], first.types[key])
+    same_form = all(len(set(map(is_nested, kinds))) == 1 for is_nested in (_is_list, pa.types.is_struct))
     return same_form and any(all(map(fits, kinds)) for fits in (_is_picture, _is_caption, _is_label))
 
 
@@ -595,7 +489,7 @@ def _choose(file: _File, options: SourceOptions) -> _Columns:
     """Finds the columns by name and type.
 
     Raises:
-        UserError: neither a picture nor a caption, or not those asked for.
+        UserError: neither a picture nor a caption, or not those that the options name.
     """
     image = _find(file, options.image_key, IMAGE_KEYS, "image_key", _is_picture, "binary or struct<bytes: binary, ...>")
     caption = _find(file, options.caption_key, CAPTION_KEYS, "caption_key", _is_caption, "string or list<string>")
@@ -603,55 +497,53 @@ def _choose(file: _File, options: SourceOptions) -> _Columns:
     if not image and not caption:
         raise UserError(
             f"data.*.path: {file.path} has no column of pictures (binary) or captions (string) under a usual name, "
-            f"only {_said(file)}; name them with image_key, caption_key and label_key"
+            f"only {_listed(file)}; name them with image_key, caption_key and label_key"
         )
     leaves = [name for name in (image, caption, label) if name]
-    if image and _pyarrow().types.is_struct(file.types[image]):
+    if image and pa.types.is_struct(file.types[image]):
         leaves[0] = f"{image}.bytes"
     return _Columns(image, caption, label, tuple(leaves), bool(caption) and _is_list(file.types[caption]))
 
 
 def _find(file: _File, wanted: str, usual: Sequence[str], field: str, fits: Callable[[Any], bool], allowed: str) -> str:
-    found = file.types if wanted else [name for name in file.types if fits(file.types[name])]
-    key = find_key(wanted, usual, found, f"data.*.{field}", file.path)
+    names = [name for name in file.types if wanted or fits(file.types[name])]
+    key = find_key(wanted, usual, names, f"data.*.{field}", file.path)
     if key is not None and not fits(file.types[key]):
         raise UserError(f"data.*.{field}={key!r}: {file.path}: it is of type {file.types[key]}; allowed are {allowed}")
     return key or ""
 
 
-def _said(file: _File) -> str:
+def _listed(file: _File) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in file.types.items()) or "none at all"
 
 
 def _is_picture(kind: Any) -> bool:
-    types = _pyarrow().types
-    if types.is_struct(kind):
+    if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and _is_picture(kind.field(place).type)
-    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     return any(test(kind) for test in tests)
 
 
 def _is_caption(kind: Any) -> bool:
-    types = _pyarrow().types
-    if _is_list(kind) or types.is_dictionary(kind):
+    if _is_list(kind) or pa.types.is_dictionary(kind):
         inner = kind.value_type
-        return not _is_list(inner) and not types.is_struct(inner) and _is_caption(inner)
+        return not _is_list(inner) and not pa.types.is_struct(inner) and _is_caption(inner)
+    types = pa.types
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
     return any(test(kind) for test in tests)
 
 
 def _is_list(kind: Any) -> bool:
-    types = _pyarrow().types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_label(kind: Any) -> bool:
-    return bool(_pyarrow().types.is_integer(kind))
+    return bool(pa.types.is_integer(kind))
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """The names of each `ClassLabel` that Hugging Face's `datasets` noted."""
+    """The names of each `ClassLabel` in the metadata of Hugging Face's `datasets`."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         named = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
