@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from m3ae_jax.data.sources.base import Record, SourceOptions, class_captions
-from m3ae_jax.data.sources.folder import Names, is_picture, local_folder, read_picture, sizes_digest, summary
-from m3ae_jax.data.sources.index import Tally, printable, skip_line
+from m3ae_jax.data.sources.folder import Names, is_picture, local_folder, read_picture, sizes_digest
+from m3ae_jax.data.sources.index import Tally, left_out, printable, skip_line
 from m3ae_jax.errors import UserError, one_of
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -37,7 +37,7 @@ class ClassFoldersSource:
         modalities: `("image",)`; with a template `("image", "text")`.
         classes: names of the class folders, those without a picture included, so that the numbers of two splits
             agree; where a split is read, those of ``train`` too.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
         fingerprint: hash of the pictures' paths, of the sizes of at most 65,536 of them, of the classes' names and
             the template.
     """
@@ -60,29 +60,22 @@ class ClassFoldersSource:
         self._captions = class_captions(options.template, self.classes) if options.template else ()
         self.modalities: tuple[str, ...] = ("image", "text") if self._captions else ("image",)
         self._names, self._labels = _walk_classes(self._root, names, tally)
-        self.report = summary(len(self), tally, len(names))
-        left_out = skip_line(self.report)
+        self.report = tally.report(len(names), len(self))
         if not len(self):
-            raise UserError(
-                f"data.*.path={path!r}: no picture in its {len(names)} class folders (left out: {left_out}); {_FORMS}"
-            )
-        if left_out:
-            _log.warning("class_folders: left out: %s", left_out)
+            folders = f"{len(names)} class folders{left_out(self.report)}"
+            raise UserError(f"data.*.path={path!r}: no picture in its {folders}; {_FORMS}")
+        if self.report.skipped:
+            _log.warning("class_folders: left out: %s", skip_line(self.report))
         digest = hashlib.sha256(repr((names, options.template)).encode())
         digest.update(self._names.digest() + sizes_digest(self._root, self._names))
-        self._fingerprint = digest.hexdigest()[:16]
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
+        self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self._names)
 
     def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
+        """Reads examples, in the order of `indices`; safe to call from several threads at once.
 
         Args:
             indices: `[n] int64`, each in `[0, len(self))`.
@@ -115,7 +108,7 @@ def _find_classes(top: bytes, path: str, split: str) -> tuple[bytes, list[bytes]
     """The folder that holds the class folders, and their names.
 
     Raises:
-        UserError: there are none, or splits without the one asked for.
+        UserError: there are none, or splits without `split`.
     """
     names = _folders(top)
     known = {os.fsencode(name) for name in (*_SPLITS, split)}
@@ -156,7 +149,7 @@ def _walk_class(root: bytes, folder: bytes, names: Names, tally: Tally) -> None:
     while (above := os.path.dirname(real)) != real:
         real = above
         seen.add(_identity(real))
-    found, waiting = list[bytes](), [folder]
+    pictures, waiting = list[bytes](), [folder]
     while waiting:
         inner = waiting.pop()
         identity = _identity(os.path.join(root, inner))
@@ -176,8 +169,8 @@ def _walk_class(root: bytes, folder: bytes, names: Names, tally: Tally) -> None:
                 elif not entry.is_file():
                     tally.add("not a regular file", os.fsdecode(name))
                 else:
-                    found.append(name)
-    for name in sorted(found):
+                    pictures.append(name)
+    for name in sorted(pictures):
         names.append(name)
 
 

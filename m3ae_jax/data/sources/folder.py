@@ -4,14 +4,15 @@ The layout is that of Hugging Face's ``imagefolder``: each line of the metadata 
 folder (field ``file_name``) and holds its caption, or a list of them. Without metadata, ``a/b.txt`` is the caption of
 ``a/b.jpg``; without any, it is a source of pictures alone.
 
-The folder is walked at each start, and its metadata read once. Kept are the pictures' names, one after the other in
-one bytes object, and where each line of the metadata lies: a fraction of what Python's objects would take. What
-cannot be used is left out and counted by reason.
+The folder is walked at each start, and its metadata read once. What stays in memory are the pictures' names, one after
+the other in one bytes object, and where each line of the metadata lies: a fraction of what Python's objects would take.
+What cannot be used is left out and counted by reason.
 """
 
 from __future__ import annotations
 
 import array
+import bisect
 import csv
 import dataclasses
 import difflib
@@ -22,13 +23,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from m3ae_jax.data.sources.base import CAPTION_KEYS, IMAGE_EXTENSIONS, Record, SourceOptions, find_key, several
 from m3ae_jax.data.sources.files import file_cache, is_remote
-from m3ae_jax.data.sources.index import IndexReport, Tally, printable, skip_line
+from m3ae_jax.data.sources.index import Tally, left_out, printable, skip_line
 from m3ae_jax.errors import UserError
 
 _METADATA = (b"metadata.jsonl", b"metadata.csv")
@@ -68,30 +69,14 @@ class Names:
     def __getitem__(self, i: int) -> bytes:
         return bytes(self._bytes[self._ends[i] : self._ends[i + 1]])
 
+    def find(self, name: bytes) -> int | None:
+        """The number of `name`, or None; the names must be sorted."""
+        number = bisect.bisect_left(self, name)
+        return number if number < len(self) and self[number] == name else None
+
     def digest(self) -> bytes:
         """A hash of all names in their order."""
         return hashlib.sha256(hashlib.sha256(self._bytes).digest() + hashlib.sha256(self._ends).digest()).digest()
-
-
-class _Lookup:
-    """Numbers of names, by a sorted array of hashes: 16 bytes a name, where a dict takes 150."""
-
-    def __init__(self, names: Names) -> None:
-        self._names = names
-        hashes = np.fromiter((hash(names[i]) for i in range(len(names))), np.int64, len(names))
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
-
-    def find(self, name: bytes) -> int | None:
-        """The number of `name`, or None."""
-        wanted = np.int64(hash(name))
-        at = int(self._hashes.searchsorted(wanted))
-        while at < len(self._hashes) and self._hashes[at] == wanted:
-            number = int(self._order[at])
-            if self._names[number] == name:
-                return number
-            at += 1
-        return None
 
 
 def is_picture(name: bytes) -> bool:
@@ -179,45 +164,6 @@ class _Walked:
     metadata: list[bytes]
 
 
-class _Listing:
-    """What one folder holds that is not hidden.
-
-    Attributes:
-        prefix: its path below the root, with a slash at its end.
-        names: the pictures and metadata files, and with a slash at their end the folders, in falling order.
-        texts: stems of the .txt files.
-    """
-
-    def __init__(self, root: bytes, prefix: bytes, tally: Tally) -> None:
-        self.prefix, self.names, self.texts = prefix, list[bytes](), set[bytes]()
-        inside = _inside(root)
-        with os.scandir(os.path.join(root, prefix)) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    if entry.is_symlink():
-                        tally.add("link to a folder", os.fsdecode(prefix + name))
-                    else:
-                        self.names.append(name + b"/")
-                elif name in _METADATA:
-                    self.names.append(name)
-                elif name.endswith(b".txt") or is_picture(name):
-                    if reason := _refused(entry, inside):
-                        tally.add(reason, os.fsdecode(prefix + name))
-                    elif name.endswith(b".txt"):
-                        self.texts.add(name[:-4])
-                    else:
-                        self.names.append(name)
-        self.names.sort(reverse=True)
-
-    def lonely(self) -> list[bytes]:
-        """The .txt files without a picture, sorted."""
-        stems = {os.path.splitext(name)[0] for name in self.names if is_picture(name)} if self.texts else set()
-        return sorted(self.prefix + stem + b".txt" for stem in self.texts - stems)
-
-
 def _inside(root: bytes) -> bytes:
     """What the true path of whatever is in a folder begins with."""
     return os.path.join(os.path.realpath(root), b"")
@@ -235,35 +181,61 @@ def _refused(entry: os.DirEntry[bytes], inside: bytes) -> str:
 
 
 def _walk(root: bytes, tally: Tally) -> _Walked:
-    """Finds all pictures below `root`.
+    """Lists all pictures below `root`.
 
     Raises:
         OSError: a folder cannot be listed.
     """
-    found = _Walked(Names(), bytearray(), Names(), [])
-    waiting: list[_Listing] = []
+    walked = _Walked(Names(), bytearray(), Names(), [])
+    pending = [(b"", False)]  # a path, that of a folder with a slash at its end, and whether a .txt is beside it
+    while pending:
+        path, has_text = pending.pop()
+        if not path or path.endswith(b"/"):
+            names, texts = _list(root, path, tally)
+            stems = {os.path.splitext(name)[0] for name in names if is_picture(name)} if texts else set()
+            for text in sorted(path + stem + b".txt" for stem in texts - stems):
+                walked.lonely.append(text)
+            pending += [(path + name, os.path.splitext(name)[0] in texts) for name in sorted(names, reverse=True)]
+        elif os.path.basename(path) not in _METADATA:
+            walked.pictures.append(path)
+            walked.with_text.append(has_text)
+        elif b"/" in path:
+            walked.metadata.append(path)
+    return walked
 
-    def enter(prefix: bytes) -> None:
-        listing = _Listing(root, prefix, tally)
-        for name in listing.lonely():
-            found.lonely.append(name)
-        waiting.append(listing)
 
-    enter(b"")
-    while waiting:
-        listing = waiting[-1]
-        if not listing.names:
-            waiting.pop()
-            continue
-        name = listing.names.pop()
-        if name.endswith(b"/"):
-            enter(listing.prefix + name)
-        elif name in _METADATA:
-            found.metadata.extend([listing.prefix + name] if listing.prefix else [])
-        else:
-            found.pictures.append(listing.prefix + name)
-            found.with_text.append(bool(listing.texts) and os.path.splitext(name)[0] in listing.texts)
-    return found
+def _list(root: bytes, prefix: bytes, tally: Tally) -> tuple[list[bytes], set[bytes]]:
+    """What one folder holds that is not hidden.
+
+    Args:
+        root: the whole folder.
+        prefix: the path of the one to list below the root, with a slash at its end.
+        tally: counts what must not be used.
+
+    Returns:
+        names: the pictures and metadata files, and with a slash at their end the folders.
+        texts: stems of the .txt files.
+    """
+    names, texts, inside = list[bytes](), set[bytes](), _inside(root)
+    with os.scandir(os.path.join(root, prefix)) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith(b"."):
+                continue
+            if entry.is_dir() and entry.is_symlink():
+                tally.add("link to a folder", os.fsdecode(prefix + name))
+            elif entry.is_dir():
+                names.append(name + b"/")
+            elif name in _METADATA:
+                names.append(name)
+            elif name.endswith(b".txt") or is_picture(name):
+                if reason := _refused(entry, inside):
+                    tally.add(reason, os.fsdecode(prefix + name))
+                elif name.endswith(b".txt"):
+                    texts.add(name[:-4])
+                else:
+                    names.append(name)
+    return names, texts
 
 
 # --- captions of metadata ----------------------------------------------------------------------------------
@@ -359,19 +331,19 @@ class _Metadata:
         self._columns: dict[str, int] = {}
         if self._is_json:
             first = itertools.islice(_json_lines(path), _LOOKED_AT)
-            found = list(dict.fromkeys(key for line in first for key in line.values or ()))
+            fields = list(dict.fromkeys(key for line in first for key in line.values or ()))
         else:
             header = next(_csv_lines(path), None)
-            found = [name.strip() for name in (header.values if header else None) or []]
-            self._columns = {name: place for place, name in reversed(list(enumerate(found)))}
-        self._name_key = self._key("image", "file_name", options.image_key, _NAME_KEYS, found)
-        self.caption_key = self._key("caption", "caption", options.caption_key, CAPTION_KEYS, found)
+            fields = [name.strip() for name in (header.values if header else None) or []]
+            self._columns = {name: place for place, name in reversed(list(enumerate(fields)))}
+        self._name_key = self._key("image", "file_name", options.image_key, _NAME_KEYS, fields)
+        self.caption_key = self._key("caption", "caption", options.caption_key, CAPTION_KEYS, fields)
 
-    def _key(self, what: str, usual_name: str, wanted: str, usual: tuple[str, ...], found: list[str]) -> str:
+    def _key(self, what: str, usual_name: str, wanted: str, usual: tuple[str, ...], fields: list[str]) -> str:
         where = printable(os.fsdecode(self.path))
-        key = find_key(wanted, usual, found, f"data.*.{what}_key", where)
+        key = find_key(wanted, usual, fields, f"data.*.{what}_key", where)
         if key is None:
-            names = ", ".join(sorted(map(printable, found)))
+            names = ", ".join(sorted(map(printable, fields)))
             has = f"the fields {names}, none named" if names else "no line that can be read, so no field"
             raise UserError(f"data.*.path: {where} has {has} {usual_name}; data.*.{what}_key names another")
         return key
@@ -401,31 +373,38 @@ class _Metadata:
         return values[place] if isinstance(values, list) and place < len(values) else None
 
 
-class _Captions(Protocol):
-    """Which pictures have captions, and these.
+class _Captions:
+    """Which pictures have captions, and these; this base has none.
 
     Attributes:
-        pictures: `[n] int32`, the number of each example's picture.
+        modalities: of the source.
+        pictures: `[n] int64`, the number of each example's picture.
     """
 
-    pictures: np.ndarray
+    modalities: tuple[str, ...] = ("image",)
+
+    def __init__(self, pictures: np.ndarray) -> None:
+        self.pictures = pictures
 
     def read(self, indices: np.ndarray) -> list[Record]:
         """Records without pictures."""
+        return [Record() for _ in indices]
 
     def digest(self) -> bytes:
         """A hash of what belongs to the fingerprint."""
+        return b""
 
 
-class _Described:
+class _Described(_Captions):
     """Captions from metadata: a row for each line, or each caption of a line, in the order of the pictures."""
+
+    modalities = ("image", "text")
 
     def __init__(self, metadata: _Metadata, names: Names, each_caption: bool, tally: Tally) -> None:
         self._metadata, self._open = metadata, file_cache()
-        columns = [array.array(code) for code in "iqii"]
-        lookup, used = _Lookup(names), np.zeros(len(names), bool)
+        rows, used = array.array("q"), np.zeros(len(names), bool)
         for line in metadata.lines():
-            number = _picture_of(metadata, line, lookup, tally)
+            number = _picture_number(metadata, line, names, tally)
             if number is None:
                 continue
             used[number] = True
@@ -433,34 +412,27 @@ class _Described:
             if not captions:
                 tally.add("no caption", os.fsdecode(names[number]))
             for which in range(len(captions)) if each_caption else [_ALL] * bool(captions):
-                for column, value in zip(columns, (number, line.offset, line.size, which), strict=True):
-                    column.append(value)
+                rows.extend((number, line.offset, line.size, which))
         _add_all(tally, "no caption", names, np.flatnonzero(~used))
-        pictures = np.frombuffer(columns[0], np.int32)
-        order = np.argsort(pictures, kind="stable")
-        self.pictures = pictures[order]
-        self._offsets = np.frombuffer(columns[1], np.int64)[order]
-        self._sizes = np.frombuffer(columns[2], np.int32)[order]
-        self._which = np.frombuffer(columns[3], np.int32)[order]
+        table = np.frombuffer(rows, np.int64).reshape(-1, 4)
+        self._rows = table[np.argsort(table[:, 0], kind="stable")]
+        super().__init__(self._rows[:, 0])
 
     def read(self, indices: np.ndarray) -> list[Record]:
-        """See `_Captions`."""
         file, records = self._open(os.fsdecode(self._metadata.path)), []
-        columns = (self._offsets[indices], self._sizes[indices], self._which[indices])
-        for offset, size, which in zip(*(column.tolist() for column in columns), strict=True):
+        for _, offset, size, which in self._rows[indices].tolist():
             captions = self._metadata.captions(self._metadata.parse(file.read(offset, size)))
             records.append(several(captions if which == _ALL else captions[which : which + 1]))
         return records
 
     def digest(self) -> bytes:
-        """See `_Captions`."""
         digest = hashlib.sha256(os.path.splitext(self._metadata.path)[1] + _encode(self._metadata.caption_key))
-        for column in (self.pictures, self._offsets, self._sizes, self._which):
-            digest.update(column.tobytes())
+        for column, kind in zip(self._rows.T, ("<i4", "<i8", "<i4", "<i4"), strict=True):
+            digest.update(column.astype(kind).tobytes())
         return digest.digest()
 
 
-def _picture_of(metadata: _Metadata, line: _Line, lookup: _Lookup, tally: Tally) -> int | None:
+def _picture_number(metadata: _Metadata, line: _Line, names: Names, tally: Tally) -> int | None:
     """The number of the picture that a line names, or None (counted)."""
     name = metadata.name(line.values)
     if not name:
@@ -471,19 +443,21 @@ def _picture_of(metadata: _Metadata, line: _Line, lookup: _Lookup, tally: Tally)
     if name.startswith(b"/") or b".." in parts:
         tally.add("unsafe name", os.fsdecode(name))
         return None
-    number = lookup.find(b"/".join(part for part in parts if part not in (b"", b".")))
+    number = names.find(b"/".join(part for part in parts if part not in (b"", b".")))
     if number is None:
         tally.add("no image", os.fsdecode(name))
     return number
 
 
-class _Beside:
+class _Beside(_Captions):
     """Captions in a .txt beside each picture."""
+
+    modalities = ("image", "text")
 
     def __init__(self, root: bytes, walked: _Walked, tally: Tally) -> None:
         self._root, self._names = root, walked.pictures
         paired = np.frombuffer(walked.with_text, np.bool_)
-        self.pictures = np.flatnonzero(paired).astype(np.int32)
+        super().__init__(np.flatnonzero(paired))
         _add_all(tally, "no caption", walked.pictures, np.flatnonzero(~paired))
         _add_all(tally, "no image", walked.lonely, np.arange(len(walked.lonely)))
 
@@ -491,30 +465,13 @@ class _Beside:
         return os.path.splitext(self._names[int(self.pictures[i])])[0] + b".txt"
 
     def read(self, indices: np.ndarray) -> list[Record]:
-        """See `_Captions`."""
         return [Record(caption=read_whole(os.path.join(self._root, self._text(int(i))))) for i in indices]
 
     def digest(self) -> bytes:
-        """See `_Captions`."""
         texts = Names()
         for i in range(len(self.pictures)):
             texts.append(self._text(i))
         return texts.digest() + sizes_digest(self._root, texts)
-
-
-class _Alone:
-    """No captions."""
-
-    def __init__(self, names: Names) -> None:
-        self.pictures = np.arange(len(names), dtype=np.int32)
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """See `_Captions`."""
-        return [Record() for _ in indices]
-
-    def digest(self) -> bytes:
-        """See `_Captions`."""
-        return b""
 
 
 def _add_all(tally: Tally, reason: str, names: Names, numbers: np.ndarray) -> None:
@@ -535,7 +492,7 @@ class FolderSource:
     Attributes:
         modalities: `("image", "text")`; without captions `("image",)`.
         classes: none.
-        report: what was found and what was left out.
+        report: how many examples there are, and what was left out.
         fingerprint: hash of the pictures' paths, of the sizes of at most 65,536 of them, and of where the captions
             lie.
     """
@@ -559,16 +516,16 @@ class FolderSource:
         walked = _walk(self._root, tally)
         self._names = walked.pictures
         self._captions = self._find_captions(path, walked, options, tally)
-        self.modalities: tuple[str, ...] = ("image",) if isinstance(self._captions, _Alone) else ("image", "text")
-        self.report = summary(len(self), tally)
+        self.modalities = self._captions.modalities
+        self.report = tally.report(1, len(self))
         if not len(self):
-            found = f" (left out: {skip_line(self.report)})" if self.report.skipped else ""
-            raise UserError(f"data.*.path={path!r} holds no {' with '.join(self.modalities)}{found}; {_FORMS}")
+            kinds = " with ".join(self.modalities)
+            raise UserError(f"data.*.path={path!r} holds no {kinds}{left_out(self.report)}; {_FORMS}")
         if self.report.skipped:
             _log.warning("folder: left out: %s", skip_line(self.report))
         digest = hashlib.sha256(f"folder {self.modalities}".encode())
         digest.update(self._names.digest() + sizes_digest(self._root, self._names) + self._captions.digest())
-        self._fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = digest.hexdigest()[:16]
 
     def _find_captions(self, path: str, walked: _Walked, options: SourceOptions, tally: Tally) -> _Captions:
         for name in _METADATA:
@@ -584,19 +541,14 @@ class FolderSource:
                 f"data.*.path={path!r} has its metadata in folders below it ({len(walked.metadata)}); name one of "
                 f"these; did you mean {printable(inside)!r}?"
             )
-        return _Alone(self._names)
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class docstring."""
-        return self._fingerprint
+        return _Captions(np.arange(len(self._names)))
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self._captions.pictures)
 
     def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for; safe to call from several threads at once.
+        """Reads examples, in the order of `indices`; safe to call from several threads at once.
 
         Args:
             indices: `[n] int64`, each in `[0, len(self))`.
@@ -608,9 +560,3 @@ class FolderSource:
         for record, number in zip(records, self._captions.pictures[indices].tolist(), strict=True):
             record["image"] = read_picture(self._root, self._names[number])
         return records
-
-
-def summary(examples: int, tally: Tally, shards: int = 1) -> IndexReport:
-    """What was found, of a source without an `Index`."""
-    counts = {reason: count for reason, (count, _) in tally.skipped.items()}
-    return IndexReport(shards, examples, counts, {reason: sample for reason, (_, sample) in tally.skipped.items()})
