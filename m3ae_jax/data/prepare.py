@@ -5,13 +5,13 @@ r"""Turns any source into ArrayRecord files, which are fast to read at random.
 writes ``DIR/train.array_record-00000-of-00010`` and so on: records are `tf.train.Example` with `image` (the encoded
 picture), `caption` (one or several) and `label` (where the source has labels); the classes' names are the lines of
 ``DIR/classes.txt``. Pictures whose short side exceeds `--short_side` pixels are shrunk to it, upright, and stored as
-JPEG; the others stay byte for byte. Pictures that do not decode are left out and counted (`--check=false` keeps
-them). With `--format=tfds` the folder also opens with `tfds.builder_from_directory`; as TensorFlow Datasets decodes
+JPEG; the others stay byte for byte. Pictures that do not decode are left out and counted (`--check=false` leaves
+them in). With `--format=tfds` the folder also opens with `tfds.builder_from_directory`; as TensorFlow Datasets decodes
 neither WebP, GIF and BMP nor palettes, CMYK, 16 bits and transparency as one would wish, such pictures become JPEG
 or, where nothing was lost before, PNG.
 
 Each file holds a fixed range of the source, in its order, so the same source and options give the same bytes with any
-number of `--workers`. A file gets its name once it is whole, and is then noted in ``DIR/train.manifest.json``: the
+number of `--workers`. A file gets its name once it is whole, and is then listed in ``DIR/train.manifest.json``: the
 same command, started again after an interruption of any kind, goes on with the rest.
 """
 
@@ -22,7 +22,6 @@ import dataclasses
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -45,7 +44,7 @@ from m3ae_jax.data import images
 from m3ae_jax.data.sources import SOURCES, open_format
 from m3ae_jax.data.sources.base import CAPTIONS, Record, Source, SourceOptions
 from m3ae_jax.data.sources.files import is_remote
-from m3ae_jax.data.sources.index import IndexReport, skip_line
+from m3ae_jax.data.sources.index import IndexReport, Tally, skip_line
 from m3ae_jax.errors import STOPPED, UserError, one_of
 
 FORMATS = ("array_record", "tfds")
@@ -106,13 +105,13 @@ class Summary:
         report: files, examples, and those left out by reason with the first of each.
         encoded: pictures encoded anew.
         bytes: of all files.
-        kept: files that were there already.
+        reused: files that were there already.
     """
 
     report: IndexReport
     encoded: int
     bytes: int
-    kept: int
+    reused: int
 
 
 def prepare(job: Job) -> Summary:
@@ -132,9 +131,8 @@ def prepare(job: Job) -> Summary:
         manifest = _Manifest.open(job, source, output)
         _write_classes(output, job.output, source.classes)
         todo = manifest.unfinished(job.verify)
-        kept = manifest.number_of_shards - len(todo)
         _write_shards(job, source, manifest, todo)
-        summary = manifest.summary(kept)
+        summary = manifest.summary(manifest.number_of_shards - len(todo))
         if not summary.report.examples:
             raise UserError(f"output={job.output!r}: no example is left ({skip_line(summary.report)})")
         if job.format == "tfds":
@@ -184,7 +182,7 @@ def _reporting_writes(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(output: Path, split: str) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing this split; a killed one's lock is free at once."""
+    """Makes the folder and locks this split for other processes; the lock of a killed one is free at once."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / f".{split}.lock"
     with open(path, "ab") as file:  # a link there is not to empty what it leads to
@@ -213,25 +211,34 @@ def _write_classes(output: Path, named: str, classes: tuple[str, ...]) -> None:
     _write_atomically(path, text)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place once it is on the disk.
+
+    Its name is always the same, so that nothing stays of a process that was killed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link there would be written through
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _write_atomically(path: Path, data: bytes) -> None:
+    with _replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+
+
 # --- what is done already ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Shard:
-    """A whole file.
+    """A file; its size and hash are known once it is whole.
 
     Attributes:
         file: its name.
@@ -253,9 +260,16 @@ class _Shard:
     left_out: dict[str, tuple[int, str]]
     sha256: str
 
+    def count(self, record: Record, stored: Record) -> None:
+        """Counts an example that is written."""
+        self.examples += 1
+        self.encoded += record.get("image") is not stored.get("image")
+        self.most_captions = max(self.most_captions, len(_captions(record)))
+        self.labels = max(self.labels, record.get("label", _NO_LABEL) + 1)
+
 
 class _Manifest:
-    """What a split's files are made of, and which of them are whole; kept in ``SPLIT.manifest.json``.
+    """What a split's files are made of, and which of them are whole; stored in ``SPLIT.manifest.json``.
 
     It holds nothing of time or place but the path first given, so that an interrupted run ends with the same bytes.
     """
@@ -340,7 +354,7 @@ class _Manifest:
         _write_atomically(self._path, f"{text}\n".encode())
 
     def finish(self, number: int, shard: _Shard) -> None:
-        """Notes a file that is whole."""
+        """Adds a file that is whole."""
         self.shards[number] = shard
         self.save()
 
@@ -360,26 +374,16 @@ class _Manifest:
                 del self.shards[number]
         return [number for number in range(self.number_of_shards) if number not in self.shards]
 
-    def summary(self, kept: int) -> Summary:
+    def summary(self, reused: int) -> Summary:
         """The sum of all files."""
-        left_out: dict[str, tuple[int, str]] = {}
-        shards = [self.shards[number] for number in sorted(self.shards)]
-        for reason, (count, first) in itertools.chain(*(shard.left_out.items() for shard in shards)):
-            before, earlier = left_out.get(reason, (0, first))
-            left_out[reason] = (before + count, earlier)
-        report = IndexReport(
-            len(shards),
-            sum(shard.examples for shard in shards),
-            {reason: count for reason, (count, _) in left_out.items()},
-            {reason: first for reason, (_, first) in left_out.items()},
-        )
-        return Summary(report, sum(s.encoded for s in shards), sum(s.bytes for s in shards), kept)
+        shards, tally = [self.shards[number] for number in sorted(self.shards)], Tally()
+        for shard in shards:
+            tally.merge(shard.left_out)
+        report = tally.report(len(shards), sum(shard.examples for shard in shards))
+        return Summary(report, sum(s.encoded for s in shards), sum(s.bytes for s in shards), reused)
 
     def _refuse_differences(self, head: dict[str, Any]) -> None:
-        before, now = (
-            self.head["options"] | {"source": self.head["source"]},
-            head["options"] | {"source": head["source"]},
-        )
+        before, now = (of["options"] | {"source": of["source"]} for of in (self.head, head))
         other = [f"{name}={before.get(name)!r} (now {now[name]!r})" for name in now if before.get(name) != now[name]]
         if not other and self.head["examples"] != head["examples"]:
             other = [f"{self.head['examples']} examples in the source (now {head['examples']}: it has changed)"]
@@ -392,11 +396,11 @@ class _Manifest:
             )
 
     def _refuse_other_kind(self, other: _Manifest) -> None:
-        """Splits that TensorFlow Datasets is told of together must have the same features."""
+        """Splits of one data set of TensorFlow Datasets must have the same features."""
         if "tfds" not in (self.head["options"]["format"], other.head["options"]["format"]):
             return
         for what in ("format", "modalities"):
-            mine, its = ((m.head | m.head["options"])[what] for m in (self, other))
+            mine, its = ((manifest.head | manifest.head["options"])[what] for manifest in (self, other))
             if mine != its:
                 raise UserError(
                     f"output={str(self._path.parent)!r}: its split {other.split!r} has {what} {its}, not {mine}; "
@@ -421,33 +425,26 @@ class _Stop(Exception):
 
 
 def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]) -> None:
-    """Writes files, several at a time; notes each in the manifest when it is whole."""
-    workers = job.workers or len(os.sched_getaffinity(0))
-    ranges = {number: _range(job, len(source), number) for number in todo}
-    progress = Progress(sum(len(of_file) for of_file in ranges.values()))
+    """Writes files, several at a time; lists each in the manifest when it is whole."""
+    starts = {number: number * job.shard_examples for number in todo}
+    ranges = {number: range(start, min(start + job.shard_examples, len(source))) for number, start in starts.items()}
+    progress = Progress(sum(map(len, ranges.values())))
     stop = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(job.workers or len(os.sched_getaffinity(0))) as pool:
         running: dict[Future[_Shard], int] = {}
-        queue = iter(todo)
+        for number in todo:
+            work = _Work(job, source, Path(job.output).expanduser() / manifest.file(number), stop, progress)
+            running[pool.submit(work.write, ranges[number])] = number
         try:
-            while True:
-                for number in itertools.islice(queue, workers - len(running)):
-                    work = _Work(job, source, Path(job.output).expanduser() / manifest.file(number), stop, progress)
-                    running[pool.submit(work.write, ranges[number])] = number
-                if not running:
-                    break
+            while running:
                 done, _ = wait(running, progress.interval, FIRST_COMPLETED)
                 for future in done:
                     manifest.finish(running.pop(future), future.result())
                 progress.show()
         finally:
             stop.set()
+            pool.shutdown(cancel_futures=True)
             progress.close()
-
-
-def _range(job: Job, examples: int, number: int) -> range:
-    start = number * job.shard_examples
-    return range(start, min(start + job.shard_examples, examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,25 +463,18 @@ class _Work:
         Raises:
             UserError: the source cannot be read.
             OSError: the file cannot be written.
-            _Stop: as asked.
+            _Stop: `stop` is set.
         """
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        counts = _Counts()
-        try:
-            temporary.unlink(missing_ok=True)  # a link there would be written through
+        shard, tally = _Shard(self.path.name, 0, 0, 0, 0, 0, {}, ""), Tally()
+        with _replacing(self.path) as temporary:
             with _array_record(temporary) as write:
                 for start in range(examples.start, examples.stop, _BLOCK):
                     block = range(start, min(start + _BLOCK, examples.stop))
                     for i, record in zip(block, self._read(block), strict=True):
                         if self.stop.is_set():
                             raise _Stop
-                        self._add(i, record, counts, write)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            shard = counts.shard(self.path.name, temporary)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                        self._add(i, record, shard, tally, write)
+            shard.bytes, shard.left_out, shard.sha256 = temporary.stat().st_size, tally.skipped, _sha256(temporary)
         return shard
 
     def _read(self, block: range) -> list[Record]:
@@ -493,54 +483,18 @@ class _Work:
         except OSError as error:
             raise UserError(f"path={self.job.path!r} cannot be read: {error}") from error
 
-    def _add(self, i: int, record: Record, counts: _Counts, write: Callable[[bytes], None]) -> None:
+    def _add(self, i: int, record: Record, shard: _Shard, tally: Tally, write: Callable[[bytes], None]) -> None:
         try:
             stored = record.copy()
             if "image" in record:
                 stored["image"] = picture(record["image"], self.job)
         except images.Unusable as error:
-            counts.leave_out(str(error), i)
+            tally.add(str(error), f"example {i}")
             self.progress.add(left_out=1)
             return
         write(_example(stored, self.job.format == "tfds"))
-        counts.add(record, stored)
+        shard.count(record, stored)
         self.progress.add(left_out=0)
-
-
-@dataclasses.dataclass
-class _Counts:
-    """What a file has so far; see `_Shard`."""
-
-    examples: int = 0
-    encoded: int = 0
-    most_captions: int = 0
-    labels: int = 0
-    left_out: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
-
-    def leave_out(self, reason: str, number: int) -> None:
-        """Counts an example of the source, numbered from 0."""
-        before, first = self.left_out.get(reason, (0, f"example {number}"))
-        self.left_out[reason] = (before + 1, first)
-
-    def add(self, record: Record, stored: Record) -> None:
-        """Counts one that is written."""
-        self.examples += 1
-        self.encoded += record.get("image") is not stored.get("image")
-        self.most_captions = max(self.most_captions, len(_captions(record)))
-        self.labels = max(self.labels, record.get("label", _NO_LABEL) + 1)
-
-    def shard(self, name: str, path: Path) -> _Shard:
-        """The whole file, which is at `path` still."""
-        return _Shard(
-            name,
-            self.examples,
-            path.stat().st_size,
-            self.encoded,
-            self.most_captions,
-            self.labels,
-            self.left_out,
-            _sha256(path),
-        )
 
 
 @contextlib.contextmanager
@@ -553,12 +507,7 @@ def _array_record(path: Path) -> Iterator[Callable[[bytes], None]]:
     with _reasons():
         writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
     try:
-
-        def write(payload: bytes) -> None:
-            with _reasons():
-                writer.write(payload)
-
-        yield write
+        yield _reasons()(writer.write)
     except BaseException:
         with contextlib.suppress(RuntimeError):
             writer.close()
@@ -639,7 +588,7 @@ def _plain(encoded: bytes) -> bool:
 
 
 def _encoded_anew(encoded: bytes, short_side: int, quality: int) -> bytes:
-    """The upright picture in the size asked for, white where it was transparent: a JPEG, or a PNG of a lossless one."""
+    """The upright picture with this short side, white where it was transparent: a JPEG, or a PNG of a lossless one."""
     image = images.open_picture(encoded)
     turn, stored = images.turn_of(image), image.size
     factor = short_side / min(stored)
@@ -668,11 +617,11 @@ def _encoded_anew(encoded: bytes, short_side: int, quality: int) -> bytes:
 
 
 def _write_tfds_metadata(output: Path) -> None:
-    """Tells TensorFlow Datasets of the splits that are whole.
+    """Writes the files by which TensorFlow Datasets knows the splits that are whole.
 
     The library writes its files in a folder aside, where the data have empty stand-ins (it looks at their names
     only); each is then moved in whole. Two processes that finish at once wait for each other, or one would not know
-    of the other's split.
+    the other's split.
     """
     folder = os.open(output, os.O_RDONLY)
     aside = output / ".metadata.tmp"
@@ -795,7 +744,7 @@ class Progress:
 
 def _summary_lines(job: Job, summary: Summary) -> str:
     report = summary.report
-    there = f", {summary.kept} of them there already" if summary.kept else ""
+    there = f", {summary.reused} of them there already" if summary.reused else ""
     rows: list[tuple[str, object]] = [
         ("examples", f"{report.examples:,} ({summary.encoded:,} pictures encoded anew)"),
         ("left out", skip_line(report) or "none"),
@@ -825,7 +774,7 @@ def _define_flags() -> None:
 
 
 def _job(args: Any) -> Job:
-    """What the flags say; a mistake is told before the seconds that TensorFlow takes to start."""
+    """What the flags say; a mistake is reported before the seconds that TensorFlow takes to start."""
     read = {field.name: args[field.name].value for field in dataclasses.fields(SourceOptions) if field.name in args}
     own = {field.name: args[field.name].value for field in dataclasses.fields(Job) if field.name != "read"}
     job = Job(read=SourceOptions(**read), **own)

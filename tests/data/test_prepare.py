@@ -106,7 +106,7 @@ def test_pairs_come_back_byte_for_byte_in_order(tmp_path: Path) -> None:
     summary = prepare(job)
     names = [f"train.array_record-{k:05d}-of-00005" for k in range(5)]
     assert sorted(contents(job.output)) == [*names, "train.manifest.json"]
-    assert (summary.report.examples, summary.report.shards, summary.encoded, summary.kept) == (23, 5, 0, 0)
+    assert (summary.report.examples, summary.report.shards, summary.encoded, summary.reused) == (23, 5, 0, 0)
     assert summary.bytes == sum(Path(job.output, name).stat().st_size for name in names)
     assert pairs_of(read_back(job)) == pairs
     reader = array_record_module.ArrayRecordReader(str(Path(job.output, names[0])))
@@ -363,7 +363,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, waiting: Path) -
     assert ".train.array_record-00003-of-00006.tmp" in left
     times = {name: Path(job.output, name).stat().st_mtime_ns for name in left if name[0] == "t" and "00-of" in name}
     waiting.unlink()
-    assert prepare(job).kept == 3
+    assert prepare(job).reused == 3
     assert {name: Path(job.output, name).stat().st_mtime_ns for name in times} == times
     whole = dataclasses.replace(job, output=str(tmp_path / "whole"))
     prepare(whole)
@@ -374,15 +374,15 @@ def test_what_is_gone_or_changed_is_written_again(tmp_path: Path) -> None:
     job = job_of(tmp_path, small(12), shard_examples=3, read=SourceOptions(split="val"))
     prepare(job)
     whole, output = contents(job.output), Path(job.output)
-    assert prepare(job).kept == 4
+    assert prepare(job).reused == 4
     (output / "val.array_record-00000-of-00004").unlink()
     (output / "val.array_record-00001-of-00004").write_bytes(b"cut off")
     changed = bytearray(whole["val.array_record-00002-of-00004"])
     changed[70] ^= 1
     (output / "val.array_record-00002-of-00004").write_bytes(changed)
-    assert prepare(job).kept == 2
+    assert prepare(job).reused == 2
     assert contents(output) != whole
-    assert prepare(dataclasses.replace(job, verify=True)).kept == 3
+    assert prepare(dataclasses.replace(job, verify=True)).reused == 3
     assert contents(output) == whole
     # Killed before a whole file was noted, while the manifest was written, and between the two.
     noted = manifest(job)
@@ -391,7 +391,7 @@ def test_what_is_gone_or_changed_is_written_again(tmp_path: Path) -> None:
     (output / ".val.manifest.json.tmp").write_text("{")
     (output / ".val.array_record-00003-of-00004.tmp").write_bytes(b"half")
     (output / ".val.lock").touch()
-    assert prepare(job).kept == 3
+    assert prepare(job).reused == 3
     assert contents(output) == whole
 
 
@@ -405,7 +405,7 @@ def test_other_options_or_data_are_refused(tmp_path: Path) -> None:
         dataclasses.replace(job, read=SourceOptions(split="val", captions="all"))
     )
     moved = write_tar(tmp_path / "copy" / "0.tar", small(6))
-    assert prepare(dataclasses.replace(job, path=moved, workers=1)).kept == 1
+    assert prepare(dataclasses.replace(job, path=moved, workers=1)).reused == 1
     write_tar(tmp_path / "in" / "0.tar", small(7))
     assert "6 examples in the source (now 7" in one_line(job)
     write_tar(tmp_path / "in" / "0.tar", [(b"x" * 9999, b"x"), *small(5)])
@@ -477,7 +477,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert said == f"output={job.output!r} cannot be written (File too large)"
     assert sorted(contents(job.output)) == ["train.array_record-00000-of-00004", "train.manifest.json"]
-    assert prepare(job).kept == 1
+    assert prepare(job).reused == 1
     assert pairs_of(read_back(job)) == [*small(4), *pairs]
 
 
@@ -507,4 +507,4 @@ def test_a_summary_of_nothing_new(tmp_path: Path) -> None:
     job = job_of(tmp_path, small(3))
     first = prepare(job)
     assert isinstance(first, Summary)
-    assert prepare(job) == dataclasses.replace(first, kept=1)
+    assert prepare(job) == dataclasses.replace(first, reused=1)
