@@ -26,26 +26,8 @@ Operation = Callable[[Image.Image, float, bool, Rgb], Image.Image]
 """Of a picture, the share of the largest magnitude, whether a two-sided change goes down, and what fills the edges."""
 
 
-def _affine(picture: Image.Image, matrix: tuple[float, ...], fill: Rgb) -> Image.Image:
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fill=1, fillcolor=fill
-    )
-
-
-def _shear_x(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-    return _affine(picture, (1, _signed(share * _SHEAR, down), 0, 0, 1, 0), fill)
-
-
-def _shear_y(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-    return _affine(picture, (1, 0, 0, _signed(share * _SHEAR, down), 1, 0), fill)
-
-
-def _translate_x(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-    return _affine(picture, (1, 0, _signed(share * _SHIFT, down) * picture.width, 0, 1, 0), fill)
-
-
-def _translate_y(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-    return _affine(picture, (1, 0, 0, 0, 1, _signed(share * _SHIFT, down) * picture.height), fill)
+def _signed(value: float, down: bool) -> float:
+    return -value if down else value
 
 
 def _rotate(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
@@ -56,24 +38,26 @@ def _posterize(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Ima
     return ImageOps.posterize(picture, max(1, _BITS - int(share * _BITS)))  # none would be left at 10: a black picture
 
 
-def _solarize(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-    return ImageOps.solarize(picture, 256 - int(share * 256))
-
-
 def _solarize_add(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
     added = int(share * _ADDED)
     return picture.point([min(255, v + added) if v < _SOLARIZED_BELOW else v for v in range(256)] * 3)
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return lambda picture, share, down, fill: kind(picture).enhance(
+        max(_LEAST_FACTOR, 1 + _signed(share * _ENHANCE, down))
+    )
+
+
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]], most: float) -> Operation:
+    """An operation by the affine matrix for a picture and an amount, which is at most `most`."""
+
     def change(picture: Image.Image, share: float, down: bool, fill: Rgb) -> Image.Image:
-        return kind(picture).enhance(max(_LEAST_FACTOR, 1 + _signed(share * _ENHANCE, down)))
+        data = matrix(picture, _signed(share * most, down))
+        bicubic = Image.Resampling.BICUBIC
+        return picture.transform(picture.size, Image.Transform.AFFINE, data, bicubic, fill=1, fillcolor=fill)
 
     return change
-
-
-def _signed(value: float, down: bool) -> float:
-    return -value if down else value
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -82,16 +66,16 @@ OPERATIONS: dict[str, Operation] = {
     "invert": lambda picture, share, down, fill: ImageOps.invert(picture),
     "rotate": _rotate,
     "posterize": _posterize,
-    "solarize": _solarize,
+    "solarize": lambda picture, share, down, fill: ImageOps.solarize(picture, 256 - int(share * 256)),
     "solarize_add": _solarize_add,
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "shear_x": _affine(lambda picture, amount: (1, amount, 0, 0, 1, 0), _SHEAR),
+    "shear_y": _affine(lambda picture, amount: (1, 0, 0, amount, 1, 0), _SHEAR),
+    "translate_x": _affine(lambda picture, amount: (1, 0, amount * picture.width, 0, 1, 0), _SHIFT),
+    "translate_y": _affine(lambda picture, amount: (1, 0, 0, 0, 1, amount * picture.height), _SHIFT),
 }
 
 

@@ -170,10 +170,10 @@ def turn_of(image: Image.Image) -> int:
     """Exif's orientation, 1 to 8."""
     # Most files have no Exif; and of a PNG without it Pillow would decode everything to look behind the pixels.
     try:
-        found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+        turn = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     except Exception:  # damaged Exif, of which Pillow raises many kinds, says nothing of the pixels
-        found = 1
-    return found if found in TURNS else 1
+        turn = 1
+    return turn if turn in TURNS else 1
 
 
 def _as_stored(box: Box, upright: tuple[int, int], turn: int) -> Box:

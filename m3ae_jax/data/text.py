@@ -31,8 +31,8 @@ import sentencepiece as spm
 
 from m3ae_jax.errors import UserError
 
-# Text kept before tokenizing, for each token of the budget: a piece has at most 16 characters in models that
-# train_tokenizer makes, so twice that leaves what `max_tokens` keeps as it is.
+# Characters left before tokenizing, for each token of the budget: a piece has at most 16 characters in models that
+# train_tokenizer makes, so twice that does not change the first `max_tokens` tokens.
 CHARS_PER_TOKEN = 32
 
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # Unicode's Cc without its blanks
@@ -194,10 +194,10 @@ class SentencePieceTokenizer:
     def spans(self, caption: str) -> list[tuple[int, int]]:
         """See `Tokenizer.spans`."""
         # Not return_type="proto": its offsets count UTF-8 bytes, these count characters.
-        found = self._model.encode(caption, return_type="offset_mapping")
-        if self._void.issuperset(found["ids"]):
+        encoding = self._model.encode(caption, return_type="offset_mapping")
+        if self._void.issuperset(encoding["ids"]):
             return []
-        return [_without_blanks(caption, start, end) for start, end in found["offsets"]]
+        return [_without_blanks(caption, start, end) for start, end in encoding["offsets"]]
 
 
 class WordPieceTokenizer:
@@ -254,8 +254,8 @@ class WordPieceTokenizer:
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
         """See `Tokenizer.spans`."""
-        found = self._model.encode(caption)
-        return [] if self._unknown.issuperset(found.ids) else list(found.offsets)
+        encoding = self._model.encode(caption)
+        return [] if self._unknown.issuperset(encoding.ids) else list(encoding.offsets)
 
 
 def read_pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
