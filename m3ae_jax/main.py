@@ -82,7 +82,7 @@ def _run() -> None:
 
         plan(config, config_file.stem, workdir, _TOPOLOGY.value, _PRICE.value, search=_SEARCH.value)
     elif _MODE.value == "inspect_data":
-        from m3ae_jax.doctor import inspect
+        from m3ae_jax.doctor.inspection import inspect
 
         asked = _TOPOLOGY.value if flags.FLAGS["topology"].present else ""
         inspect(config, workdir, _INSPECT_EXAMPLES.value, asked)

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 PROBLEM, ADVICE, FACT = range(3)
 
-# Shares from which on something is told, and from which on it is a problem.
-_TOLD = 0.005
+# Shares from which on something is reported, and from which on it is a problem.
+_REPORTED = 0.005
 _MANY = 0.05
 
 
@@ -36,42 +36,41 @@ def percent(share: float) -> str:
 
 
 def find(report: dict[str, Any], config: ConfigDict) -> list[Finding]:
-    """What follows from the figures of `doctor.inspect`, sorted."""
-    found = [Finding(PROBLEM, text) for text in report["troubles"]]
-    for name, figures in report["sources"].items():
-        of = f"{name}: " if len(report["sources"]) > 1 else ""
-        for finding in _of_source(figures, config):
-            found.append(Finding(finding.level, of + finding.text))
-    found += _of_speed(report["speed"])
-    return sorted(found, key=lambda finding: finding.level)
+    """What follows from the report of `inspection.inspect`, sorted."""
+    findings = [Finding(PROBLEM, text) for text in report["troubles"]]
+    for name, source in report["sources"].items():
+        prefix = f"{name}: " if len(report["sources"]) > 1 else ""
+        findings += [Finding(one.level, prefix + one.text) for one in _source_findings(source, config)]
+    findings += _speed_findings(report["speed"])
+    return sorted(findings, key=lambda finding: finding.level)
 
 
-def _of_source(source: dict[str, Any], config: ConfigDict) -> list[Finding]:
-    found = []
+def _source_findings(source: dict[str, Any], config: ConfigDict) -> list[Finding]:
+    findings = []
     looked = source["looked_at"]
     left_out = sum(source["left_out"].values())
     if left_out:
         first = source["left_out_e.g."]
         reasons = ", ".join(f"{why} {count:,}, e.g. {first.get(why, '?')}" for why, count in source["left_out"].items())
         share = left_out / (left_out + source["examples"])
-        found.append(Finding(ADVICE if share < _MANY else PROBLEM, f"{left_out:,} left out at indexing: {reasons}"))
+        findings.append(Finding(ADVICE if share < _MANY else PROBLEM, f"{left_out:,} left out at indexing: {reasons}"))
     if "unreadable" in looked:
         first = looked["unreadable"]["examples"][0]
-        told = f"{percent(looked['unreadable']['share'])} of the examples cannot be read, e.g. {_place(first)}"
-        found.append(Finding(PROBLEM, f"{told}: {first['error']}"))
+        text = f"{percent(looked['unreadable']['share'])} of the examples cannot be read, e.g. {_place(first)}"
+        findings.append(Finding(PROBLEM, f"{text}: {first['error']}"))
     if "pictures" in looked:
-        found += _of_pictures(looked["pictures"], config)
+        findings += _picture_findings(looked["pictures"], config)
     if "captions" in looked:
-        found += _of_captions(looked["captions"], config)
-    return found
+        findings += _caption_findings(looked["captions"])
+    return findings
 
 
 def _place(example: dict[str, Any]) -> str:
     return f"{example['source']} example {example['index']:,}"
 
 
-def _of_pictures(pictures: dict[str, Any], config: ConfigDict) -> list[Finding]:
-    found = []
+def _picture_findings(pictures: dict[str, Any], config: ConfigDict) -> list[Finding]:
+    findings = []
     size, bad = config.data.image_size, pictures["unusable_share"]
     if bad:
         reasons = ", ".join(
@@ -81,22 +80,22 @@ def _of_pictures(pictures: dict[str, Any], config: ConfigDict) -> list[Finding]:
         most = config.data.max_bad_fraction
         stops = f"; above data.max_bad_fraction={most}, so training stops" if bad > most else ""
         text = f"{percent(bad)} of the pictures do not decode and are replaced: {reasons}{stops}"
-        found.append(Finding(PROBLEM if bad > most else ADVICE, text))
+        findings.append(Finding(PROBLEM if bad > most else ADVICE, text))
     else:
-        found.append(Finding(FACT, f"all {pictures['count']:,} pictures decode"))
+        findings.append(Finding(FACT, f"all {pictures['count']:,} pictures decode"))
     small = pictures["smaller_than_image_size"]["share"]
-    if small > _TOLD:
+    if small > _REPORTED:
         text = f"{percent(small)} of the pictures are smaller than data.image_size={size} and are enlarged"
-        found.append(Finding(ADVICE if small > _MANY else FACT, text))
+        findings.append(Finding(ADVICE if small > _MANY else FACT, text))
     repeated = pictures["repeated"]["share"]
-    if repeated > _TOLD:
+    if repeated > _REPORTED:
         text = f"{percent(repeated)} of the pictures are exact copies of another one of the sample"
-        found.append(Finding(ADVICE, text))
-    return found
+        findings.append(Finding(ADVICE, text))
+    return findings
 
 
-def _of_captions(captions: dict[str, Any], config: ConfigDict) -> list[Finding]:
-    found = []
+def _caption_findings(captions: dict[str, Any]) -> list[Finding]:
+    findings = []
     for key, text in (
         ("empty", "of the captions are empty"),
         ("unknown_words_alone", "of the captions hold nothing that the tokenizer knows, and count as empty"),
@@ -104,18 +103,18 @@ def _of_captions(captions: dict[str, Any], config: ConfigDict) -> list[Finding]:
         ("not_utf8", "of the captions are not UTF-8"),
     ):
         share = captions[key]["share"]
-        if share > _TOLD:
-            found.append(Finding(PROBLEM if share > _MANY else ADVICE, f"{percent(share)} {text}"))
+        if share > _REPORTED:
+            findings.append(Finding(PROBLEM if share > _MANY else ADVICE, f"{percent(share)} {text}"))
     if captions["repeated"]["share"] > _MANY:
         top = captions["most_repeated"][0]
         text = f"{percent(captions['repeated']['share'])} of the captions repeat another one of the sample"
-        found.append(Finding(FACT, f"{text}; {top['count']:,} times {top['caption'][:60]!r}"))
+        findings.append(Finding(FACT, f"{text}; {top['count']:,} times {top['caption'][:60]!r}"))
     if "cut" in captions:
-        found.append(_of_budget(captions))
-    return found
+        findings.append(_budget_finding(captions))
+    return findings
 
 
-def _of_budget(captions: dict[str, Any]) -> Finding:
+def _budget_finding(captions: dict[str, Any]) -> Finding:
     budget, wanted, unit = captions["max_text_tokens"], captions["recommended"], captions["unit"]
     cut = captions["cut"][str(budget)]["share"]
     text = f"data.max_text_tokens={budget} cuts {percent(cut)} of the captions"
@@ -132,15 +131,15 @@ def _of_budget(captions: dict[str, Any]) -> Finding:
     return Finding(FACT, f"{text}, and no smaller multiple of 8 keeps 99 % of them whole")
 
 
-def _of_speed(speed: dict[str, Any]) -> list[Finding]:
+def _speed_findings(speed: dict[str, Any]) -> list[Finding]:
     rate, cores = speed["examples_per_second"], speed["cores"]
     if not rate:
         return []
     here = f"the pipeline makes {rate:,.0f} examples/s on these {cores} cores"
-    found = []
+    findings = []
     for need in speed["needed"]:
         wanted = need["examples_per_second"]
         work = f"{wanted / rate * cores:,.0f} such cores' work"
         text = f"{here}; at its chips' peak {need['topology']} would take {wanted:,.0f}: {work}"
-        found.append(Finding(ADVICE if wanted > rate else FACT, text))
-    return found or [Finding(FACT, here)]
+        findings.append(Finding(ADVICE if wanted > rate else FACT, text))
+    return findings or [Finding(FACT, here)]

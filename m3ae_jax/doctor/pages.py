@@ -32,7 +32,7 @@ def section(report: dict[str, Any], sample: Sample, shown: Sequence[Shown], conf
     """The parts below the title.
 
     Args:
-        report: of `doctor.inspect`.
+        report: of `inspection.inspect`.
         sample: of all sources.
         shown: examples as training gets them.
         config: resolved.
@@ -75,14 +75,14 @@ def _sources(report: dict[str, Any]) -> Iterator[Html]:
     unreadable = [one for _, looked in _columns(report) for one in looked.get("unreadable", {}).get("examples", ())]
     if unreadable:
         yield page.paragraph("Cannot be read:")
-        told = {(one["source"], one["index"], one["error"]) for one in unreadable}
-        yield page.table(("source", "example", "why"), sorted(told))
+        reasons = {(one["source"], one["index"], one["error"]) for one in unreadable}
+        yield page.table(("source", "example", "why"), sorted(reasons))
 
 
 def _columns(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What was found in each source and, of several, in all."""
-    found = [(name, source["looked_at"]) for name, source in report["sources"].items()]
-    return [*found, (_ALL, report["together"])] if len(found) > 1 else found
+    """The statistics of each source and, of several, those of all together."""
+    columns = [(name, source["looked_at"]) for name, source in report["sources"].items()]
+    return [*columns, (_ALL, report["together"])] if len(columns) > 1 else columns
 
 
 def _compare(report: dict[str, Any], kind: str, rows: Sequence[Row]) -> Html:
@@ -100,20 +100,16 @@ def _get(of: Callable[[dict[str, Any]], object], looked: dict[str, Any]) -> obje
         return "none"
 
 
-def _counted(*keys: str) -> Callable[[dict[str, Any]], object]:
-    def told(looked: dict[str, Any]) -> str:
-        for key in keys:
-            looked = looked[key]
-        return f"{looked['count']:,} ({percent(looked['share'])})"
-
-    return told
+def _counted(of: dict[str, Any]) -> str:
+    return f"{of['count']:,} ({percent(of['share'])})"
 
 
-def _range(key: str) -> Callable[[dict[str, Any]], object]:
-    def told(looked: dict[str, Any]) -> str:
-        return " / ".join(f"{looked[key][of]:,.0f}" for of in ("least", "median", "p99", "most"))
+def _range(of: dict[str, Any]) -> str:
+    return " / ".join(f"{of[key]:,.0f}" for key in ("least", "median", "p99", "most"))
 
-    return told
+
+def _extreme(of: dict[str, Any]) -> str:
+    return f"{of['width']:,} × {of['height']:,} (example {of['index']:,})"
 
 
 # --- captions ----------------------------------------------------------------------------------------------
@@ -130,54 +126,54 @@ def _captions(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
         )
     rows: list[Row] = [
         ("captions", lambda of: of["count"]),
-        ("empty", _counted("empty")),
-        ("not UTF-8", _counted("not_utf8")),
-        ("copies of another one", _counted("repeated")),
-        ("words: least / median / 99th % / most", _range("words")),
-        ("characters, likewise", _range("characters")),
+        ("empty", lambda of: _counted(of["empty"])),
+        ("not UTF-8", lambda of: _counted(of["not_utf8"])),
+        ("copies of another one", lambda of: _counted(of["repeated"])),
+        ("words: least / median / 99th % / most", lambda of: _range(of["words"])),
+        ("characters, likewise", lambda of: _range(of["characters"])),
     ]
     if unit == "tokens":
         rows += [
-            ("tokens, likewise", _range("tokens")),
-            ("unknown tokens", _counted("unknown_tokens")),
-            ("captions of unknown tokens alone", _counted("unknown_words_alone")),
+            ("tokens, likewise", lambda of: _range(of["tokens"])),
+            ("unknown tokens", lambda of: _counted(of["unknown_tokens"])),
+            ("captions of unknown tokens alone", lambda of: _counted(of["unknown_words_alone"])),
         ]
     yield _compare(report, "captions", rows)
     if "cut" in everything:
         yield from _lengths(report, sample)
     if everything["most_repeated"]:
         yield page.paragraph("The most repeated captions:")
-        told = [(one["count"], one["caption"]) for one in everything["most_repeated"]]
-        yield page.table(("times", "caption"), told)
+        rows = [(one["count"], one["caption"]) for one in everything["most_repeated"]]
+        yield page.table(("times", "caption"), rows)
 
 
 def _lengths(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
     unit, captions = report["text_unit"], report["together"]["captions"]
-    budget, wanted = captions["max_text_tokens"], captions["recommended"]
+    budget, recommended = captions["max_text_tokens"], captions["recommended"]
     lengths = np.array([caption.tokens for caption in sample.captions if caption.tokens])
-    drawn = Figure((5.6, 3.4), layout="constrained")
-    axes = drawn.add_subplot()
-    limit = max(_PAST * max(budget, wanted), 16)  # or a single endless caption would make the rest one bar
+    limit = max(_PAST * max(budget, recommended), 16)  # or a single endless caption would make the rest one bar
     beyond = int((lengths > limit).sum())
-    _histogram(axes, [(np.minimum(lengths, limit), "#1f77b4", "")], linear=True)
+    drawn, axes = _histogram([(np.minimum(lengths, limit), "#1f77b4", "")], linear=True)
     axes.axvline(budget, color="#d95f02", linestyle="--", label=f"data.max_text_tokens = {budget}")
-    axes.axvline(wanted, color="#1b7837", linestyle="-", label=f"keeps 99 % whole: {wanted}")
-    axes.set_xlabel(f"{unit} of a caption" + (f"; {beyond:,} longer than {limit} stand at {limit}" if beyond else ""))
-    axes.set_ylabel("captions")
+    axes.axvline(recommended, color="#1b7837", linestyle="-", label=f"keeps 99 % whole: {recommended}")
+    label = f"{unit} of a caption" + (f"; {beyond:,} longer than {limit} stand at {limit}" if beyond else "")
+    axes.set(xlabel=label, ylabel="captions")
     axes.legend(fontsize=8)
-    yield page.figure(drawn, f"Histogram of the captions' lengths in {unit}; {wanted} keep 99 % whole.")
+    yield page.figure(drawn, f"Histogram of the captions' lengths in {unit}; {recommended} keep 99 % whole.")
     rows: list[Row] = [(f"text budget that keeps 99 % whole, in {unit}", lambda of: of["recommended"])]
     for tried in captions["cut"]:
-        said = f"cut at {tried}" + (" (data.max_text_tokens)" if int(tried) == budget else "")
-        rows.append((said, _counted("cut", tried)))
+        row = f"cut at {tried}" + (" (data.max_text_tokens)" if int(tried) == budget else "")
+        rows.append((row, lambda of, tried=tried: _counted(of["cut"][tried])))  # type: ignore[misc]
     yield _compare(report, "captions", rows)
     longest = captions["longest"]
     place = f"{longest['source']} example {longest['index']:,}"
     yield page.note(f"The longest ({longest['tokens']:,} {unit}, {place}) begins: ", page.data(longest["caption"]))
 
 
-def _histogram(axes: Axes, series: Sequence[tuple[np.ndarray, str, str]], *, linear: bool = False) -> None:
+def _histogram(series: Sequence[tuple[np.ndarray, str, str]], *, linear: bool = False) -> tuple[Figure, Axes]:
     """Outlined bars of one or several sets of numbers (values, colour, label) over the same bins."""
+    drawn = Figure((5.6, 3.4), layout="constrained")
+    axes = drawn.add_subplot()
     values = np.concatenate([numbers for numbers, _, _ in series])
     least, most = int(values.min()), int(values.max())
     if most > _WIDE * max(least, 1) and not linear:
@@ -195,6 +191,7 @@ def _histogram(axes: Axes, series: Sequence[tuple[np.ndarray, str, str]], *, lin
         axes.stairs(counts, edges, color=colour, fill=len(series) == 1, alpha=0.8, linewidth=1.5, label=label)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(alpha=0.3)
+    return drawn, axes
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -210,25 +207,22 @@ def _pictures(report: dict[str, Any], sample: Sample, config: ConfigDict) -> Ite
             ("pictures", lambda of: of["count"]),
             ("decode", lambda of: of["usable"]),
             ("formats", lambda of: ", ".join(f"{kind} {n:,}" for kind, n in of["formats"].items()) or "none"),
-            ("width, pixels: least / median / 99th % / most", _range("width")),
-            ("height, likewise", _range("height")),
-            ("smallest", _extreme("smallest")),
-            ("largest", _extreme("largest")),
-            ("narrowest", _extreme("narrowest")),
-            ("widest", _extreme("widest")),
-            (f"shorter side below data.image_size={size}", _counted("smaller_than_image_size")),
-            ("copies of another one, byte for byte", _counted("repeated")),
+            ("width, pixels: least / median / 99th % / most", lambda of: _range(of["width"])),
+            ("height, likewise", lambda of: _range(of["height"])),
+            ("smallest", lambda of: _extreme(of["smallest"])),
+            ("largest", lambda of: _extreme(of["largest"])),
+            ("narrowest", lambda of: _extreme(of["narrowest"])),
+            ("widest", lambda of: _extreme(of["widest"])),
+            (f"shorter side below data.image_size={size}", lambda of: _counted(of["smaller_than_image_size"])),
+            ("copies of another one, byte for byte", lambda of: _counted(of["repeated"])),
         ],
     )
     usable = [picture for picture in sample.pictures if not picture.reason]
     if usable:
-        drawn = Figure((5.6, 3.4), layout="constrained")
-        axes = drawn.add_subplot()
         widths, heights = (np.array([getattr(p, name) for p in usable]) for name in ("width", "height"))
-        _histogram(axes, [(widths, "#1f77b4", "width"), (heights, "#7b3294", "height")])
+        drawn, axes = _histogram([(widths, "#1f77b4", "width"), (heights, "#7b3294", "height")])
         axes.axvline(size, color="#d95f02", linestyle="--", label=f"data.image_size = {size}")
-        axes.set_xlabel("pixels")
-        axes.set_ylabel("pictures")
+        axes.set(xlabel="pixels", ylabel="pictures")
         axes.legend(fontsize=8)
         yield page.figure(drawn, "Histogram of the pictures' widths and heights in pixels.")
     rows = []
@@ -239,13 +233,6 @@ def _pictures(report: dict[str, Any], sample: Sample, config: ConfigDict) -> Ite
     if rows:
         yield page.paragraph("Pictures that do not decode; each is replaced by another example of its source:")
         yield page.table(("reason", "pictures", "share", "e.g.", "bytes", "begins"), rows)
-
-
-def _extreme(key: str) -> Callable[[dict[str, Any]], object]:
-    def told(looked: dict[str, Any]) -> str:
-        return f"{looked[key]['width']:,} × {looked[key]['height']:,} (example {looked[key]['index']:,})"
-
-    return told
 
 
 def _start(example: dict[str, Any]) -> Html:
@@ -298,27 +285,27 @@ def _sheet(shown: Sequence[Shown]) -> Iterator[Html]:
 
 
 def _example(one: Shown) -> Html:
-    told = f"{one.source} example {one.index:,}"
+    name = f"{one.source} example {one.index:,}"
     if one.attempt >= ATTEMPTS:
-        told += f": not one of its {ATTEMPTS} candidates decodes, so it is left empty"
+        name += f": not one of its {ATTEMPTS} candidates decodes, so it is left empty"
     elif one.attempt:
-        told += f", in place of {one.attempt} that did not decode"
+        name += f", in place of {one.attempt} that did not decode"
     words = []
     for word in one.words:
         text = word.text.strip() or "▁"
         blank = " " if word.text.startswith(" ") else ""
         words += [blank, page.element("mark", text) if word.hidden else text]
-    said = page.element("p", *words, dir="auto", class_="words") if words else page.note("no caption")
+    caption = page.element("p", *words, dir="auto", class_="words") if words else page.note("no caption")
     if one.picture is None:
-        return page.element("figure", said, page.element("figcaption", told))
-    return page.figure(_encoded(one.picture), f"{told}, hidden patches greyed", page.join([said, told]))
+        return page.element("figure", caption, page.element("figcaption", name))
+    return page.figure(_encoded(one.picture), f"{name}, hidden patches greyed", page.join([caption, name]))
 
 
 def _encoded(picture: np.ndarray) -> bytes:
     """PNG or JPEG, whichever is smaller: of an enlarged picture the first, of a photograph the second."""
-    found = []
+    encoded = []
     for kind in ("PNG", "JPEG"):
         out = io.BytesIO()
         Image.fromarray(picture).save(out, kind, quality=85)
-        found.append(out.getvalue())
-    return min(found, key=len)
+        encoded.append(out.getvalue())
+    return min(encoded, key=len)

@@ -78,7 +78,7 @@ class Need:
     """What a topology takes at most: its chips at their peak, nothing but matrix products.
 
     Attributes:
-        topology: as asked for.
+        topology: as it is named.
         chips: in all.
         examples_per_second: of all chips.
     """
@@ -111,7 +111,7 @@ def measure(config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tok
         mixture: the training data.
         groups: of the objective.
         tokenizer: needed with text.
-        shown: examples to keep for a person.
+        shown: how many examples to show to a person.
     """
     scale = min(1.0, _MAX_BATCH / mixture.batch_size)
     sizes = [max(1, round(part.size * scale)) for part in mixture.parts]
@@ -142,8 +142,8 @@ def _batches(
     with contextlib.ExitStack() as stack:
         opened = []
         for part, size in zip(mixture.parts, sizes, strict=True):
-            of_part = tuple(group for group in groups if group.modality in part.modalities)
-            batches = Batches(config, of_part, mixture.feed(part, config), tokenizer, batch_size=size)
+            part_groups = tuple(group for group in groups if group.modality in part.modalities)
+            batches = Batches(config, part_groups, mixture.feed(part, config), tokenizer, batch_size=size)
             opened.append(stack.enter_context(contextlib.closing(iter(batches))))
         for batch in zip(*opened, strict=True):
             yield list(batch)
@@ -166,17 +166,18 @@ def _shown(
     """The first examples of each part, as many as its share."""
     rows = apportion([part.size for part in mixture.parts], max(count, len(mixture.parts)))
     examples = []
-    for of_part, wanted in zip(batch, rows.tolist(), strict=True):
-        for row in range(min(wanted, len(of_part["example"]["index"]))):
+    for part, wanted in zip(batch, rows.tolist(), strict=True):
+        example = part["example"]
+        for row in range(min(wanted, len(example["index"]))):
             groups = {
                 name: {side: {key: x[row] for key, x in tokens.items()} for side, tokens in group.items()}
-                for name, group in of_part["groups"].items()
+                for name, group in part["groups"].items()
             }
-            attempt = int(of_part["example"]["attempt"][row])
+            attempt = int(example["attempt"][row])
             picture = _veiled(groups["image"], config) if "image" in groups and attempt < ATTEMPTS else None
             words = _words(groups["text"], tokenizer) if "text" in groups else ()
-            name = mixture.members[int(of_part["example"]["source"][row])].name
-            examples.append(Shown(picture, words, name, int(of_part["example"]["index"][row]), attempt))
+            name = mixture.members[int(example["source"][row])].name
+            examples.append(Shown(picture, words, name, int(example["index"][row]), attempt))
     return tuple(examples)
 
 
@@ -200,10 +201,10 @@ def _veiled(group: dict[str, Any], config: ConfigDict) -> np.ndarray:
 
 
 def _words(group: dict[str, Any], tokenizer: Tokenizer) -> tuple[Word, ...]:
-    found: dict[int, Word] = {}
+    words: dict[int, Word] = {}
     for name, side in group.items():
         valid = side["valid"]
         pieces = read_pieces(tokenizer, side["value"][valid].tolist())
         for position, piece in zip(side["position"][valid].tolist(), pieces, strict=True):
-            found[position] = Word(piece, hidden=name == "target", predicted=None)
-    return tuple(found[position] for position in sorted(found))
+            words[position] = Word(piece, hidden=name == "target", predicted=None)
+    return tuple(words[position] for position in sorted(words))

@@ -23,13 +23,13 @@ from m3ae_jax.data.sources.base import Record
 from m3ae_jax.data.text import Tokenizer, clean_caption
 
 BUDGETS = (16, 32, 48, 64, 96, 128)
-KEPT_WHOLE = 0.99
-"""Share of the captions that the recommended text budget keeps whole."""
+WHOLE_SHARE = 0.99
+"""Share of the captions that the recommended text budget leaves whole."""
 
 _BUDGET_STEP = 8
 _MAX_CHARS = 2**16  # of a caption, looked at
-_SHOWN_CHARS = 300  # of a caption, told
-_SAMPLES = 3  # examples told for each kind of fault
+_SHOWN_CHARS = 300  # of a caption, in the report
+_SAMPLES = 3  # examples in the report for each kind of fault
 _TOP = 10
 _CHUNK = 32
 _FIRST_BYTES = 12
@@ -50,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture as found.
+    """A picture as it is stored.
 
     Attributes:
         reason: why it cannot be used, one of `images.REASONS`; empty if it can.
@@ -72,7 +72,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A caption as found.
+    """A caption as it is stored.
 
     Attributes:
         text: cleaned, its beginning.
@@ -140,7 +140,7 @@ class Words:
         return [f" {self._words[i]}" for i in ids]
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
-        """Not asked for here."""
+        """Not needed here."""
         raise NotImplementedError
 
 
@@ -166,26 +166,26 @@ def look(member: Member, view: View, count: int, tokenizer: Tokenizer, config: C
     with ThreadPoolExecutor(config.data.threads or len(os.sched_getaffinity(0))) as pool:
         for chunk in np.array_split(indices, -(-count // _CHUNK)) if count else ():
             places = [Place(member.name, int(index)) for index in chunk]
-            found: list[tuple[Place, Record]] = []
+            readable: list[tuple[Place, Record]] = []
             for place, record in zip(places, _read(member, chunk), strict=True):
                 if isinstance(record, str):
                     unreadable.append((place, record))
                 else:
-                    found.append((place, record))
+                    readable.append((place, record))
             if "image" in kinds:
-                pictures += pool.map(lambda one: _picture(one[0], one[1].get("image", b""), config), found)
+                pictures += pool.map(lambda one: _picture(one[0], one[1].get("image", b""), config), readable)
             if "text" in kinds:
-                captions += _captions_of(found, tokenizer, unknown)
+                captions += _captions(readable, tokenizer, unknown)
     return Sample(count, tuple(pictures), tuple(captions), tuple(unreadable))
 
 
 def _read(member: Member, indices: np.ndarray) -> list[Record | str]:
     """The records, or why there is none; of a chunk that fails each by itself."""
     try:
-        found = list(member.source.read(indices))
-        if len(found) != len(indices):
-            raise ValueError(f"{len(found)} records where {len(indices)} were asked for")
-        return [*found]
+        records = list(member.source.read(indices))
+        if len(records) != len(indices):
+            raise ValueError(f"{len(records)} records where {len(indices)} were asked for")
+        return [*records]
     except Exception as error:  # a user's own source may raise anything
         if len(indices) == 1:
             return [f"{type(error).__name__}: {error}"]
@@ -205,20 +205,18 @@ def _picture(place: Place, encoded: Any, config: ConfigDict) -> Picture:
     return Picture(place, reason, width, height, kind, digest, len(encoded), encoded[:_FIRST_BYTES])
 
 
-def _captions_of(found: list[tuple[Place, Record]], tokenizer: Tokenizer, unknown: frozenset[int]) -> list[Caption]:
+def _captions(records: list[tuple[Place, Record]], tokenizer: Tokenizer, unknown: frozenset[int]) -> list[Caption]:
     stored = [
         (place, _as_bytes(caption))
-        for place, record in found
+        for place, record in records
         for caption in record.get("captions") or (record.get("caption", b""),)
     ]
     texts = [clean_caption(caption, _MAX_CHARS) for _, caption in stored]
     captions = []
     for (place, raw), text, ids in zip(stored, texts, tokenizer.encode(texts), strict=True):
         digest = hashlib.blake2b(raw, digest_size=16).digest()
-        lacking = sum(i in unknown for i in ids)
-        shown = text[:_SHOWN_CHARS]
-        counts = (len(text), len(text.split()), len(ids), lacking)
-        captions.append(Caption(place, shown, digest, _is_utf8(raw), *counts))
+        counts = (len(text), len(text.split()), len(ids), sum(i in unknown for i in ids))
+        captions.append(Caption(place, text[:_SHOWN_CHARS], digest, _is_utf8(raw), *counts))
     return captions
 
 
@@ -252,20 +250,26 @@ def together(samples: Sequence[Sample]) -> Sample:
     )
 
 
-# --- figures -----------------------------------------------------------------------------------------------
+# --- statistics --------------------------------------------------------------------------------------------
 
 
-def figures(sample: Sample, config: ConfigDict) -> dict[str, Any]:
-    """All counts of a sample, as JSON takes them; shares are of the pictures, or of the captions, looked at."""
-    found: dict[str, Any] = {"examples": sample.examples}
+def statistics(sample: Sample, config: ConfigDict, unit: str) -> dict[str, Any]:
+    """All counts of a sample, as JSON takes them; shares are of the pictures, or of the captions, looked at.
+
+    Args:
+        sample: the examples.
+        config: resolved.
+        unit: of the captions' lengths, ``tokens`` or ``words``.
+    """
+    result: dict[str, Any] = {"examples": sample.examples}
     if sample.unreadable:
-        told = [{**_at(place), "error": error} for place, error in sample.unreadable[:_SAMPLES]]
-        found["unreadable"] = {**_share(len(sample.unreadable), sample.examples), "examples": told}
+        first = [{**_at(place), "error": error} for place, error in sample.unreadable[:_SAMPLES]]
+        result["unreadable"] = {**_share(len(sample.unreadable), sample.examples), "examples": first}
     if sample.pictures:
-        found["pictures"] = _of_pictures(sample.pictures, config.data.image_size)
+        result["pictures"] = _picture_statistics(sample.pictures, config.data.image_size)
     if sample.captions:
-        found["captions"] = _of_captions(sample.captions, config.data.max_text_tokens)
-    return found
+        result["captions"] = _caption_statistics(sample.captions, config.data.max_text_tokens) | {"unit": unit}
+    return result
 
 
 def _at(place: Place) -> dict[str, Any]:
@@ -276,70 +280,70 @@ def _share(count: int, of: int) -> dict[str, Any]:
     return {"count": count, "share": count / of if of else 0.0}
 
 
-def _of_pictures(pictures: tuple[Picture, ...], image_size: int) -> dict[str, Any]:
+def _picture_statistics(pictures: tuple[Picture, ...], image_size: int) -> dict[str, Any]:
     usable = [picture for picture in pictures if not picture.reason]
     counts = Counter(picture.reason for picture in pictures if picture.reason)
     unusable = {}
     for reason, count in counts.most_common():
         bad = [p for p in pictures if p.reason == reason][:_SAMPLES]
-        told = [{**_at(p.place), "bytes": p.size, "first_bytes": p.start.hex(" ")} for p in bad]
-        unusable[reason] = {**_share(count, len(pictures)), "examples": told}
+        first = [{**_at(p.place), "bytes": p.size, "first_bytes": p.start.hex(" ")} for p in bad]
+        unusable[reason] = {**_share(count, len(pictures)), "examples": first}
     small = sum(min(picture.width, picture.height) < image_size for picture in usable)
-    there = [picture.digest for picture in pictures if picture.size]
-    found: dict[str, Any] = {
+    digests = [picture.digest for picture in pictures if picture.size]
+    result: dict[str, Any] = {
         "count": len(pictures),
         "usable": len(usable),
         "unusable": unusable,
         "unusable_share": 1 - len(usable) / len(pictures),
         "formats": dict(Counter(picture.format for picture in usable).most_common()),
         "smaller_than_image_size": _share(small, len(usable)),
-        "repeated": _share(len(there) - len(set(there)), len(pictures)),
+        "repeated": _share(len(digests) - len(set(digests)), len(pictures)),
     }
     if usable:
-        found["width"] = _spread([picture.width for picture in usable])
-        found["height"] = _spread([picture.height for picture in usable])
+        result["width"] = _spread([picture.width for picture in usable])
+        result["height"] = _spread([picture.height for picture in usable])
         by_area = sorted(usable, key=lambda picture: picture.width * picture.height)
         by_aspect = sorted(usable, key=lambda picture: picture.width / picture.height)
         extremes = {"smallest": by_area[0], "largest": by_area[-1], "narrowest": by_aspect[0], "widest": by_aspect[-1]}
-        found |= {name: {**_at(p.place), "width": p.width, "height": p.height} for name, p in extremes.items()}
-    return found
+        result |= {name: {**_at(p.place), "width": p.width, "height": p.height} for name, p in extremes.items()}
+    return result
 
 
-def _of_captions(captions: tuple[Caption, ...], budget: int) -> dict[str, Any]:
-    said = [caption for caption in captions if caption.tokens]
+def _caption_statistics(captions: tuple[Caption, ...], budget: int) -> dict[str, Any]:
+    known = [caption for caption in captions if caption.tokens]
     blank = sum(not caption.text for caption in captions)
-    tokens = sum(caption.tokens for caption in said)
-    there = Counter(caption.digest for caption in captions if caption.text)
+    tokens = sum(caption.tokens for caption in known)
+    digests = Counter(caption.digest for caption in captions if caption.text)
     texts = {caption.digest: caption for caption in captions}
-    top = [(texts[digest], count) for digest, count in there.most_common(_TOP) if count > 1]
-    found: dict[str, Any] = {
+    top = [(texts[digest], count) for digest, count in digests.most_common(_TOP) if count > 1]
+    result: dict[str, Any] = {
         "count": len(captions),
         "empty": _share(blank, len(captions)),
-        "unknown_words_alone": _share(len(captions) - len(said) - blank, len(captions)),
+        "unknown_words_alone": _share(len(captions) - len(known) - blank, len(captions)),
         "not_utf8": _share(sum(not caption.utf8 for caption in captions), len(captions)),
-        "unknown_tokens": _share(sum(caption.unknown for caption in said), tokens),
-        "repeated": _share(there.total() - len(there), len(captions)),
+        "unknown_tokens": _share(sum(caption.unknown for caption in known), tokens),
+        "repeated": _share(digests.total() - len(digests), len(captions)),
         "most_repeated": [{"caption": c.text, "count": n, **_at(c.place)} for c, n in top],
     }
-    if said:
-        longest = max(said, key=lambda caption: caption.tokens)
-        lengths = np.array([caption.tokens for caption in said])
-        found |= {
+    if known:
+        longest = max(known, key=lambda caption: caption.tokens)
+        lengths = np.array([caption.tokens for caption in known])
+        result |= {
             "tokens": _spread(lengths),
-            "words": _spread([caption.words for caption in said]),
-            "characters": _spread([caption.characters for caption in said]),
+            "words": _spread([caption.words for caption in known]),
+            "characters": _spread([caption.characters for caption in known]),
             "lengths": {str(n): count for n, count in sorted(Counter(lengths.tolist()).items())},
             "longest": {"caption": longest.text, "tokens": longest.tokens, **_at(longest.place)},
-            "cut": {str(b): _share(int((lengths > b).sum()), len(said)) for b in sorted({*BUDGETS, budget})},
+            "cut": {str(b): _share(int((lengths > b).sum()), len(known)) for b in sorted({*BUDGETS, budget})},
             "max_text_tokens": budget,
             "recommended": recommended_budget(lengths),
         }
-    return found
+    return result
 
 
 def recommended_budget(lengths: np.ndarray) -> int:
-    """The smallest multiple of 8 that keeps `KEPT_WHOLE` of captions of these lengths (`[n] int`, n >= 1) whole."""
-    whole = int(np.ceil(KEPT_WHOLE * len(lengths) - 1e-9))
+    """The smallest multiple of 8 that leaves `WHOLE_SHARE` of captions of these lengths (`[n] int`, n >= 1) whole."""
+    whole = int(np.ceil(WHOLE_SHARE * len(lengths) - 1e-9))
     reaching = int(np.sort(lengths)[whole - 1])
     return max(-(-reaching // _BUDGET_STEP), 1) * _BUDGET_STEP
 

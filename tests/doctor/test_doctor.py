@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from m3ae_jax import config as config_lib
-from m3ae_jax import doctor
 from m3ae_jax.data.mixture import Member, open_mixture
 from m3ae_jax.data.order import Order
 from m3ae_jax.data.pipeline import View
@@ -21,6 +20,7 @@ from m3ae_jax.data.sources.base import Record
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.doctor import speed, survey
 from m3ae_jax.doctor.findings import ADVICE, FACT, PROBLEM, percent
+from m3ae_jax.doctor.inspection import inspect
 from m3ae_jax.errors import UserError
 
 EXAMPLES = 60
@@ -106,7 +106,7 @@ def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
     write_shard(folder / "shards" / "00000.tar")
     config = load(**{"data.train.path": str(folder / "shards")})
-    report = doctor.inspect(config, folder / "run", 1000, "v5e:2x2")
+    report = inspect(config, folder / "run", 1000, "v5e:2x2")
     return folder / "run", report, config
 
 
@@ -207,7 +207,7 @@ def test_a_browser_shows_the_page_without_complaint(faulty, tmp_path):
 def test_with_a_tokenizer_lengths_are_tokens(faulty, tmp_path):
     config = faulty[2].copy_and_resolve_references()
     config.data.tokenizer, config.data.max_text_tokens = "scenes", 24
-    captions = doctor.inspect(config, tmp_path, 1000)["together"]["captions"]
+    captions = inspect(config, tmp_path, 1000)["together"]["captions"]
     tokenizer = load_tokenizer("scenes")
     texts = [survey.clean_caption(faulty_example(i)[1], 10_000) for i in range(EXAMPLES)]
     rows = tokenizer.encode(texts)
@@ -225,7 +225,7 @@ def test_with_a_tokenizer_lengths_are_tokens(faulty, tmp_path):
 
 def test_the_first_examples_are_those_of_the_run(faulty, tmp_path):
     config = faulty[2]
-    report = doctor.inspect(config, tmp_path, 7)
+    report = inspect(config, tmp_path, 7)
     assert report["together"]["examples"] == 7
     resolved = config_lib.resolve(config)
     mixture = open_mixture(resolved, 1)
@@ -237,7 +237,7 @@ def test_the_first_examples_are_those_of_the_run(faulty, tmp_path):
 
 def test_the_built_in_scenes_are_healthy(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "m3ae_jax"):
-        report = doctor.inspect(load("configs/tiny.py"), tmp_path, 40)
+        report = inspect(load("configs/tiny.py"), tmp_path, 40)
     assert "data doctor's page" in caplog.text
     assert all(finding["level"] != PROBLEM for finding in report["findings"])
     assert report["together"]["pictures"]["usable"] == 40
@@ -247,7 +247,7 @@ def test_the_built_in_scenes_are_healthy(tmp_path, caplog):
 
 def test_text_alone_shows_no_pictures(tmp_path):
     config = load("configs/tiny.py", **{"data.modalities": "text", "evals": ""})
-    report = doctor.inspect(config, tmp_path, 20)
+    report = inspect(config, tmp_path, 20)
     assert "pictures" not in report["together"] and report["together"]["captions"]["count"] == 20
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count("<img") == 1 and "<mark>" in text
@@ -255,7 +255,7 @@ def test_text_alone_shows_no_pictures(tmp_path):
 
 def test_a_mixture_is_told_by_source_and_together(tmp_path):
     config = load("configs/mixture.py", batch_size="64")
-    report = doctor.inspect(config, tmp_path, 40)
+    report = inspect(config, tmp_path, 40)
     looked = {name: source["looked_at"] for name, source in report["sources"].items()}
     assert {name: found["examples"] for name, found in looked.items()} == {"pairs": 20, "pictures": 10, "texts": 10}
     assert "pictures" not in looked["texts"] and "captions" not in looked["pictures"]
@@ -278,7 +278,7 @@ def test_nothing_usable_at_all_is_told_not_raised(tmp_path):
                 member = tarfile.TarInfo(f"{i}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    report = doctor.inspect(load(**{"data.train.path": str(shard)}), tmp_path / "run", 50)
+    report = inspect(load(**{"data.train.path": str(shard)}), tmp_path / "run", 50)
     assert report["together"]["pictures"]["unusable_share"] == 1.0
     assert report["together"]["captions"]["empty"]["count"] == 20
     levels = {finding["text"][:5]: finding["level"] for finding in report["findings"]}
@@ -291,7 +291,7 @@ def test_pictures_alone_where_text_is_asked_for_is_told(tmp_path):
         (tmp_path / "data" / "kind").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "kind" / f"{i}.png").write_bytes(encoded(40, 40, (i, i, i), "PNG"))
     config = load(**{"data.train.path": str(tmp_path / "data"), "data.train.source": "class_folders"})
-    report = doctor.inspect(config, tmp_path / "run", 50)
+    report = inspect(config, tmp_path / "run", 50)
     assert report["findings"][0]["level"] == PROBLEM
     assert any("asks for text, which train does not hold" in trouble for trouble in report["troubles"])
     assert report["together"]["pictures"]["usable"] == 20
@@ -344,10 +344,10 @@ def test_what_a_source_raises_is_told_with_its_example():
         (4, "KeyError: 'caption'"),
     }
     assert len(sample.pictures) == len(sample.captions) == 8
-    figures = survey.figures(sample, load())
-    assert figures["unreadable"]["count"] == 2
-    assert figures["pictures"]["unusable"]["empty file"]["count"] == 1
-    assert figures["captions"]["lengths"] == {"1": 8}
+    statistics = survey.statistics(sample, load(), "words")
+    assert statistics["unreadable"]["count"] == 2
+    assert statistics["pictures"]["unusable"]["empty file"]["count"] == 1
+    assert statistics["captions"]["lengths"] == {"1": 8}
 
 
 @pytest.mark.parametrize(
@@ -378,10 +378,10 @@ def test_shares_are_told_in_percent(share, text):
 
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="inspect_examples"):
-        doctor.inspect(load("configs/tiny.py"), tmp_path, 0)
+        inspect(load("configs/tiny.py"), tmp_path, 0)
     with pytest.raises(UserError, match="topology"):
-        doctor.inspect(load("configs/tiny.py"), tmp_path, 5, "v9:1x1")
+        inspect(load("configs/tiny.py"), tmp_path, 5, "v9:1x1")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        doctor.inspect(load("configs/tiny.py"), tmp_path / "file", 5)
+        inspect(load("configs/tiny.py"), tmp_path / "file", 5)
     assert ADVICE < FACT
