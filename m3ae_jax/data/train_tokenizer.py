@@ -67,7 +67,11 @@ def train(captions: Iterable[str], output: str, vocab_size: int, model_type: str
     if not lines:
         raise UserError("the source has no caption with text in it")
     model = _train(lines, vocab_size, model_type)
-    _write_atomically(Path(output), model)
+    try:
+        with replacing(Path(output)) as fresh:
+            fresh.write_bytes(model)
+    except OSError as error:
+        raise UserError(f"output={output!r} cannot be written ({error.strerror})") from error
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor.vocab_size()
@@ -117,14 +121,6 @@ def _explain(error: str, vocab_size: int) -> str:
         return f"vocab_size={vocab_size} is too small: these captions' characters need at least {needed[1]}"
     reason = " ".join(error.split())
     return f"vocab_size={vocab_size}: no model can be made of these captions; SentencePiece says {reason!r}"
-
-
-def _write_atomically(output: Path, data: bytes) -> None:
-    try:
-        with replacing(output) as fresh:
-            fresh.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"output={str(output)!r} cannot be written ({error.strerror})") from error
 
 
 def _open_source(name: str, path: str, options: SourceOptions) -> Source:

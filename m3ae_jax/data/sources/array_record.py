@@ -18,12 +18,12 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3ae_jax.data.sources.base import SourceOptions
-from m3ae_jax.data.sources.example_proto import ExampleSource, find_files
-from m3ae_jax.data.sources.files import gzip_line, is_remote, open_file
+from m3ae_jax.data.sources.example_proto import ExampleSource
+from m3ae_jax.data.sources.files import expand, gzip_line, is_remote, open_file
 from m3ae_jax.data.sources.index import Shard, Tally
 from m3ae_jax.errors import UserError
 
-_EXTENSIONS = (".array_record", ".arrayrecord")
+_ENDING = r"\.(array_record|arrayrecord)(-\d+-of-\d+)?"
 _MAX_OPEN = 256  # readers; each has a descriptor
 _READ_BYTES = 32 * 1024
 _TAIL = 256 * 1024  # of a file; its last two blocks of 64 KiB hold the end of the list of places
@@ -59,7 +59,7 @@ class ArrayRecordSource(ExampleSource):
         """
         if is_remote(path):
             raise UserError(f"data.*.path={path!r}: ArrayRecord files are read from local disks; copy or mount them")
-        paths = find_files(path, _EXTENSIONS, _FORMS)
+        paths = expand(path, _ENDING, _FORMS)
         super().__init__(ArrayRecordStorage(), path, paths, options)
         _warn_of_groups(paths[0])
 

@@ -29,7 +29,7 @@ from m3ae_jax.data.sources.base import (
     several,
 )
 from m3ae_jax.data.sources.concatenated import ConcatenatedSource
-from m3ae_jax.data.sources.files import expand, is_remote, open_file
+from m3ae_jax.data.sources.files import open_file
 from m3ae_jax.data.sources.index import Index, Shard, Tally, caption_rows, left_out, report
 from m3ae_jax.errors import UserError, one_of
 
@@ -317,28 +317,3 @@ def _class_names(path: str) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(line.strip() for line in file.read(0, file.size).decode("utf-8", "replace").rstrip().splitlines())
-
-
-def find_files(path: str, extensions: tuple[str, ...], forms: str) -> list[str]:
-    """`files.expand`, with the names of a folder that end in ``-00000-of-00010`` after an extension too.
-
-    Raises:
-        UserError: a part names nothing.
-    """
-    numbered = re.compile(rf"(?:{'|'.join(map(re.escape, extensions))})-\d+-of-\d+$")
-    ends = set(extensions)
-    for part in [path] if os.path.exists(path) else path.split(","):
-        matches = [numbered.search(name.lower()) for name in _names_in(os.path.expanduser(part.strip()))]
-        ends |= {match[0] for match in matches if match}
-    return expand(path, sorted(ends), forms)
-
-
-def _names_in(folder: str) -> list[str]:
-    if not is_remote(folder):
-        return os.listdir(folder) if os.path.isdir(folder) else []
-    import tensorflow as tf
-
-    try:
-        return list(tf.io.gfile.listdir(folder)) if tf.io.gfile.isdir(folder) else []
-    except tf.errors.OpError:  # `expand` says what is wrong
-        return []

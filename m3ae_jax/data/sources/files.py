@@ -11,7 +11,7 @@ import glob
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from m3ae_jax.errors import UserError
@@ -24,39 +24,38 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def expand(path: str, extensions: Sequence[str], forms: str) -> list[str]:
+def expand(path: str, ending: str, forms: str) -> list[str]:
     """The files that `path` names, each once, in order.
 
     Args:
-        path: a folder (its files with one of `extensions`, sorted by name), a glob, a range as
-            ``{00000..00012}.tar``, one file, or several of these with commas. What starts with ``~`` is at home;
-            local paths come back absolute.
-        extensions: as ``.tar``; of a folder's files.
+        path: a folder (its files with this `ending`, sorted by name), a glob, a range as ``{00000..00012}.tar``, one
+            file, or several of these with commas. What starts with ``~`` is at home; local paths come back absolute.
+        ending: a regular expression for the end of the names of a folder's files, in lower case, as ``\\.tar``.
         forms: what is allowed, for messages.
 
     Raises:
         UserError: a part names nothing.
     """
     parts = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
-    files = [file for part in parts for file in _expand_part(part, tuple(extensions), forms)]
+    files = [file for part in parts for file in _expand_part(part, ending, forms)]
     return list(dict.fromkeys(file if is_remote(file) else os.path.abspath(file) for file in files))
 
 
-def _expand_part(part: str, extensions: tuple[str, ...], forms: str) -> list[str]:
+def _expand_part(part: str, ending: str, forms: str) -> list[str]:
     if part.startswith("pipe:"):
         raise UserError(f"data.*.path={part!r}: a stream allows no random access; copy or mount the files")
     names = _expand_ranges(os.path.expanduser(part))
     files = []
     for name in names:
         if is_remote(name):
-            matches = _remote(name, extensions)
+            matches = _remote(name, ending)
         elif os.path.exists(name):
-            matches = _local(name, extensions)
+            matches = _local(name, ending)
         else:
             paths = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-            matches = [file for path in paths for file in _local(path, extensions)]
+            matches = [file for path in paths for file in _local(path, ending)]
         if not matches:
-            hint = _hint(name, extensions) if len(names) == 1 and not is_remote(name) else ""
+            hint = _hint(name, ending) if len(names) == 1 and not is_remote(name) else ""
             what = f" ({os.path.basename(name)} of its range)" if len(names) > 1 else ""
             raise UserError(f"data.*.path={part!r}: no such file{what}; {forms}{hint}")
         files += matches
@@ -73,19 +72,23 @@ def _expand_ranges(name: str) -> list[str]:
     return expanded or [name]
 
 
-def _local(path: str, extensions: tuple[str, ...]) -> list[str]:
+def _ending_in(ending: str, names: Iterable[str]) -> list[str]:
+    """The names with this ending, sorted."""
+    return sorted(name for name in names if re.search(rf"(?:{ending})\Z", name.lower()))
+
+
+def _local(path: str, ending: str) -> list[str]:
     """A file itself, or the files of a folder."""
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    files = [os.path.join(path, name) for name in names if name.lower().endswith(extensions)]
-    packed = [name for name in names if name.lower().endswith(tuple(e + ".gz" for e in extensions))]
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    files, packed = _ending_in(ending, names), _ending_in(f"(?:{ending})\\.gz", names)
     if packed and not files:
         raise UserError(gzip_line(os.path.join(path, packed[0])))
-    return files
+    return [os.path.join(path, name) for name in files]
 
 
-def _remote(name: str, extensions: tuple[str, ...]) -> list[str]:
+def _remote(name: str, ending: str) -> list[str]:
     import tensorflow as tf
 
     files = tf.io.gfile
@@ -94,16 +97,15 @@ def _remote(name: str, extensions: tuple[str, ...]) -> list[str]:
             return sorted(files.glob(name))
         if files.isdir(name):
             base = name.rstrip("/")
-            return sorted(f"{base}/{entry}" for entry in files.listdir(name) if entry.lower().endswith(extensions))
+            return [f"{base}/{entry}" for entry in _ending_in(ending, files.listdir(name))]
         return [name] if files.exists(name) else []
     except tf.errors.OpError as error:
         raise UserError(f"data.*.path={name!r} cannot be listed: {error.message}") from None
 
 
-def _hint(name: str, extensions: tuple[str, ...]) -> str:
+def _hint(name: str, ending: str) -> str:
     """`; did you mean ...?` with a subfolder that holds such files, or the nearest neighbour's name."""
-    inside = sorted(glob.glob(os.path.join(glob.escape(name), "*", "*"))) if os.path.isdir(name) else []
-    inside = [file for file in inside if file.lower().endswith(extensions)]
+    inside = _ending_in(ending, glob.glob(os.path.join(glob.escape(name), "*", "*"))) if os.path.isdir(name) else []
     if inside:
         return f"; did you mean {os.path.dirname(inside[0])!r}?"
     folder, base = os.path.split(name.rstrip("/"))

@@ -101,7 +101,7 @@ class HDF5Source(ConcatenatedSource):
         remote = next((part.strip() for part in path.split(",") if is_remote(part)), None)
         if remote is not None:
             raise UserError(f"data.*.path={remote!r}: HDF5 is read from local files; copy it or mount the store")
-        paths = expand(path, (".h5", ".hdf5", ".hdf"), _FORMS)
+        paths = expand(path, r"\.(h5|hdf5|hdf)", _FORMS)
         tally = Tally()
         self._files: list[_File] = []
         for name in paths:

@@ -90,7 +90,7 @@ class ParquetSource(ConcatenatedSource):
                 that is no class.
             OSError: a file cannot be read.
         """
-        paths, tally = expand(path, (".parquet",), _FORMS), Tally()
+        paths, tally = expand(path, r"\.parquet", _FORMS), Tally()
         self._footer = functools.lru_cache(maxsize=_MAX_FOOTERS)(_read_footer)
         files = _scan(paths, tally)
         self._columns = columns = _choose(files[0], options) if files else _Columns()

@@ -62,7 +62,7 @@ class TextSource(ConcatenatedSource):
             UserError: `path` names no file, or one that is compressed or in UTF-16, or there is no text in it.
             OSError: a file cannot be read.
         """
-        self._paths = expand(path, (".txt",), _FORMS)
+        self._paths = expand(path, r"\.txt", _FORMS)
         index = Index("text", _INDEX_VERSION, 1, _scan, options.cache_dir)
         shards = index.shards(self._paths)
         self.report = report(shards)

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from m3ae_jax.data.sources.base import SourceOptions
-from m3ae_jax.data.sources.example_proto import ExampleSource, find_files
-from m3ae_jax.data.sources.files import File, ReadAhead, file_cache, gzip_line, open_file
+from m3ae_jax.data.sources.example_proto import ExampleSource
+from m3ae_jax.data.sources.files import File, ReadAhead, expand, file_cache, gzip_line, open_file
 from m3ae_jax.data.sources.index import Shard, Tally
 from m3ae_jax.errors import UserError
 
-_EXTENSIONS = (".tfrecord", ".tfrecords", ".tfrec")
+_ENDING = r"\.(tfrecord|tfrecords|tfrec)(-\d+-of-\d+)?"
 _HEADER, _FOOTER = 12, 4
 _AHEAD = 16 * 1024
 _DAMAGED = "damaged file"
@@ -51,7 +51,7 @@ class TFRecordSource(ExampleSource):
             UserError: as `ExampleSource`, or `path` names no file.
             OSError: a file cannot be read.
         """
-        super().__init__(TFRecordStorage(), path, find_files(path, _EXTENSIONS, _FORMS), options)
+        super().__init__(TFRecordStorage(), path, expand(path, _ENDING, _FORMS), options)
 
 
 class TFRecordStorage:

@@ -79,7 +79,7 @@ class WebDatasetSource(ConcatenatedSource):
             UserError: `path` names no shard, or a file that is no tar, or there is no pair in it.
             OSError: a shard cannot be read.
         """
-        self._paths = expand(path, (".tar",), _FORMS)
+        self._paths = expand(path, r"\.tar", _FORMS)
         self._caption_key = caption_key = options.caption_key or "caption"
         index = Index("webdataset", _INDEX_VERSION, 5, _scan, options.cache_dir)
         self._each = options.captions == "all"
