@@ -433,8 +433,8 @@ def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]
     with ThreadPoolExecutor(job.workers or len(os.sched_getaffinity(0))) as pool:
         running: dict[Future[_Shard], int] = {}
         for number in todo:
-            work = _Work(job, source, Path(job.output).expanduser() / manifest.file(number), stop, progress)
-            running[pool.submit(work.write, ranges[number])] = number
+            path = Path(job.output).expanduser() / manifest.file(number)
+            running[pool.submit(_write_shard, job, source, path, ranges[number], stop, progress)] = number
         try:
             while running:
                 done, _ = wait(running, progress.interval, FIRST_COMPLETED)
@@ -447,54 +447,46 @@ def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]
             progress.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """Writing one file."""
+def _write_shard(
+    job: Job, source: Source, path: Path, examples: range, stop: threading.Event, progress: Progress
+) -> _Shard:
+    """Writes a file under a temporary name, then gives it its own.
 
-    job: Job
-    source: Source
-    path: Path
-    stop: threading.Event
-    progress: Progress
+    Raises:
+        UserError: the source cannot be read.
+        OSError: the file cannot be written.
+        _Stop: `stop` is set.
+    """
+    shard, tally = _Shard(path.name, 0, 0, 0, 0, 0, {}, ""), Tally()
+    with _replacing(path) as temporary:
+        with _array_record(temporary) as write:
+            for number, record in zip(examples, _read(job, source, examples), strict=True):
+                if stop.is_set():
+                    raise _Stop
+                stored = record.copy()
+                try:
+                    if "image" in record:
+                        stored["image"] = picture(record["image"], job)
+                except images.Unusable as error:
+                    tally.add(str(error), f"example {number}")
+                    progress.add(left_out=1)
+                    continue
+                write(_example(stored, job.format == "tfds"))
+                shard.count(record, stored)
+                progress.add(left_out=0)
+        shard.bytes, shard.left_out, shard.sha256 = temporary.stat().st_size, tally.skipped, _sha256(temporary)
+    return shard
 
-    def write(self, examples: range) -> _Shard:
-        """Writes it under a temporary name, then gives it its own.
 
-        Raises:
-            UserError: the source cannot be read.
-            OSError: the file cannot be written.
-            _Stop: `stop` is set.
-        """
-        shard, tally = _Shard(self.path.name, 0, 0, 0, 0, 0, {}, ""), Tally()
-        with _replacing(self.path) as temporary:
-            with _array_record(temporary) as write:
-                for start in range(examples.start, examples.stop, _BLOCK):
-                    block = range(start, min(start + _BLOCK, examples.stop))
-                    for i, record in zip(block, self._read(block), strict=True):
-                        if self.stop.is_set():
-                            raise _Stop
-                        self._add(i, record, shard, tally, write)
-            shard.bytes, shard.left_out, shard.sha256 = temporary.stat().st_size, tally.skipped, _sha256(temporary)
-        return shard
-
-    def _read(self, block: range) -> list[Record]:
+def _read(job: Job, source: Source, examples: range) -> Iterator[Record]:
+    """The records, read a block at a time."""
+    for start in range(examples.start, examples.stop, _BLOCK):
+        indices = np.arange(start, min(start + _BLOCK, examples.stop), dtype=np.int64)
         try:
-            return self.source.read(np.arange(block.start, block.stop, dtype=np.int64))
+            records = source.read(indices)
         except OSError as error:
-            raise UserError(f"path={self.job.path!r} cannot be read: {error}") from error
-
-    def _add(self, i: int, record: Record, shard: _Shard, tally: Tally, write: Callable[[bytes], None]) -> None:
-        try:
-            stored = record.copy()
-            if "image" in record:
-                stored["image"] = picture(record["image"], self.job)
-        except images.Unusable as error:
-            tally.add(str(error), f"example {i}")
-            self.progress.add(left_out=1)
-            return
-        write(_example(stored, self.job.format == "tfds"))
-        shard.count(record, stored)
-        self.progress.add(left_out=0)
+            raise UserError(f"path={job.path!r} cannot be read: {error}") from error
+        yield from records
 
 
 @contextlib.contextmanager

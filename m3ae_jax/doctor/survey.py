@@ -116,20 +116,13 @@ class Words:
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
-        self._words: list[str] = []
         self._lock = threading.Lock()
 
     def encode(self, captions: Sequence[bytes | str]) -> list[list[int]]:
         """As `Tokenizer.encode`."""
         texts = [c if isinstance(c, str) else c.decode("utf-8", "replace") for c in captions]
         with self._lock:
-            return [[self._id(word) for word in text.split()] for text in texts]
-
-    def _id(self, word: str) -> int:
-        if word not in self._ids:
-            self._ids[word] = len(self._words)
-            self._words.append(word)
-        return self._ids[word]
+            return [[self._ids.setdefault(word, len(self._ids)) for word in text.split()] for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """As `Tokenizer.decode`."""
@@ -137,7 +130,8 @@ class Words:
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """As `Tokenizer.pieces`."""
-        return [f" {self._words[i]}" for i in ids]
+        words = list(self._ids)
+        return [f" {words[i]}" for i in ids]
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
         """Not needed here."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from m3ae_jax.data.sources import base
 from m3ae_jax.errors import UserError, one_of
@@ -190,12 +191,12 @@ class Scene:
         match every other attribute word of the mention. The word is determined if the object meant is one of
         them and all have the same hidden attribute.
         """
-        found = []
-        for mention in self.mentions:
-            for hidden in mention.spans:
-                if hidden.attribute in ("color", "shape") and self._is_determined(mention, hidden):
-                    found.append((mention, hidden))
-        return tuple(found)
+        return tuple(
+            (mention, hidden)
+            for mention in self.mentions
+            for hidden in mention.spans
+            if hidden.attribute in ("color", "shape") and self._is_determined(mention, hidden)
+        )
 
     def _is_determined(self, mention: Mention, hidden: Span) -> bool:
         known = {s.attribute: self.caption[s.start : s.end] for s in mention.spans if s is not hidden}
@@ -244,7 +245,7 @@ class ScenesSource:
         return self.options.num_examples
 
     def read(self, indices: np.ndarray) -> list[base.Record]:
-        """Draws examples, in the order asked for; safe to call from several threads.
+        """Draws examples, in the order of `indices`; safe to call from several threads.
 
         Args:
             indices: `[n] int64`, each in `[0, len(self))`.
@@ -297,13 +298,9 @@ def encode_bmp(image: np.ndarray) -> bytes:
     Args:
         image: `[H, W, 3] uint8` RGB.
     """
-    height, width, _ = image.shape
-    stride = -(-width * 3 // 4) * 4
-    rows = np.zeros((height, stride), np.uint8)
-    rows[:, : width * 3] = image[::-1, :, ::-1].reshape(height, width * 3)
-    header = struct.pack("<2sIHHI", b"BM", 54 + rows.size, 0, 0, 54)
-    header += struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, rows.size, 2835, 2835, 0, 0)
-    return header + rows.tobytes()
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "BMP", dpi=(72, 72))
+    return file.getvalue()
 
 
 class _Draws:
@@ -596,7 +593,7 @@ def _in_pixels(placed: _Placed, visible: float, size: int) -> SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class _Word:
-    """A word of the caption, with the attribute it tells (or None) and the object meant."""
+    """A word of the caption, with the attribute that it names (or None) and the object meant."""
 
     text: str
     attribute: str | None = None
@@ -684,7 +681,7 @@ def _spell(words: Sequence[_Word], named: Sequence[int]) -> tuple[str, tuple[Men
         if word.attribute is not None:
             spans[word.object].append(Span(word.attribute, start, end))
         start = end + 1
-    mentions = tuple(Mention(i, tuple(found)) for i, found in spans.items())
+    mentions = tuple(Mention(i, tuple(words_of_object)) for i, words_of_object in spans.items())
     return " ".join(word.text for word in words), mentions
 
 
