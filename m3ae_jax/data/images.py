@@ -6,10 +6,12 @@ that the pipeline's threads run side by side.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,17 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # th
 
 class Unusable(Exception):
     """A picture that cannot be used; its text is one of the reasons above."""
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Turns whatever a codec raises on damage into `Unusable`: it is never the program's fault."""
+    try:
+        yield
+    except (Unusable, MemoryError):
+        raise  # a lack of memory says nothing of the picture
+    except Exception as error:
+        raise Unusable(TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED) from error
 
 
 Box = tuple[float, float, float, float]
@@ -119,16 +132,12 @@ def load(encoded: bytes, size: int, crop: Crop = Crop()) -> np.ndarray:
         Unusable: the bytes are no whole picture, or one of more than `MAX_PIXELS`.
     """
     image = open_picture(encoded)
-    try:
+    with decoding():
         turn = turn_of(image)
         stored = image.size
         width, height = stored if turn < 5 else stored[::-1]
         left, top, right, bottom = _as_stored(crop.box(width, height), (width, height), turn)
-        if image.format in ("JPEG", "MPO"):
-            scale = int(min(right - left, bottom - top) / (size * DETAIL))
-            if scale > 1:
-                image.draft(image.mode, (stored[0] // scale, stored[1] // scale))
-        image.load()
+        load_reduced(image, int(min(right - left, bottom - top) / (size * DETAIL)))
         x, y = image.size[0] / stored[0], image.size[1] / stored[1]
         box = (left * x, top * y, min(right * x, image.size[0]), min(bottom * y, image.size[1]))
         part = eight_bit(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -137,10 +146,13 @@ def load(encoded: bytes, size: int, crop: Crop = Crop()) -> np.ndarray:
         if crop.mirrored:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(on_white(part))
-    except MemoryError:
-        raise  # says nothing of the picture
-    except Exception as error:  # whatever a codec raises on damage: it is never the program's fault
-        raise Unusable(TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED) from error
+
+
+def load_reduced(image: Image.Image, scale: int) -> None:
+    """Decodes an opened picture; a JPEG at the smallest 1/2, 1/4 or 1/8 that is not below 1 / `scale`."""
+    if image.format in ("JPEG", "MPO") and scale > 1:
+        image.draft(image.mode, (image.width // scale, image.height // scale))
+    image.load()
 
 
 def open_picture(encoded: bytes) -> Image.Image:
@@ -151,14 +163,11 @@ def open_picture(encoded: bytes) -> Image.Image:
     """
     if not encoded:
         raise Unusable(EMPTY)
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise Unusable(TOO_LARGE) from error
-    except Image.UnidentifiedImageError as error:
-        raise Unusable(NO_PICTURE) from error
-    except Exception as error:  # as in `load`
-        raise Unusable(DAMAGED) from error
+    with decoding():
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise Unusable(NO_PICTURE) from error
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise Unusable(TOO_LARGE)
     if image.format in ("JPEG", "MPO") and encoded.count(b"\xff\xda") > _MOST_SCANS:

@@ -550,26 +550,16 @@ def picture(encoded: bytes, job: Job) -> bytes:
         images.Unusable: it does not decode, and `check` is set.
     """
     try:
-        return _fitted(encoded, job)
+        with images.decoding():
+            size = images.size_of(encoded)
+            too_large = 0 < job.short_side < min(size)
+            if too_large or (job.format == "tfds" and not _plain(encoded)):
+                return _encoded_anew(encoded, job.short_side if too_large else min(size), job.quality)
+        if job.check:
+            images.load(encoded, _PROBE)
     except images.Unusable:
         if job.check:
             raise
-        return encoded
-
-
-def _fitted(encoded: bytes, job: Job) -> bytes:
-    try:
-        size = images.size_of(encoded)
-        too_large = 0 < job.short_side < min(size)
-        if too_large or (job.format == "tfds" and not _plain(encoded)):
-            return _encoded_anew(encoded, job.short_side if too_large else min(size), job.quality)
-    except images.Unusable:
-        raise
-    except Exception as error:  # whatever a codec raises on damage, as in `images.load`
-        bomb = isinstance(error, Image.DecompressionBombError)
-        raise images.Unusable(images.TOO_LARGE if bomb else images.DAMAGED) from error
-    if job.check:
-        images.load(encoded, _PROBE)
     return encoded
 
 
@@ -587,10 +577,7 @@ def _encoded_anew(encoded: bytes, short_side: int, quality: int) -> bytes:
     width, height = (max(round(side * factor), short_side) for side in stored)
     if max(width, height) > _MAX_JPEG_SIDE:
         return encoded
-    scale = int(1 / (factor * images.DETAIL))
-    if image.format in ("JPEG", "MPO") and scale > 1:
-        image.draft(image.mode, (stored[0] // scale, stored[1] // scale))
-    image.load()
+    images.load_reduced(image, int(1 / (factor * images.DETAIL)))
     shrunk = images.eight_bit(image)
     if shrunk.size != (width, height):
         shrunk = shrunk.resize((width, height), Image.Resampling.BICUBIC)

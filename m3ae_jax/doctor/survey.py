@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 import threading
 from collections import Counter
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from m3ae_jax.data import images
 from m3ae_jax.data.mixture import Member, Mixture, apportion
@@ -192,7 +190,7 @@ def _picture(place: Place, encoded: Any, config: ConfigDict) -> Picture:
     try:
         images.load(encoded, config.data.image_size)
         width, height = images.size_of(encoded)
-        kind = Image.open(io.BytesIO(encoded), formats=images.FORMATS).format or ""
+        kind = images.open_picture(encoded).format or ""
     except images.Unusable as error:
         reason = str(error)
     digest = hashlib.blake2b(encoded, digest_size=16).digest()

@@ -20,13 +20,13 @@ CAPTIONS = ("draw", "all")
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """What a source is told besides its path; each takes what it knows of.
+    """How a source is read, besides its path; each format uses what applies to it.
 
     Attributes:
         split: of formats with named splits.
-        image_key: the field or column of the picture's bytes; empty: the first that is there of `IMAGE_KEYS`.
-        caption_key: of the caption; empty: the first of `CAPTION_KEYS`.
-        label_key: of the class; empty: the first of `LABEL_KEYS`.
+        image_key: the field or column of the picture's bytes; empty: the first of `USUAL_KEYS` that is there.
+        caption_key: of the caption, likewise.
+        label_key: of the class, likewise.
         captions: of a picture with several captions: ``draw``, one at each draw; ``all``, an example each.
         template: makes a caption of a class name where there is no other, as ``a photo of a {}``; empty: none.
         cache_dir: where an index goes that cannot be written beside its data.
@@ -41,9 +41,11 @@ class SourceOptions:
     cache_dir: str | None = None
 
 
-IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes", "img")
-CAPTION_KEYS = ("caption", "captions", "txt", "text", "caption/text", "title", "alt_text")
-LABEL_KEYS = ("label", "labels", "class", "image/class/label", "cls")
+USUAL_KEYS: dict[str, tuple[str, ...]] = {
+    "image": ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes", "img"),
+    "caption": ("caption", "captions", "txt", "text", "caption/text", "title", "alt_text"),
+    "label": ("label", "labels", "class", "image/class/label", "cls"),
+}
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
@@ -63,27 +65,29 @@ class Record(TypedDict, total=False):
     label: int
 
 
-def find_key(wanted: str, usual: Sequence[str], found: Iterable[str], what: str, where: str) -> str | None:
-    """The name of a field: `wanted`, or the first usual one that is there, or None.
+def find_key(
+    kind: str, options: SourceOptions, names: Iterable[str], where: str, usual: Sequence[str] | None = None
+) -> str | None:
+    """The name of a field: the one that the options name, or the first usual one that is there, or None.
 
     Args:
-        wanted: what the user named; empty: nothing.
-        usual: names that are tried then.
-        found: names that are there.
-        what: as ``data.*.image_key``, for the message.
-        where: the file.
+        kind: ``image``, ``caption`` or ``label``.
+        options: with `image_key`, `caption_key` or `label_key`.
+        names: those that are there.
+        where: the file, for the message.
+        usual: names that are tried where the options name none; by default those of `USUAL_KEYS`.
 
     Raises:
-        UserError: what the user named is not there.
+        UserError: what the options name is not there.
     """
-    there = list(found)
+    wanted, names = getattr(options, f"{kind}_key"), list(names)
     if not wanted:
-        return next((name for name in usual if name in there), None)
-    if wanted in there:
-        return wanted
-    near = difflib.get_close_matches(wanted, there, n=1)
+        return next((name for name in usual or USUAL_KEYS[kind] if name in names), None)
+    if wanted in names:
+        return str(wanted)
+    near = difflib.get_close_matches(wanted, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{what}={wanted!r}: {where} has only {', '.join(sorted(there)) or 'no fields'}{hint}")
+    raise UserError(f"data.*.{kind}_key={wanted!r}: {where} has only {', '.join(sorted(names)) or 'no fields'}{hint}")
 
 
 def several(captions: Sequence[bytes]) -> Record:
@@ -134,7 +138,7 @@ class Source(Protocol):
         """Number of examples."""
 
     def read(self, indices: np.ndarray) -> list[Record]:
-        """Reads examples, in the order asked for.
+        """Reads examples, in the order of `indices`.
 
         Must be safe to call from several threads at once.
 

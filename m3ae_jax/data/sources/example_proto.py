@@ -1,6 +1,6 @@
 """Files whose records are serialized `tf.train.Example`s: their keys, and what TFRecord and ArrayRecord share.
 
-A format says how its records are found and read (`Storage`); here is what their contents mean.
+A format says how its records are indexed and read (`Storage`); here is what their contents mean.
 """
 
 from __future__ import annotations
@@ -17,17 +17,7 @@ from typing import Protocol
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from m3ae_jax.data.sources.base import (
-    CAPTION_KEYS,
-    CAPTIONS,
-    IMAGE_KEYS,
-    LABEL_KEYS,
-    Record,
-    SourceOptions,
-    class_captions,
-    find_key,
-    several,
-)
+from m3ae_jax.data.sources.base import CAPTIONS, USUAL_KEYS, Record, SourceOptions, class_captions, find_key, several
 from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import open_file
 from m3ae_jax.data.sources.index import Index, Shard, Tally, caption_rows, left_out, report
@@ -164,6 +154,9 @@ class Layout:
         return self.template.format(names[0].decode("utf-8", "replace")).encode() if names else b""
 
 
+_NOTHING = Layout(None, None, None, "", ())
+
+
 def find_layout(examples: Iterable[Features], options: SourceOptions, classes: tuple[str, ...], path: str) -> Layout:
     """The layout of Examples like these.
 
@@ -174,14 +167,14 @@ def find_layout(examples: Iterable[Features], options: SourceOptions, classes: t
     there = sorted({key for features in examples for key in features})
     byte_keys = [key for key, value in values.items() if isinstance(value[0], bytes)]
     layout = Layout(
-        find_key(options.image_key, IMAGE_KEYS, byte_keys, "data.*.image_key", path),
-        find_key(options.caption_key, CAPTION_KEYS, byte_keys, "data.*.caption_key", path),
-        find_key(options.label_key, LABEL_KEYS, values, "data.*.label_key", path),
+        find_key("image", options, byte_keys, path),
+        find_key("caption", options, byte_keys, path),
+        find_key("label", options, values, path),
         options.template,
         classes,
     )
     if not layout.modalities:
-        usual = f"{', '.join(IMAGE_KEYS)} or {', '.join(CAPTION_KEYS)}"
+        usual = f"{', '.join(USUAL_KEYS['image'])} or {', '.join(USUAL_KEYS['caption'])}"
         raise UserError(
             f"data.*.path={path!r}: its records have neither a picture nor a caption under a usual key ({usual}) but "
             f"only {', '.join(there) or 'no features'}; set data.*.image_key and data.*.caption_key"
@@ -196,15 +189,27 @@ class ExampleRecords(ConcatenatedSource):
     damaged one of a file is logged.
     """
 
-    _storage: Storage
-    _layout: Layout
-    _each_caption: bool
+    def __init__(self, storage: Storage, layout: Layout, options: SourceOptions) -> None:
+        """Takes the files' format and what their records hold; `_set_parts` completes it."""
+        self._storage, self._layout = storage, layout
+        self._each_caption = options.captions == "all" and layout.caption is not None
+        self.modalities = layout.modalities
+        self._warned: set[str] = set()
+
+    def _index(self, kind: str, keep_all: bool, cache_dir: str | None) -> Index:
+        """Where each record lies and, if each caption is an example, the number of its captions."""
+        storage = self._storage
+        if not self._each_caption:
+            return Index(kind, _INDEX_VERSION, storage.columns, storage.scan, cache_dir)
+        scan = functools.partial(_scan_captions, storage, self._layout, keep_all)
+        return Index(kind, _INDEX_VERSION, storage.columns + 1, scan, cache_dir)
 
     def _set_parts(self, paths: Sequence[str], tables: Sequence[np.ndarray]) -> None:
-        """Sets the file of each part and the rows of its records, whose last column numbers captions if each counts."""
+        """Sets the file of each part and its rows of the index."""
+        if self._each_caption:
+            tables = [caption_rows(table[:, :-1], table[:, -1]) for table in tables]
         self._part_paths, self._tables = paths, tables
         self._number_examples(map(len, tables))
-        self._warned: set[str] = set()
 
     def _read_part(self, part: int, rows: np.ndarray) -> list[Record]:
         path, table = self._part_paths[part], self._tables[part][rows]
@@ -243,33 +248,30 @@ class ExampleSource(ExampleRecords):
             UserError: a file is none of this format, its records are no Examples, or have no such keys.
             OSError: a file cannot be read.
         """
-        check_captions(options)
-        if options.template:
-            class_captions(options.template, ())
+        check(options)
         examples = _first_examples(storage, paths)
-        layout = find_layout(examples, options, _class_names(paths[0]), path) if examples else None
-        counted = layout.caption if layout is not None and options.captions == "all" else None
-        kind, scan, columns = storage.kind, storage.scan, storage.columns
-        if layout is not None and counted is not None:
-            kind = f"{kind}_" + re.sub(r"[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", counted)
-            scan, columns = functools.partial(scan_captions, storage, layout, keep_all=False), columns + 1
-        index = Index(kind, _INDEX_VERSION, columns, scan, options.cache_dir)
+        layout = find_layout(examples, options, _class_names(paths[0]), path) if examples else _NOTHING
+        super().__init__(storage, layout, options)
+        key = re.sub(r"[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", layout.caption or "")
+        kind = f"{storage.kind}_{key}" if self._each_caption else storage.kind
+        index = self._index(kind, False, options.cache_dir)
         shards = index.shards(paths)
         self.report = report(shards)
-        if layout is None or not self.report.examples:
+        if not examples or not self.report.examples:
             what = "no tf.train.Example" if self.report.examples else "no records"
             raise UserError(f"data.*.path={path!r} holds {what}{left_out(self.report)}")
-        self._storage, self._layout, self._each_caption = storage, layout, counted is not None
-        self._set_parts(paths, [counted_rows(shard.rows) if self._each_caption else shard.rows for shard in shards])
+        self._set_parts(paths, [shard.rows for shard in shards])
         self.report = dataclasses.replace(self.report, examples=len(self))
-        self.modalities, self.classes = layout.modalities, layout.classes
+        self.classes = layout.classes
         self.fingerprint = index.fingerprint(paths, shards, options.captions, repr(layout))
 
 
-def check_captions(options: SourceOptions) -> None:
-    """Raises a `UserError` where `options.captions` is none of `CAPTIONS`."""
+def check(options: SourceOptions) -> None:
+    """Raises a `UserError` for options that no data could go with."""
     if options.captions not in CAPTIONS:
         raise UserError(one_of("data.*.captions", options.captions, CAPTIONS))
+    if options.template:
+        class_captions(options.template, ())
 
 
 def _first_examples(storage: Storage, paths: list[str]) -> list[Features]:
@@ -279,14 +281,14 @@ def _first_examples(storage: Storage, paths: list[str]) -> list[Features]:
     return list(islice((features for features in parsed if features), _LOOKED_AT))
 
 
-def scan_captions(storage: Storage, layout: Layout, path: str, keep_all: bool) -> Shard:
+def _scan_captions(storage: Storage, layout: Layout, keep_all: bool, path: str) -> Shard:
     """As the storage's own scan, but reads every record: a last column has the number of its captions.
 
     Args:
         storage: the format.
         layout: which key holds the captions.
-        path: the file.
         keep_all: whether records that are no Examples stay, as ones without a caption; else they are left out.
+        path: the file.
     """
     shard = storage.scan(path)
     tally = Tally(os.path.basename(path))
@@ -302,11 +304,6 @@ def scan_captions(storage: Storage, layout: Layout, path: str, keep_all: bool) -
                 counts.append(len(layout.captions(features or {})))
     rows = np.column_stack([shard.rows, np.array(counts, np.int64)])
     return dataclasses.replace(shard, rows=rows[rows[:, -1] >= 0], skipped=tally.skipped)
-
-
-def counted_rows(rows: np.ndarray) -> np.ndarray:
-    """A row for each caption, where the last column is their number; it becomes the caption's number in its record."""
-    return caption_rows(rows[:, :-1], rows[:, -1])
 
 
 def _class_names(path: str) -> tuple[str, ...]:

@@ -22,12 +22,12 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3ae_jax.data.sources.base import CAPTION_KEYS, IMAGE_EXTENSIONS, Record, SourceOptions, find_key, several
+from m3ae_jax.data.sources.base import IMAGE_EXTENSIONS, Record, SourceOptions, find_key, several
 from m3ae_jax.data.sources.files import file_cache, is_remote
 from m3ae_jax.data.sources.index import Tally, left_out, printable, skip_line
 from m3ae_jax.errors import UserError
@@ -336,16 +336,18 @@ class _Metadata:
             header = next(_csv_lines(path), None)
             fields = [name.strip() for name in (header.values if header else None) or []]
             self._columns = {name: place for place, name in reversed(list(enumerate(fields)))}
-        self._name_key = self._key("image", "file_name", options.image_key, _NAME_KEYS, fields)
-        self.caption_key = self._key("caption", "caption", options.caption_key, CAPTION_KEYS, fields)
+        self._name_key = self._key("image", "file_name", options, fields, _NAME_KEYS)
+        self.caption_key = self._key("caption", "caption", options, fields)
 
-    def _key(self, what: str, usual_name: str, wanted: str, usual: tuple[str, ...], fields: list[str]) -> str:
+    def _key(
+        self, kind: str, usual_name: str, options: SourceOptions, fields: list[str], usual: Sequence[str] | None = None
+    ) -> str:
         where = printable(os.fsdecode(self.path))
-        key = find_key(wanted, usual, fields, f"data.*.{what}_key", where)
+        key = find_key(kind, options, fields, where, usual)
         if key is None:
             names = ", ".join(sorted(map(printable, fields)))
             has = f"the fields {names}, none named" if names else "no line that can be read, so no field"
-            raise UserError(f"data.*.path: {where} has {has} {usual_name}; data.*.{what}_key names another")
+            raise UserError(f"data.*.path: {where} has {has} {usual_name}; data.*.{kind}_key names another")
         return key
 
     def lines(self) -> Iterator[_Line]:

@@ -1,7 +1,7 @@
 """HDF5 files, a data set of pictures beside one of captions or class numbers; row i of each is example i.
 
 The layouts of M3AE's reference implementation are recognised by name: `jpg` + `caption`, `{split}_jpg` +
-`{split}_labels`, `text` alone; so are all the usual names (`base.IMAGE_KEYS`, ...) with or without
+`{split}_labels`, `text` alone; so are all the usual names (`base.USUAL_KEYS`) with or without
 ``{split}_`` or ``{split}/`` before them. Others are named by the options.
 
 A picture is a row of variable-length uint8 or of opaque bytes, or a decoded `[h, w, 3]` or `[h, w] uint8` array,
@@ -37,16 +37,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from m3ae_jax.data.sources.base import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    LABEL_KEYS,
-    Record,
-    SourceOptions,
-    class_captions,
-    find_key,
-    several,
-)
+from m3ae_jax.data.sources.base import USUAL_KEYS, Record, SourceOptions, class_captions, find_key, several
 from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import expand, is_remote
 from m3ae_jax.data.sources.index import Tally
@@ -57,7 +48,6 @@ _FORMS = (
     "separated by commas"
 )
 _ALIASES = {"val": ("validation", "valid", "test"), "validation": ("val", "valid", "test")}
-_USUAL_KEYS = {"image": IMAGE_KEYS, "caption": CAPTION_KEYS, "label": LABEL_KEYS}
 _NAMES_KEYS = ("class_names", "label_names", "classes")
 _MAX_OPEN = 64
 _MAX_BYTES = 2**28  # of one picture or caption
@@ -131,7 +121,7 @@ class HDF5Source(ConcatenatedSource):
         if not len(self):
             raise UserError(f"data.*.path={path!r} holds no example: {first.contents} has no rows")
         self.report = tally.report(len(self._files), len(self))
-        parts = [(os.path.basename(f.path), f.size, f.length, *map(f.keys.get, _USUAL_KEYS)) for f in self._files]
+        parts = [(os.path.basename(f.path), f.size, f.length, *map(f.keys.get, USUAL_KEYS)) for f in self._files]
         identity = json.dumps([parts, self._per_row, options.template if self._class_captions else ""])
         self.fingerprint = hashlib.sha256(f"hdf5 1 {identity}".encode()).hexdigest()[:16]
         self._open = functools.lru_cache(maxsize=_MAX_OPEN)(_open)
@@ -311,7 +301,7 @@ def _inspect_open(path: str, size: int, file: Any, options: SourceOptions) -> _F
     class_names: tuple[str, ...] = ()
     if "label" in datasets:
         labels = _labels(datasets["label"], path)
-        same = [_dataset(file, name, path) for name in names if name != keys["label"] and _split_of(name, LABEL_KEYS)]
+        same = [_dataset(file, name, path) for name in names if name != keys["label"] and _split_of(name, "label")]
         others = np.concatenate([others, *(_labels(other, path) for other in same if other.dtype.kind in "iu")])
         class_names = _class_names(file, datasets["label"], path)
     return _File(path, size, keys, next(iter(lengths.values())), captions, labels, others, class_names)
@@ -365,12 +355,12 @@ def _choose(options: SourceOptions, names: Sequence[str], path: str) -> dict[str
     Raises:
         UserError: neither a picture nor a caption, or not those that the options name.
     """
-    named = {kind: key for kind in _USUAL_KEYS if (key := getattr(options, f"{kind}_key"))}
+    named = {kind: key for kind in USUAL_KEYS if (key := getattr(options, f"{kind}_key"))}
     prefixes = [f"{options.split}{mark}" for mark in "_/" if options.split] + [""]
     prefixes += [f"{split}{mark}" for split in _ALIASES.get(options.split, ()) for mark in "_/"]
     for prefix in prefixes:
         chosen: dict[str, str] = {}
-        for kind, usual in _USUAL_KEYS.items():
+        for kind, usual in USUAL_KEYS.items():
             present = [prefix + key for key in ([named[kind]] if kind in named else usual) if prefix + key in names]
             if present:
                 chosen[kind] = present[0]
@@ -378,7 +368,7 @@ def _choose(options: SourceOptions, names: Sequence[str], path: str) -> dict[str
             if prefix and prefix[:-1] != options.split:
                 _log.info("hdf5: %s: split %s is called %s here", path, options.split, prefix[:-1])
             return chosen
-    there = {split for name in names for usual in (IMAGE_KEYS, CAPTION_KEYS) if (split := _split_of(name, usual))}
+    there = {split for name in names for kind in ("image", "caption") if (split := _split_of(name, kind))}
     if there:
         near = difflib.get_close_matches(options.split, there, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -386,19 +376,19 @@ def _choose(options: SourceOptions, names: Sequence[str], path: str) -> dict[str
             f"data.*.split={options.split!r}: {path} has only the splits {', '.join(sorted(there))} "
             f"(data sets {', '.join(sorted(names))}){hint}"
         )
-    for kind, usual in _USUAL_KEYS.items():
-        find_key(named.get(kind, ""), usual, names, f"data.*.{kind}_key", path)
+    for kind in USUAL_KEYS:
+        find_key(kind, options, names, path)
     raise UserError(
         f"data.*.path: {path} has no data set of pictures or captions under a usual name, only "
         f"{', '.join(sorted(names)) or 'none at all'}; name them with image_key, caption_key and label_key"
     )
 
 
-def _split_of(name: str, usual: Sequence[str]) -> str:
+def _split_of(name: str, kind: str) -> str:
     """`train` of ``train_jpg`` or ``train/jpg``; empty where it is no such name."""
-    if any(name in keys for keys in _USUAL_KEYS.values()):
+    if any(name in keys for keys in USUAL_KEYS.values()):
         return ""
-    ends = (f"{mark}{key}" for key in usual for mark in "_/")
+    ends = (f"{mark}{key}" for key in USUAL_KEYS[kind] for mark in "_/")
     return next((name[: -len(end)] for end in ends if name.endswith(end)), "")
 
 

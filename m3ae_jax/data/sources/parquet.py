@@ -32,16 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from m3ae_jax.data.sources.base import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    LABEL_KEYS,
-    Record,
-    SourceOptions,
-    class_captions,
-    find_key,
-    several,
-)
+from m3ae_jax.data.sources.base import Record, SourceOptions, class_captions, find_key, several
 from m3ae_jax.data.sources.concatenated import ConcatenatedSource
 from m3ae_jax.data.sources.files import File, expand, open_file
 from m3ae_jax.data.sources.index import Tally, caption_rows, left_out, skip_line
@@ -491,9 +482,9 @@ def _choose(file: _File, options: SourceOptions) -> _Columns:
     Raises:
         UserError: neither a picture nor a caption, or not those that the options name.
     """
-    image = _find(file, options.image_key, IMAGE_KEYS, "image_key", _is_picture, "binary or struct<bytes: binary, ...>")
-    caption = _find(file, options.caption_key, CAPTION_KEYS, "caption_key", _is_caption, "string or list<string>")
-    label = _find(file, options.label_key, LABEL_KEYS, "label_key", _is_label, "integers")
+    image = _find(file, "image", options, _is_picture, "binary or struct<bytes: binary, ...>")
+    caption = _find(file, "caption", options, _is_caption, "string or list<string>")
+    label = _find(file, "label", options, _is_label, "integers")
     if not image and not caption:
         raise UserError(
             f"data.*.path: {file.path} has no column of pictures (binary) or captions (string) under a usual name, "
@@ -505,11 +496,11 @@ def _choose(file: _File, options: SourceOptions) -> _Columns:
     return _Columns(image, caption, label, tuple(leaves), bool(caption) and _is_list(file.types[caption]))
 
 
-def _find(file: _File, wanted: str, usual: Sequence[str], field: str, fits: Callable[[Any], bool], allowed: str) -> str:
-    names = [name for name in file.types if wanted or fits(file.types[name])]
-    key = find_key(wanted, usual, names, f"data.*.{field}", file.path)
-    if key is not None and not fits(file.types[key]):
-        raise UserError(f"data.*.{field}={key!r}: {file.path}: it is of type {file.types[key]}; allowed are {allowed}")
+def _find(file: _File, kind: str, options: SourceOptions, fits: Callable[[Any], bool], allowed: str) -> str:
+    names = [name for name in file.types if getattr(options, f"{kind}_key") or fits(file.types[name])]
+    key = find_key(kind, options, names, file.path)
+    if key is not None and not fits(stored := file.types[key]):
+        raise UserError(f"data.*.{kind}_key={key!r}: {file.path}: it is of type {stored}; allowed are {allowed}")
     return key or ""
 
 

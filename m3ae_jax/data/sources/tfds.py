@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import glob
 import importlib
 import json
@@ -26,28 +25,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from m3ae_jax.data.sources.array_record import ArrayRecordStorage
-from m3ae_jax.data.sources.base import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    LABEL_KEYS,
-    SourceOptions,
-    class_captions,
-    find_key,
-)
-from m3ae_jax.data.sources.example_proto import (
-    ExampleRecords,
-    Layout,
-    Storage,
-    check_captions,
-    counted_rows,
-    scan_captions,
-)
+from m3ae_jax.data.sources.base import USUAL_KEYS, SourceOptions, find_key
+from m3ae_jax.data.sources.example_proto import ExampleRecords, Layout, Storage, check
 from m3ae_jax.data.sources.files import is_remote, open_file
-from m3ae_jax.data.sources.index import Index, Tally
+from m3ae_jax.data.sources.index import Tally
 from m3ae_jax.data.sources.tfrecord import TFRecordStorage
 from m3ae_jax.errors import UserError, one_of
 
-_INDEX_VERSION = 1
 _SEQUENCE_KEYS = ("captions/text", "captions/caption")  # of data sets as coco_captions
 _INFO = "dataset_info.json"
 _FEATURES = "tensorflow_datasets.core.features."  # the library's own classes are in modules below it
@@ -88,24 +72,18 @@ class TFDSSource(ExampleRecords):
             UserError: an unknown or unprepared data set, an unknown split, no such feature, no example.
             OSError: a file cannot be read.
         """
-        check_captions(options)
+        check(options)
         builder = _open_builder(_find_prepared(path), path)
-        self._layout, self.classes = _find_features(builder.info.features, options, path)
-        self.modalities = self._layout.modalities
-        self._storage = storage = _storage(builder, path)
-        self._each_caption = options.captions == "all" and self._layout.caption is not None
+        layout, self.classes = _find_features(builder.info.features, options, path)
+        storage = _storage(builder, path)
+        super().__init__(storage, layout, options)
         slices = _slices(builder, options.split, path)
         paths = list(dict.fromkeys(part.path for part in slices))
-        kind, scan, columns = f"tfds_{storage.kind}", storage.scan, storage.columns
-        if self._each_caption:
-            kind += f"_{re.sub('[^A-Za-z0-9]', '-', self._layout.caption or '')}"
-            scan, columns = functools.partial(scan_captions, storage, self._layout, keep_all=True), columns + 1
-        index = Index(kind, _INDEX_VERSION, columns, scan, options.cache_dir)
+        key = "_" + re.sub("[^A-Za-z0-9]", "-", layout.caption or "") if self._each_caption else ""
+        index = self._index(f"tfds_{storage.kind}{key}", True, options.cache_dir)
         shards = dict(zip(paths, index.shards(paths), strict=True))
         tally = Tally(os.path.basename(str(builder.data_path)))
         tables = [_take(shards[part.path].rows, part, tally) for part in slices]
-        if self._each_caption:
-            tables = [counted_rows(table) for table in tables]
         self._set_parts([part.path for part in slices], tables)
         for shard in shards.values():
             tally.merge(shard.skipped)
@@ -113,7 +91,7 @@ class TFDSSource(ExampleRecords):
         if not len(self):
             raise UserError(f"data.*.path={path!r}: its split {options.split!r} holds no example")
         taken = [f"{os.path.basename(part.path)}[{part.skip}:{part.skip + part.take}]" for part in slices]
-        self.fingerprint = index.fingerprint(paths, list(shards.values()), *taken, options.captions, repr(self._layout))
+        self.fingerprint = index.fingerprint(paths, list(shards.values()), *taken, options.captions, repr(layout))
 
 
 # --- which data set ----------------------------------------------------------------------------------------
@@ -348,18 +326,18 @@ def _find_features(features: Any, options: SourceOptions, path: str) -> tuple[La
     types = tfds.features
     leaves = sorted(_leaves(features), key=lambda leaf: leaf.name)  # their order in a features.json is by chance
 
-    def find(what: str, wanted: str, usual: Sequence[str], typed: list[_Leaf], other: list[_Leaf]) -> _Leaf | None:
+    def find(kind: str, typed: list[_Leaf], other: Sequence[_Leaf] = (), usual: Sequence[str] = ()) -> _Leaf | None:
         """By name among all that would do, else by usual name among those of the type."""
-        names = {leaf.name: leaf for leaf in (*typed, *(other if wanted else ()))}
-        name = find_key(wanted, usual, names, f"data.*.{what}_key", path)
+        names = {leaf.name: leaf for leaf in (*typed, *(other if getattr(options, f"{kind}_key") else ()))}
+        name = find_key(kind, options, names, path, usual)
         return names[name] if name is not None else None
 
     texts = [leaf for leaf in leaves if _is_string(leaf.feature)]
     pictures = [leaf for leaf in leaves if type(leaf.feature) is types.Image and not leaf.depth]
     labels = [leaf for leaf in leaves if isinstance(leaf.feature, types.ClassLabel) and not leaf.depth]
-    image = find("image", options.image_key, IMAGE_KEYS, pictures, texts) or _only(pictures)
-    caption = find("caption", options.caption_key, (*CAPTION_KEYS, *_SEQUENCE_KEYS), texts, [])
-    label = find("label", options.label_key, LABEL_KEYS, labels, []) or _only(labels)
+    image = find("image", pictures, texts) or _only(pictures)
+    caption = find("caption", texts, usual=(*USUAL_KEYS["caption"], *_SEQUENCE_KEYS))
+    label = find("label", labels) or _only(labels)
     if image is None and caption is None:
         names = ", ".join(f"{leaf.name} ({type(leaf.feature).__name__})" for leaf in leaves)
         raise UserError(
@@ -367,8 +345,6 @@ def _find_features(features: Any, options: SourceOptions, path: str) -> tuple[La
             "data.*.image_key and data.*.caption_key name others"
         )
     classes = tuple(label.feature.names) if label else ()
-    if options.template:
-        class_captions(options.template, classes)
     readable = tuple(name.replace("_", " ") for name in classes)
     layout = Layout(_key(image), _key(caption), _key(label), options.template, readable)
     return layout, classes
