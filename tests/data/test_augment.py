@@ -26,12 +26,12 @@ def noise(size=24, seed=0):
 @pytest.mark.parametrize("down", [False, True])
 def test_every_operation_gives_eight_bit_rgb(name, share, down):
     before = noise()
-    found = OPERATIONS[name](Image.fromarray(before), share, down, FILL)
-    assert found.mode == "RGB" and found.size == (24, 24)
+    result = OPERATIONS[name](Image.fromarray(before), share, down, FILL)
+    assert result.mode == "RGB" and result.size == (24, 24)
     # A larger magnitude changes more: at none the picture stays, but for those that have no magnitude.
     if name in ("auto_contrast", "equalize", "invert"):
         return
-    same = (np.asarray(found) == before).all()
+    same = (np.asarray(result) == before).all()
     assert same == (share == 0.0 and name != "posterize"), name
 
 
@@ -61,15 +61,15 @@ def test_operations_against_numpy():
 
 def test_it_is_a_function_of_seed_and_draw_and_differs_between_draws():
     change, picture = RandAugment(9.0, FILL), noise()
-    found = [change(picture, generator(3, draw)) for draw in range(200)]
+    result = [change(picture, generator(3, draw)) for draw in range(200)]
     for draw in (0, 7, 199):
-        np.testing.assert_array_equal(found[draw], change(picture, generator(3, draw)))
-    assert all(x.dtype == np.uint8 and x.shape == picture.shape for x in found)
-    untouched = np.mean([(x == picture).all() for x in found])
+        np.testing.assert_array_equal(result[draw], change(picture, generator(3, draw)))
+    assert all(x.dtype == np.uint8 and x.shape == picture.shape for x in result)
+    untouched = np.mean([(x == picture).all() for x in result])
     # Two operations with probability 1/2 each: a quarter of the pictures stay (standard deviation 0.03).
     assert 0.15 < untouched < 0.35
-    assert len({x.tobytes() for x in found}) > 100
-    assert any((change(picture, generator(4, d)) != found[d]).any() for d in range(8))
+    assert len({x.tobytes() for x in result}) > 100
+    assert any((change(picture, generator(4, d)) != result[d]).any() for d in range(8))
 
 
 def config() -> ConfigDict:
@@ -84,8 +84,8 @@ def pictures(change, rows=None, augment=True):
     view = View(Order(len(source), 5), 5, augment=augment, change=change)
     group = Group("image", "image", 9, 0.0)
     batches = Batches(config(), (group,), Feed((source,), (view,)), None, batch_size=8, rows=rows, stop_step=2)
-    found = [batch["groups"]["image"]["visible"]["value"] for batch in batches]
-    return unpatchify(np.concatenate(found), 8, (3, 3))
+    result = [batch["groups"]["image"]["visible"]["value"] for batch in batches]
+    return unpatchify(np.concatenate(result), 8, (3, 3))
 
 
 def test_the_pipeline_changes_pictures_after_crop_and_flip_by_their_draw():

@@ -85,8 +85,8 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(job.output, f"{job.read.split}.manifest.json").read_bytes())
-    return found
+    result: dict[str, Any] = json.loads(Path(job.output, f"{job.read.split}.manifest.json").read_bytes())
+    return result
 
 
 def one_line(job: Job) -> str:
@@ -137,9 +137,9 @@ def test_several_captions(tmp_path: Path, captions: str, kind: str) -> None:
             file.write(json.dumps({"file_name": f"{i}.png", "caption": of_picture}) + "\n")
     job = Job("folder", str(folder), str(tmp_path / "out"), SourceOptions(captions=captions), format=kind)
     prepare(job)
-    found = [record.get("captions", (record["caption"],)) for record in read_back(job)]
+    result = [record.get("captions", (record["caption"],)) for record in read_back(job)]
     want = [tuple(text.encode() for text in of_picture) for of_picture in texts]
-    assert found == (want if captions == "draw" else [(text,) for of_picture in want for text in of_picture])
+    assert result == (want if captions == "draw" else [(text,) for of_picture in want for text in of_picture])
     if kind == "tfds":
         tfds_source = pytest.importorskip("m3ae_jax.data.sources.tfds")
         assert read(tfds_source.TFDSSource(job.output)) == read_back(job)

@@ -279,8 +279,8 @@ def test_the_built_in_model_is_small() -> None:
 def test_shared_bad_captions(tokenizer: Tokenizer) -> None:
     files = sorted(SHARED_CAPTIONS.glob("*.txt"))
     ids, length = encode_batch(tokenizer, [file.read_bytes() for file in files], 32)
-    found = dict(zip([file.stem[:2] for file in files], length.tolist(), strict=True))
+    result = dict(zip([file.stem[:2] for file in files], length.tolist(), strict=True))
     assert ids.shape == (len(files), 32)
-    assert found["01"] == found["07"] == 0
-    assert found["04"] == 32
-    assert min(found["03"], found["06"], found["15"]) > 0
+    assert result["01"] == result["07"] == 0
+    assert result["04"] == 32
+    assert min(result["03"], result["06"], result["15"]) > 0

@@ -154,7 +154,7 @@ def test_captions_are_counted_exactly(faulty):
     assert captions["recommended"] == 72
 
 
-def test_what_indexing_left_out_and_the_epochs_are_told(faulty):
+def test_what_indexing_left_out_and_the_epochs_are_reported(faulty):
     source = faulty[1]["sources"]["train"]
     assert source["left_out"] == {"no caption": 2}
     assert source["left_out_e.g."] == {"no caption": "00000.tar:lonely1.jpg"}
@@ -192,11 +192,11 @@ def test_the_page_holds_no_more_than_itself(faulty):
 
 
 def test_a_browser_shows_the_page_without_complaint(faulty, tmp_path):
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
+    result = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not result:
         pytest.skip("needs a browser: no chromium or google-chrome is installed")
     done = subprocess.run(
-        [found[0], "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        [result[0], "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{faulty[0] / 'report.html'}"],
         capture_output=True, text=True, timeout=90,
     )  # fmt: skip
@@ -253,11 +253,11 @@ def test_text_alone_shows_no_pictures(tmp_path):
     assert text.count("<img") == 1 and "<mark>" in text
 
 
-def test_a_mixture_is_told_by_source_and_together(tmp_path):
+def test_a_mixture_is_reported_by_source_and_together(tmp_path):
     config = load("configs/mixture.py", batch_size="64")
     report = inspect(config, tmp_path, 40)
     looked = {name: source["looked_at"] for name, source in report["sources"].items()}
-    assert {name: found["examples"] for name, found in looked.items()} == {"pairs": 20, "pictures": 10, "texts": 10}
+    assert {name: result["examples"] for name, result in looked.items()} == {"pairs": 20, "pictures": 10, "texts": 10}
     assert "pictures" not in looked["texts"] and "captions" not in looked["pictures"]
     assert report["together"]["pictures"]["count"] == report["together"]["captions"]["count"] == 30
     assert {name: source["share"] for name, source in report["sources"].items()} == {
@@ -269,7 +269,7 @@ def test_a_mixture_is_told_by_source_and_together(tmp_path):
     assert any(finding["text"].startswith("pairs: ") for finding in report["findings"])
 
 
-def test_nothing_usable_at_all_is_told_not_raised(tmp_path):
+def test_nothing_usable_at_all_is_reported_not_raised(tmp_path):
     shard = tmp_path / "shards" / "0.tar"
     shard.parent.mkdir()
     with tarfile.open(shard, "w") as tar:
@@ -286,7 +286,7 @@ def test_nothing_usable_at_all_is_told_not_raised(tmp_path):
     assert "not one of its 8 candidates decodes" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_pictures_alone_where_text_is_asked_for_is_told(tmp_path):
+def test_pictures_alone_where_text_is_asked_for_is_reported(tmp_path):
     for i in range(20):
         (tmp_path / "data" / "kind").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "kind" / f"{i}.png").write_bytes(encoded(40, 40, (i, i, i), "PNG"))
@@ -297,7 +297,7 @@ def test_pictures_alone_where_text_is_asked_for_is_told(tmp_path):
     assert report["together"]["pictures"]["usable"] == 20
 
 
-def test_hidden_words_are_told_from_visible_ones(tmp_path):
+def test_hidden_words_are_distinguished_from_visible_ones(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nred\ncar\n##s\n")
     side = {"position": np.array([0, 2, 0]), "valid": np.array([True, True, False]), "value": np.array([2, 4, 0])}
@@ -336,7 +336,7 @@ class Moody:
         return [Record(image=None, caption="text") if i == 5 else Record(image=b"x", caption=b"y") for i in indices]
 
 
-def test_what_a_source_raises_is_told_with_its_example():
+def test_what_a_source_raises_is_reported_with_its_example():
     view = View(Order(10, 1), 1, augment=True)
     sample = survey.look(Member("own", Moody(), ("image", "text"), 1.0), view, 10, survey.Words(), load())
     assert {(place.index, why) for place, why in sample.unreadable} == {
@@ -372,7 +372,7 @@ def test_a_small_source_is_passed_once(tmp_path):
     ("share", "text"),
     [(0, "0 %"), (0.00004, "0.004 %"), (0.003, "0.3 %"), (0.051, "5.1 %"), (0.456, "46 %"), (1, "100 %")],
 )
-def test_shares_are_told_in_percent(share, text):
+def test_shares_are_in_percent(share, text):
     assert percent(share) == text
 
 

@@ -11,7 +11,7 @@ from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.errors import UserError, one_of
 
 SOURCES: dict[str, tuple[str, str]] = {
-    # Class, imported when asked for, and what its path takes.
+    # Class, imported when needed, and what its path takes.
     "webdataset": (
         "m3ae_jax.data.sources.webdataset:WebDatasetSource",
         "a folder of .tar shards as img2dataset writes them (KEY.jpg|jpeg|png|webp + KEY.txt and/or KEY.json), a glob, "

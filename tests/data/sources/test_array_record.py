@@ -117,8 +117,8 @@ def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = len(os.listdir("/proc/self/fd"))
     orders = [np.random.default_rng(seed).permutation(8) for seed in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        for order, found in zip(orders, pool.map(source.read, orders), strict=True):
-            assert [(r["image"], r["caption"]) for r in found] == [pairs[i] for i in order]
+        for order, result in zip(orders, pool.map(source.read, orders), strict=True):
+            assert [(r["image"], r["caption"]) for r in result] == [pairs[i] for i in order]
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 

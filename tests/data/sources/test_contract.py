@@ -114,8 +114,8 @@ def leaves(tree):
     return [tree]
 
 
-def digest(found):
-    return hashlib.sha256(b"".join(leaf.tobytes() for batch in found for leaf in leaves(batch))).hexdigest()
+def digest(result):
+    return hashlib.sha256(b"".join(leaf.tobytes() for batch in result for leaf in leaves(batch))).hexdigest()
 
 
 class InMemory:
@@ -141,10 +141,10 @@ def test_every_format_gives_the_same_batches_bit_for_bit(stored, wanted):
 def test_every_format_goes_on_anywhere_on_any_number_of_hosts(stored, wanted, hosts):
     source = opened(stored)
     per = 8 // hosts
-    found = [batches(source, start=2, rows=np.arange(h * per, (h + 1) * per)) for h in range(hosts)]
+    result = [batches(source, start=2, rows=np.arange(h * per, (h + 1) * per)) for h in range(hosts)]
     for step, want in enumerate(wanted[2:]):
         for number, leaf in enumerate(leaves(want)):
-            assert np.array_equal(np.concatenate([leaves(host[step])[number] for host in found]), leaf)
+            assert np.array_equal(np.concatenate([leaves(host[step])[number] for host in result]), leaf)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -155,7 +155,7 @@ def test_a_missing_path_is_named(name, tmp_path):
         open_format(name, str(tmp_path / "absent"), SourceOptions(), "data.train.")
 
 
-def test_an_unknown_source_is_told_the_nearest():
+def test_an_unknown_source_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"data\.train\.source='tfrecords'.*tfrecord"):
         open_format("tfrecords", "x", SourceOptions(), "data.train.")
     with pytest.raises(UserError, match=r"source='nowhere:Nothing' cannot be imported"):

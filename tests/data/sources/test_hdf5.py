@@ -205,9 +205,9 @@ def test_captions_of_every_type(tmp_path: Path, kind: str) -> None:
         else:
             put(file, "caption", captions, **({"chunks": (2,), "compression": "gzip"} if kind == "chunked" else {}))
 
-    found = everything(one(tmp_path, fill))
+    result = everything(one(tmp_path, fill))
     wanted = [caption.ljust(12) for caption in captions] if kind == "opaque" else captions
-    assert found == [(b"p\0", caption) for caption in wanted]
+    assert result == [(b"p\0", caption) for caption in wanted]
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 7, 3), (4, 5, 7)])
@@ -354,16 +354,16 @@ def test_changed_bytes_anywhere(tmp_path: Path, chunked: bool) -> None:
     checked = {"chunks": (3,), "compression": "gzip"}
     data = damageable(tmp_path, **(checked if chunked else {}))
     rng = np.random.default_rng(chunked)
-    refused = kept = replaced = 0
+    refused = unchanged = replaced = 0
     for _ in range(300):
         changed = np.frombuffer(data, np.uint8).copy()
         places = rng.integers(0, len(data), rng.integers(1, 4))
         changed[places] = rng.integers(0, 256, len(places))
-        found = outcome(tmp_path / "flip.h5", changed.tobytes())
-        refused += not found
-        replaced += any(picture == b"" for picture, _ in found)
-        kept += found == some(12)
-    assert refused and kept and replaced
+        result = outcome(tmp_path / "flip.h5", changed.tobytes())
+        refused += not result
+        replaced += any(picture == b"" for picture, _ in result)
+        unchanged += result == some(12)
+    assert refused and unchanged and replaced
 
 
 def test_a_length_that_cannot_be_is_not_allocated(tmp_path: Path) -> None:

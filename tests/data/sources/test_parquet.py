@@ -324,7 +324,7 @@ def test_odd_metadata(tmp_path: Path, metadata: Any) -> None:
 # --- row groups --------------------------------------------------------------------------------------------
 
 
-def test_large_row_groups_are_told(
+def test_large_row_groups_are_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rng = np.random.default_rng(0)
@@ -367,12 +367,12 @@ def test_a_damaged_row_group_is_replaced(tmp_path: Path, mode: str, caplog: pyte
         file.write(bytes(20))
     source = ParquetSource(str(path), SourceOptions(captions=mode))
     for _ in range(2):
-        found = everything(source)
+        result = everything(source)
     if mode == "draw":
         whole = [(b"p%d" % i, b"a") for i in range(6)]
-        assert found == [*whole[:2], (b"", b""), (b"", b""), *whole[4:]]
+        assert result == [*whole[:2], (b"", b""), (b"", b""), *whole[4:]]
     else:
-        assert found == [(b"p%d" % i, caption) for i in (0, 1, 4, 5) for caption in (b"a", b"b")]
+        assert result == [(b"p%d" % i, caption) for i in (0, 1, 4, 5) for caption in (b"a", b"b")]
         assert source.report.skipped == {"damaged row group": 2}
     assert sum("row group 1 cannot be decoded" in line for line in warnings(caplog)) == 1
 
@@ -408,19 +408,19 @@ def test_changed_bytes_anywhere(tmp_path: Path, compression: str, checksum: bool
     data = damageable(tmp_path, compression=compression, write_page_checksum=checksum)
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     rng = np.random.default_rng(checksum)
-    refused = kept = replaced = 0
+    refused = unchanged = replaced = 0
     for _ in range(150):
         changed = np.frombuffer(data, np.uint8).copy()
         places = rng.integers(0, len(data), rng.integers(1, 4))
         changed[places] = rng.integers(0, 256, len(places))
-        found = outcome(tmp_path / "flip.parquet", changed.tobytes())
-        refused += not found
-        replaced += any(picture == b"" for picture, _ in found)
-        kept += found == some(12)
+        result = outcome(tmp_path / "flip.parquet", changed.tobytes())
+        refused += not result
+        replaced += any(picture == b"" for picture, _ in result)
+        unchanged += result == some(12)
         if checksum and places.max() < footer:
-            assert len(found) == 12
-            assert all(f == s or f == (b"", b"") for f, s in zip(found, some(12), strict=True))
-    assert refused and kept and replaced
+            assert len(result) == 12
+            assert all(f == s or f == (b"", b"") for f, s in zip(result, some(12), strict=True))
+    assert refused and unchanged and replaced
 
 
 def test_changed_bytes_in_lists_and_labels(tmp_path: Path) -> None:

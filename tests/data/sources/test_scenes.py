@@ -287,28 +287,28 @@ class TestDeterminedSpans:
     COLOR, SHAPE = Span("color", 2, 5), Span("shape", 6, 12)
     CAPTION = "a red circle"
 
-    def found(self, *objects: SceneObject) -> set[str]:
+    def determined(self, *objects: SceneObject) -> set[str]:
         mentions = (Mention(0, (self.COLOR, self.SHAPE)),)
         scene = made(self.CAPTION, mentions, *objects)
         return {span.attribute for _, span in scene.determined_spans()}
 
     def test_an_object_alone_determines_both(self) -> None:
-        assert self.found(item("circle", "red")) == {"color", "shape"}
+        assert self.determined(item("circle", "red")) == {"color", "shape"}
 
     def test_a_rival_leaves_open_what_differs(self) -> None:
-        assert self.found(item("circle", "red"), item("circle", "blue")) == {"shape"}
-        assert self.found(item("circle", "red"), item("square", "red")) == {"color"}
-        assert self.found(item("circle", "red"), item("square", "blue")) == {"color", "shape"}
-        assert self.found(item("circle", "red"), item("circle", "red")) == {"color", "shape"}
+        assert self.determined(item("circle", "red"), item("circle", "blue")) == {"shape"}
+        assert self.determined(item("circle", "red"), item("square", "red")) == {"color"}
+        assert self.determined(item("circle", "red"), item("square", "blue")) == {"color", "shape"}
+        assert self.determined(item("circle", "red"), item("circle", "red")) == {"color", "shape"}
 
     def test_a_hidden_rival_does_not_count(self) -> None:
-        assert self.found(item("circle", "red"), item("circle", "blue", visible=0.49)) == {"color", "shape"}
-        assert self.found(item("circle", "red"), item("circle", "blue", visible=0.5)) == {"shape"}
+        assert self.determined(item("circle", "red"), item("circle", "blue", visible=0.49)) == {"color", "shape"}
+        assert self.determined(item("circle", "red"), item("circle", "blue", visible=0.5)) == {"shape"}
 
     def test_a_hidden_referent_determines_nothing(self) -> None:
-        assert self.found(item("circle", "red", visible=0.49)) == set()
+        assert self.determined(item("circle", "red", visible=0.49)) == set()
         # A twin in plain sight is another object.
-        assert self.found(item("circle", "red", visible=0.49), item("circle", "red")) == set()
+        assert self.determined(item("circle", "red", visible=0.49), item("circle", "red")) == set()
 
     def test_further_words_narrow_the_candidates(self) -> None:
         size, color, shape = Span("size", 2, 7), Span("color", 8, 11), Span("shape", 12, 18)

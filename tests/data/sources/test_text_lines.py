@@ -28,8 +28,8 @@ def source_of(tmp_path: Path, data: bytes) -> TextSource:
 
 def expected(data: bytes) -> list[bytes]:
     """The plain way."""
-    found = [line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
-    return [line[: text_lines.MAX_LINE] for line in found if line.strip()]
+    result = [line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    return [line[: text_lines.MAX_LINE] for line in result if line.strip()]
 
 
 @pytest.fixture(autouse=True)
@@ -167,5 +167,5 @@ def test_a_million_lines_index_in_a_second(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "m3ae_jax"):
         source = TextSource(str(tmp_path))
     assert len(source) == 500_000
-    found = next(record for record in caplog.records if "indexed 1 files" in record.getMessage())
-    assert found.args[3] < 5  # type: ignore[index,operator]  # seconds; some 0.1 on an idle core
+    result = next(record for record in caplog.records if "indexed 1 files" in record.getMessage())
+    assert result.args[3] < 5  # type: ignore[index,operator]  # seconds; some 0.1 on an idle core

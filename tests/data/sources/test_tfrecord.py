@@ -180,8 +180,8 @@ def test_modalities_follow_from_what_is_there(
 
 
 def test_a_key_may_lack_in_some_records(tmp_path: Path) -> None:
-    found = records(tmp_path, [{"image": b"0"}, {"image": b"1", "caption": b"c"}, {"caption": b"d"}, {"x": 1}])
-    assert [(r["image"], r["caption"]) for r in found] == [(b"0", b""), (b"1", b"c"), (b"", b"d"), (b"", b"")]
+    result = records(tmp_path, [{"image": b"0"}, {"image": b"1", "caption": b"c"}, {"caption": b"d"}, {"x": 1}])
+    assert [(r["image"], r["caption"]) for r in result] == [(b"0", b""), (b"1", b"c"), (b"", b"d"), (b"", b"")]
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def versions(key: str, *numbers: int) -> list[Member]:
 
 
 @pytest.mark.parametrize(
-    ("members", "kept", "duplicates"),
+    ("members", "pairs_used", "duplicates"),
     [
         (versions("a", 1, 2, 3), [(b"i1", b"t1")], 2),
         (versions("a", 1) + sample("b") + versions("a", 2), [(b"i1", b"t1"), *pairs("b")], 1),
@@ -295,10 +295,10 @@ def versions(key: str, *numbers: int) -> list[Member]:
     ],
 )
 def test_duplicate_keys_never_mix(
-    tmp_path: Path, members: list[Member], kept: list[tuple[bytes, bytes]], duplicates: int
+    tmp_path: Path, members: list[Member], pairs_used: list[tuple[bytes, bytes]], duplicates: int
 ) -> None:
     source = read_one(tmp_path, members)
-    assert everything(source) == kept
+    assert everything(source) == pairs_used
     assert source.report.skipped == {"duplicate key": duplicates}
     assert source.report.samples["duplicate key"].startswith("one.tar:a.")
 
