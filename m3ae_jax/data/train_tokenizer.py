@@ -27,6 +27,7 @@ from absl import app, flags
 from m3ae_jax.atomic import replacing
 from m3ae_jax.data.sources import NAMES, open_format
 from m3ae_jax.data.sources.base import Source, SourceOptions
+from m3ae_jax.data.sources.scenes import ScenesSource
 from m3ae_jax.data.text import clean_caption
 from m3ae_jax.errors import UserError, one_of
 
@@ -123,14 +124,6 @@ def _explain(error: str, vocab_size: int) -> str:
     return f"vocab_size={vocab_size}: no model can be made of these captions; SentencePiece says {reason!r}"
 
 
-def _open_source(name: str, path: str, options: SourceOptions) -> Source:
-    if name == "scenes":
-        from m3ae_jax.data.sources.scenes import ScenesSource
-
-        return ScenesSource("train")
-    return open_format(name, path, options, "--")
-
-
 def _define_flags() -> None:
     # Not at import: a program that imports `train` may have a flag of the same name.
     flags.DEFINE_string("source", None, f"Where the captions are: {', '.join(NAMES)}.", required=True)
@@ -150,10 +143,12 @@ def _main(argv: list[str]) -> None:
             raise UserError(f"argument {argv[1]!r} is not a flag; see --help")
         if args.max_captions < 1:
             raise UserError(f"max_captions={args.max_captions} must be at least 1")
-        source = _open_source(
-            args.source, args.path, SourceOptions(split=args.split, caption_key=args.caption_key, captions="all")
-        )
-        limit = min(args.max_captions, _SCENES_CAPTIONS) if args.source == "scenes" else args.max_captions
+        source: Source
+        if args.source == "scenes":
+            source, limit = ScenesSource("train"), min(args.max_captions, _SCENES_CAPTIONS)
+        else:
+            options = SourceOptions(split=args.split, caption_key=args.caption_key, captions="all")
+            source, limit = open_format(args.source, args.path, options, "--"), args.max_captions
         size = train(read_captions(source, limit), args.output, args.vocab_size, args.model_type)
     except (UserError, OSError) as error:
         raise SystemExit(f"train_tokenizer: {error}") from None

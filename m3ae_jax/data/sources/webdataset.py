@@ -111,15 +111,12 @@ class WebDatasetSource(ConcatenatedSource):
         records: list[Record] = []
         for row in self._rows[part][rows].tolist():
             image_offset, image_size, caption_offset, caption_size, kind = row[:5]
-            if kind == _KIND_NONE:
-                records.append({"image": opened.read(image_offset, image_size)})
-                continue
-            captions = [opened.read(caption_offset, caption_size)]
-            if kind == _KIND_JSON:
-                captions = _json_captions(captions[0], self._caption_key)
-            if self._each:
-                captions = captions[row[5] : row[5] + 1]
-            record = several(captions)
+            record = Record()
+            if kind != _KIND_NONE:
+                captions = [opened.read(caption_offset, caption_size)]
+                if kind == _KIND_JSON:
+                    captions = _json_captions(captions[0], self._caption_key)
+                record = several(captions[row[5] : row[5] + 1] if self._each else captions)
             if "image" in self.modalities:
                 record["image"] = opened.read(image_offset, image_size)
             records.append(record)
