@@ -1,14 +1,15 @@
-"""Charts of a run's figures, drawn as SVG within the page.
+"""Charts of a run's metrics, drawn as SVG within the page.
 
 A picture by matplotlib takes a tenth of a second and more, one of these some milliseconds: a run can afford a page of
-them while it trains. They follow the page's light and dark, and their words stay words. Lengths are in units of the
-drawing, about a pixel each.
+them while it trains. They follow the page's light and dark theme, and their text stays text. Lengths are in units of
+the drawing, about a pixel each.
 
 Legend: `N` points of a line, `S` steps.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -28,7 +29,7 @@ _FEW = 30  # points that also get dots: a line of one is seen by them alone
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One figure over a run.
+    """One metric over a run.
 
     Attributes:
         steps: `[N] int64`, rising.
@@ -44,7 +45,7 @@ class Series:
         return float(self.values[-1])
 
     def scaled(self, by: float) -> Series:
-        """The same in another unit."""
+        """The same series in another unit."""
         return Series(self.steps, self.values * by)
 
 
@@ -55,7 +56,7 @@ class Line:
     Attributes:
         label: in the legend.
         series: its points.
-        colour: as CSS says it; "" for one of `colours`.
+        colour: in CSS syntax; "" for one of `colours`.
     """
 
     label: str
@@ -74,47 +75,43 @@ class _Axis:
     log: bool = False
 
     def at(self, values: np.ndarray | float) -> np.ndarray:
-        if self.log:
-            share = np.log(np.asarray(values) / self.low) / math.log(self.high / self.low)
-        else:
-            share = (np.asarray(values) - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        scale = np.log if self.log else np.asarray
+        return np.interp(scale(values), scale([self.low, self.high]), [self.start, self.end])
 
     def ticks(self, *, whole: bool = False) -> list[float]:
         if self.log:
             return _log_ticks(self.low, self.high)
-        found = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1).tick_values(self.low, self.high)
-        return [
-            0.0 if abs(tick) < 1e-12 * self.high else float(tick) for tick in found if self.low <= tick <= self.high
-        ]
+        ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1).tick_values(self.low, self.high)
+        inside = [float(tick) for tick in ticks if self.low <= tick <= self.high]
+        return [0.0 if abs(tick) < 1e-12 * self.high else tick for tick in inside]
 
 
 def collect(rows: Iterable[Mapping[str, object]]) -> dict[str, Series]:
-    """Every figure of metric rows, each with the steps at which it was written.
+    """The series of every metric in a list of rows, each with the steps at which it was logged.
 
     Args:
-        rows: in order of steps, each with ``step``; what is no number is left out.
+        rows: in order of steps, each with ``step``; values that are not numbers are left out.
     """
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    points: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
     for row in rows:
         step = row["step"]
         assert isinstance(step, int)
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(float(value))
-    return {
-        name: Series(np.array(steps), np.where(np.isfinite(values), values, math.nan))
-        for name, (steps, values) in found.items()
-    }
+                points[name].append((step, float(value)))
+    series = {}
+    for name, pairs in points.items():
+        values = np.array([value for _, value in pairs])
+        values[~np.isfinite(values)] = math.nan
+        series[name] = Series(np.array([step for step, _ in pairs]), values)
+    return series
 
 
 def short(value: float) -> str:
     """A number in about four digits."""
     if not math.isfinite(value):
         return "not finite"
-    return _written(value, 4)
+    return _formatted(value, 4)
 
 
 def colours(count: int) -> list[str]:
@@ -151,19 +148,18 @@ def chart(
         from_zero: the axis begins at 0, so that a ripple of a great value looks like one.
     """
     lines = _coloured(lines)
-    extra = [level[1]] if level and math.isfinite(level[1]) else []
+    levels = [level[1]] if level and math.isfinite(level[1]) else []
     x = _steps_axis(lines)
-    y = _values_axis(np.concatenate([*(line.series.values for line in lines), extra, [0.0] * from_zero]), log_from)
-    drawn = [_frame(x, y, unit)]
-    legend = [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines]
-    if level and extra:
+    y = _values_axis(np.concatenate([*(line.series.values for line in lines), levels, [0.0] * from_zero]), log_from)
+    drawn, legend = [_frame(x, y, unit)], _newest(lines)
+    if level and levels:
         drawn.append(_stroke(f"M{x.start} {y.at(level[1]):.1f}H{x.end}", "var(--faint)", dashed=True))
         legend.append(("var(--faint)", f"{level[0]} {short(level[1])}"))
     for line in lines:
         drawn += _curve(line, x, y)
-    lost = np.concatenate([line.series.steps[np.isnan(line.series.values)] for line in lines])
-    if lost.size:
-        drawn.append(_marks(x, lost, "m-3 -3l6 6m-6 0l6 -6", _TOP + 4))
+    not_finite = np.concatenate([line.series.steps[np.isnan(line.series.values)] for line in lines])
+    if not_finite.size:
+        drawn.append(_marks(x, not_finite, "m-3 -3l6 6m-6 0l6 -6", _TOP + 4))
         legend.append(("var(--bad)", "✕ not finite"))
     if len(skipped):
         drawn.append(_marks(x, np.asarray(skipped), "v-7", _HEIGHT - _BOTTOM))
@@ -193,7 +189,7 @@ def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
     for line, (below, above) in zip(lines, itertools.pairwise(edges), strict=True):
         around = _path(np.append(x.at(steps), x.at(steps[::-1])), np.append(y.at(above), y.at(below[::-1])))
         drawn.append(page.element("path", d=around + "Z", style=f"fill:{line.colour};fill-opacity:0.75"))
-    return _figure(title, drawn, [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines])
+    return _figure(title, drawn, _newest(lines))
 
 
 def bar(share: float) -> Html:
@@ -202,17 +198,14 @@ def bar(share: float) -> Html:
 
 
 def thinned(series: Series, most: int = _POINTS) -> Series:
-    """The finite points, or the least and the greatest of each of `most / 2` stretches: peaks stay."""
+    """The finite points, or the least and the greatest of each of `most / 2` stretches, so that peaks stay."""
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
     if len(values) <= most:
         return Series(steps, values)
-    edges = np.linspace(0, len(values), most // 2 + 1).astype(int)
-    kept = {0, len(values) - 1}
-    for low, high in itertools.pairwise(edges.tolist()):
-        part = values[low:high]
-        kept |= {low + int(part.argmin()), low + int(part.argmax())}
-    index = sorted(kept)
+    parts = np.array_split(np.arange(len(values)), most // 2)
+    extremes = [part[extreme(values[part])] for part in parts for extreme in (np.argmin, np.argmax)]
+    index = np.unique([0, *extremes, len(values) - 1])
     return Series(steps[index], values[index])
 
 
@@ -221,6 +214,11 @@ def _coloured(lines: Sequence[Line]) -> list[Line]:
         dataclasses.replace(line, colour=line.colour or colour)
         for line, colour in zip(lines, colours(len(lines)), strict=True)
     ]
+
+
+def _newest(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """The legend: the colour of each line, its label and its newest value."""
+    return [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines]
 
 
 def _steps_axis(lines: Sequence[Line]) -> _Axis:
@@ -242,22 +240,24 @@ def _values_axis(values: np.ndarray, log_from: float) -> _Axis:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for parts in ((1, 2, 5), (1, 3), (1,)):
-        found = [part * 10.0**decade for decade in decades for part in parts]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) <= 6:
-            return found
-    return found[:: -(-len(found) // 6)]
+    ticks: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 6:
+            return ticks
+    return ticks[:: -(-len(ticks) // 6)]
 
 
 def _frame(x: _Axis, y: _Axis, unit: str) -> Html:
     """Grid, numbers and units."""
     parts = [_text(2, _TOP - 9, unit, "start")]
-    for tick, place in ((tick, float(y.at(tick))) for tick in y.ticks()):
+    for tick in y.ticks():
+        place = float(y.at(tick))
         parts.append(_stroke(f"M{x.start} {place:.1f}H{x.end}", "var(--line)"))
-        parts.append(_text(x.start - 6, place + 4, _written(tick, 6), "end"))
-    for tick, place in ((tick, float(x.at(tick))) for tick in x.ticks(whole=True)):
+        parts.append(_text(x.start - 6, place + 4, _formatted(tick, 6), "end"))
+    for tick in x.ticks(whole=True):
+        place = float(x.at(tick))
         parts.append(_stroke(f"M{place:.1f} {y.start}v4", "var(--faint)"))
         parts.append(_text(place, y.start + 16, f"{tick:,.0f}", "middle"))
     parts.append(_stroke(f"M{x.start} {y.start}H{x.end}", "var(--faint)"))
@@ -265,7 +265,7 @@ def _frame(x: _Axis, y: _Axis, unit: str) -> Html:
     return page.join(parts)
 
 
-def _written(value: float, digits: int) -> str:
+def _formatted(value: float, digits: int) -> str:
     size = abs(value)
     if size and not 1e-3 <= size < 1e8:
         number, exponent = f"{value:.2e}".split("e")
@@ -277,17 +277,16 @@ def _curve(line: Line, x: _Axis, y: _Axis) -> Iterator[Html]:
     points = thinned(line.series)
     if not points.values.size:
         return
-    places = x.at(points.steps), y.at(points.values)
-    yield _stroke(_path(*places), line.colour)
+    path = _path(x.at(points.steps), y.at(points.values))
+    yield _stroke(path, line.colour)
     if points.values.size <= _FEW:
-        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(*places, strict=True))
-        style = f"stroke:{line.colour};stroke-width:5;stroke-linecap:round"
-        yield page.element("path", d=dots, style=style)
+        dots = path.replace("L", "h0M") + "h0"
+        yield page.element("path", d=dots, style=f"stroke:{line.colour};stroke-width:5;stroke-linecap:round")
 
 
 def _marks(x: _Axis, steps: np.ndarray, shape: str, height: float) -> Html:
     # Of those that would lie upon each other, one.
-    places = np.unique(np.round(x.at(np.clip(steps, x.low, x.high))).astype(int))
+    places = np.unique(np.round(x.at(steps)).astype(int))
     return _stroke("".join(f"M{place} {height}{shape}" for place in places), "var(--bad)")
 
 
@@ -305,7 +304,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> Html:
 
 def _figure(title: str, drawn: Iterable[Html], legend: Iterable[tuple[str, str]]) -> Html:
     box = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": title}
-    keys = (page.element("span", page.data(told), style=f"--key:{colour}") for colour, told in legend)
+    keys = (page.element("span", page.data(label), style=f"--key:{colour}") for colour, label in legend)
     return page.element(
         "figure",
         page.element("h4", page.data(title)),

@@ -1,4 +1,4 @@
-"""Pictures for a person: what the model restored, what it looks at, how classes lie, and how the losses fell.
+"""Pictures for people: reconstructions, attention maps, maps of classes, and loss curves.
 
 Legend: `H` height, `W` width, in pixels. Needs neither jax nor tensorflow.
 """
@@ -15,12 +15,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from m3ae_jax.report.charts import Series, collect
 
 # All sizes in pixels of the sheet.
 _MARGIN = 16
@@ -48,7 +51,7 @@ class Word:
     Attributes:
         text: the piece as read; a leading space says that it starts a new word.
         hidden: whether the model had to guess it.
-        predicted: the guess, in the same form as `text`; None where nothing was asked.
+        predicted: the guess, in the same form as `text`; None where the model predicted nothing.
     """
 
     text: str
@@ -63,7 +66,7 @@ class Reconstruction:
     Attributes:
         original: `[H, W, 3] uint8`, or None (as the next two) in an example without a picture.
         masked: `[H, W, 3] uint8`, the hidden patches blanked.
-        restored: `[H, W, 3] uint8`, the model's answer.
+        restored: `[H, W, 3] uint8`, as the model reconstructs it.
         words: the caption's tokens in order; empty in an example without a caption.
     """
 
@@ -75,7 +78,7 @@ class Reconstruction:
 
 @dataclasses.dataclass(frozen=True)
 class Attended:
-    """A picture with its caption, and what looks at what.
+    """A picture with its caption, and the attention between them.
 
     Attributes:
         picture: `[S, S, 3] uint8`.
@@ -99,7 +102,7 @@ class ClassMap:
     """Examples in the plane.
 
     Attributes:
-        title: whose they are.
+        title: above the map.
         places: `[n, 2] float`.
         label: `[n] int`, the number of each one's class.
     """
@@ -118,8 +121,9 @@ class _Style:
 _PLAIN = _Style("black")
 _RIGHT = _Style("#0b5a1c", "#c8efcf")
 _WRONG = _Style("#a01010", "#ffd6d2")
-_UNASKED = _Style("#5c4a00", "#fff0b0")
+_NOT_PREDICTED = _Style("#5c4a00", "#fff0b0")
 _FAINT = _Style("#666666")
+_HEADING = _Style("#444444")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,15 @@ class _Chip:
     style: _Style
     starts_word: bool = True
 
+    @property
+    def padding(self) -> int:
+        """Pixels on each side: a background needs room."""
+        return 3 if self.style.paper else 0
+
+    def width(self, font: ImageFont.FreeTypeFont) -> float:
+        """Pixels in a line."""
+        return font.getlength(self.text) + 2 * self.padding
+
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
@@ -139,16 +152,19 @@ class _Flow:
     font: ImageFont.FreeTypeFont
     height: int
 
-    def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int) -> int:
-        """Draws with the top left corner at (left, top) and returns the y below it."""
-        ascent, descent = self.font.getmetrics()
+    def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+        """Draws with the top left corner at (left, top)."""
+        line_height = sum(self.font.getmetrics())
         for x, y, chip in self.placed:
             x, y = x + left, y + top
             if chip.style.paper is not None:
                 right = x + self.font.getlength(chip.text)
-                draw.rounded_rectangle((x - 2, y - 1, right + 2, y + ascent + descent + 1), 3, chip.style.paper)
+                draw.rounded_rectangle((x - 2, y - 1, right + 2, y + line_height + 1), 3, chip.style.paper)
             draw.text((x, y), chip.text, chip.style.ink, self.font)
-        return top + self.height
+
+
+_Block = Image.Image | _Flow
+"""Something in a column."""
 
 
 def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Image:
@@ -165,32 +181,18 @@ def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Im
         An RGB picture as wide as its columns and as high as its rows.
     """
     cell = _cell_size(rows)
-    pictures_width = len(_COLUMNS) * (cell + _GAP) if cell else 0
-    has_words = any(row.words for row in rows)
-    caption_width = (_CAPTION_WIDTH if cell else _TEXT_ONLY_WIDTH) if has_words or not cell else 0
-    width = pictures_width + caption_width
-
-    heading = _flow([_Chip(word, _PLAIN) for word in title.split()], _font(20, bold=True), width)
-    legend = _flow(_legend(rows), _font(13), width)
-    captions = [_flow(_caption(row), _font(16), caption_width or width) for row in rows]
-    heights = [max(cell, caption.height) for caption in captions]
-    columns_height = 22 if rows else 0
-    height = heading.height + legend.height + columns_height + sum(h + _MARGIN for h in heights) + 4 * _GAP
-    sheet = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    y = heading.draw(draw, _MARGIN, _MARGIN) + _GAP
-    y = legend.draw(draw, _MARGIN, y) + 2 * _GAP
-    if rows:
-        _column_headings(draw, y, cell, has_words)
-    y += columns_height
-    for row, caption, row_height in zip(rows, captions, heights, strict=True):
-        if cell:
-            _paste_pictures(sheet, row, y, cell)
-        if caption_width:
-            caption.draw(draw, _MARGIN + pictures_width + (_GAP if cell else 0), y)
-        y += row_height + _MARGIN
-    return sheet
+    names, widths = (list(_COLUMNS), [cell] * len(_COLUMNS)) if cell else ([], [])
+    if not cell or any(row.words for row in rows):
+        names.append("caption")
+        widths.append(_CAPTION_WIDTH if cell else _TEXT_ONLY_WIDTH)
+    grid = [_headings(names, widths)] if rows else []
+    for row in rows:
+        pictures = (row.original, row.masked, row.restored) if cell else ()
+        columns: list[list[_Block]] = [[_no_picture(cell) if one is None else _fit(one, cell)] for one in pictures]
+        if len(columns) < len(widths):
+            columns.append([_flow(_caption(row), _font(16), widths[-1])])
+        grid.append(columns)
+    return _grid(title, [_legend(rows, sum(widths))], widths, grid)
 
 
 def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str) -> Image.Image:
@@ -207,20 +209,17 @@ def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str) 
     ratios = list(examples[0]) if examples else []
     widths = [_RATIO_CELL] * max(1 + len(ratios), 3)
     names = ["original", *(f"{ratio:.0%} hidden" for ratio in ratios)]
-    rows: list[list[list[_Block]]] = [[[_line(name, 13, _RATIO_CELL, bold=True)] for name in names]] if examples else []
+    rows = [_headings(names, widths)] if examples else []
     for example in examples:
-        whole = next(iter(example.values()))
-        shown = dataclasses.replace(
-            whole, words=tuple(Word(word.text, hidden=False, predicted=None) for word in whole.words)
-        )
-        rows.append([_restored_stack(shown, (shown.original,))])
-        rows[-1] += [_restored_stack(one, (one.masked, one.restored)) for one in example.values()]
-    told = _flow(_legend(everything), _font(13), sum(widths))
-    return _grid(title, [told], widths, rows)
+        first = next(iter(example.values()))
+        visible = tuple(dataclasses.replace(word, hidden=False) for word in first.words)
+        original = _restored_stack(dataclasses.replace(first, words=visible), (first.original,))
+        rows.append([original, *(_restored_stack(one, (one.masked, one.restored)) for one in example.values())])
+    return _grid(title, [_legend(everything, sum(widths))], widths, rows)
 
 
 def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Image:
-    """Draws one row a pair: the marked patch, what some words look at, and which words the patch looks at.
+    """Draws one row a pair: the marked patch, what some words attend to, and which words the patch attends to.
 
     Colours run from nothing to the largest share of a panel, which is written above it.
 
@@ -230,7 +229,7 @@ def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Im
         note: how to read it, likewise.
 
     Returns:
-        An RGB picture; 1,028 pixels wide where two words a pair are asked.
+        An RGB picture; 1,028 pixels wide with two words a pair.
     """
     words = max((len(row.to_patches) for row in rows), default=0)
     widths = [_ATTENTION_CELL] * (1 + words) + [_ATTENTION_WORDS]
@@ -248,24 +247,22 @@ def class_maps(maps: Sequence[ClassMap], classes: Sequence[str], title: str) -> 
     Returns:
         `[H, W, 3] uint8`, 1,000 pixels wide of two maps.
     """
-    lines = textwrap.wrap(title, 55 * len(maps))
     down = -(-len(classes) // 5)
+    figure, panels = figure_of_panels(title, len(maps), len(maps), (5.0, 5.0 + 0.25 * down), dpi=100)
     # The solver's result varies by a pixel or two from process to process: room for that at the edges.
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure((5 * len(maps), 5.0 + 0.25 * (len(lines) + down)), dpi=100, layout=layout)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(_drawable_lines(lines), fontsize=12, parse_math=False)
     styles = list(zip(matplotlib.color_sequences["tab10"], "os^Dv" * 2, strict=True))
-    for number, one in enumerate(maps):
-        axes = figure.add_subplot(1, len(maps), number + 1)
+    for axes, one in zip(panels, maps, strict=True):
         axes.set_title(_drawable(one.title), fontsize=10, parse_math=False)
         axes.set(xticks=[], yticks=[])  # only nearness means something in such a map
         for label, (colour, marker) in enumerate(styles[: len(classes)]):
             x, y = one.places[one.label == label].T
             axes.scatter(x, y, s=16, color=colour, marker=marker, alpha=0.75, linewidths=0)
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="") for colour, marker in styles[: len(classes)]]
-    columns = min(len(classes), 5)
-    legend = figure.legend(handles, ["name"] * len(handles), loc="outside lower center", ncols=columns, fontsize=9)
+    legend = figure.legend(
+        handles, ["name"] * len(handles), loc="outside lower center", ncols=min(len(classes), 5), fontsize=9
+    )
     for text, name in zip(legend.get_texts(), classes, strict=True):  # afterwards: a name may begin with an underscore
         text.set_parse_math(False)
         text.set_text(_drawable(name if len(name) <= 20 else name[:19] + "…"))
@@ -287,45 +284,58 @@ def curves(rows: Sequence[Mapping[str, float]], path: str | Path, title: str) ->
     Raises:
         OSError: the file cannot be written.
     """
-    terms = loss_terms(key for row in rows for key in row)
-    count = max(len(terms), 1)
-    across = min(count, 3)
-    down = -(-count // across)
-    lines = textwrap.wrap(title, 46 * across) or [""]
-    figure = Figure((4.6 * across, 3.4 * down + 0.3 * len(lines)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    # A title is a person's words: a dollar sign in it starts no formula.
-    figure.suptitle("\n".join(lines), fontsize=12, parse_math=False)
+    series = collect(rows)
+    terms = loss_terms(series)
+    figure, panels = figure_of_panels(title, len(terms), 3, (4.6, 3.4))
     if not terms:
         figure.text(0.5, 0.5, "no losses logged yet", ha="center", color="#666666")
-    for i, term in enumerate(terms):
-        _panel(figure.add_subplot(down, across, i + 1), rows, term)
+    for axes, term in zip(panels, terms, strict=True):
+        _panel(axes, series, term)
     figure.savefig(path)
+
+
+def figure_of_panels(
+    title: str, count: int, across: int, size: tuple[float, float], *, dpi: int = 110
+) -> tuple[Figure, list[Axes]]:
+    """Makes an empty figure of several panels under one heading.
+
+    Args:
+        title: the heading, wrapped where it is long.
+        count: of the panels.
+        across: at most so many side by side.
+        size: width and height of a panel in inches.
+        dpi: pixels per inch.
+
+    Returns:
+        The figure and its panels' axes, row by row.
+    """
+    width, height = size
+    across = max(min(count, across), 1)
+    down = max(-(-count // across), 1)
+    lines = textwrap.wrap(title, int(10 * width * across)) or [""]
+    figure = Figure((width * across, height * down + 0.3 * len(lines)), dpi=dpi, layout="constrained")
+    # A title is a person's words: a dollar sign in it starts no formula.
+    figure.suptitle("\n".join(map(_drawable, lines)), fontsize=12, parse_math=False)
+    return figure, [figure.add_subplot(down, across, number) for number in range(1, count + 1)]
 
 
 def loss_terms(names: Iterable[str]) -> list[str]:
     """The loss terms among figures' names, the total first, the others in order of appearance."""
-    found: dict[str, None] = {}
-    for name in names:
-        split, _, term = name.partition("/")
-        if split in ("train", "val") and term.endswith("loss") and "/" not in term:  # TERM/NAME: of one source
-            found[term] = None
-    return sorted(found, key=lambda term: term != "loss")
+    parts = [name.partition("/") for name in names]
+    # TERM/NAME is the loss of one source.
+    terms = [t for split, _, t in parts if split in ("train", "val") and t.endswith("loss") and "/" not in t]
+    return sorted(dict.fromkeys(terms), key=lambda term: term != "loss")
 
 
-def _panel(axes: Axes, rows: Sequence[Mapping[str, float]], term: str) -> None:
-    """One term's curves on its own axes."""
+def _panel(axes: Axes, series: Mapping[str, Series], term: str) -> None:
+    """Draws one term's curves on its own axes."""
     for split, colour in (("train", "#1f77b4"), ("val", "#d95f02")):
-        key = f"{split}/{term}"
-        steps = [row["step"] for row in rows if key in row]
-        values = [row[key] for row in rows if key in row]
-        if steps:
+        if line := series.get(f"{split}/{term}"):
             # A line of a few points, or of one, is seen by its markers alone.
-            marker = "o" if len(steps) <= 30 else ""
-            axes.plot(steps, values, color=colour, marker=marker, markersize=3, linewidth=1.3, label=split)
-    priors = [row[f"prior/{term}"] for row in rows if f"prior/{term}" in row]
-    if priors:
-        axes.axhline(priors[-1], color="#444444", linestyle="--", linewidth=1, label="prior")
+            marker = "o" if len(line.steps) <= 30 else ""
+            axes.plot(line.steps, line.values, color=colour, marker=marker, markersize=3, linewidth=1.3, label=split)
+    if prior := series.get(f"prior/{term}"):
+        axes.axhline(prior.last, color="#444444", linestyle="--", linewidth=1, label="prior")
     axes.set_title(term.replace("_", " "), fontsize=10, parse_math=False)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -344,29 +354,17 @@ def _cell_size(rows: Sequence[Reconstruction]) -> int:
 
 def _fit(picture: np.ndarray, cell: int) -> Image.Image:
     """`[H, W, 3] uint8` scaled so that the longer side is `cell` pixels."""
-    height, width = picture.shape[:2]
-    longer = max(height, width)
-    size = (max(1, round(width * cell / longer)), max(1, round(height * cell / longer)))
     # Whole multiples show each pixel as it is; other ratios would make nearest neighbours uneven.
-    method = Image.Resampling.NEAREST if cell % longer == 0 else Image.Resampling.BICUBIC
-    return Image.fromarray(picture).resize(size, method)
+    whole = cell % max(picture.shape[:2]) == 0
+    method = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
+    return ImageOps.contain(Image.fromarray(picture), (cell, cell), method)
 
 
-def _paste_pictures(sheet: Image.Image, row: Reconstruction, y: int, cell: int) -> None:
-    """Puts a row's pictures in their columns; an absent one is a grey outline."""
-    draw = ImageDraw.Draw(sheet)
-    for i, picture in enumerate((row.original, row.masked, row.restored)):
-        x = _MARGIN + i * (cell + _GAP)
-        if picture is None:
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline="#dddddd")
-            draw.text((x + cell / 2, y + cell / 2), "no picture", "#999999", _font(13), anchor="mm")
-        else:
-            fitted = _fit(picture, cell)
-            sheet.paste(fitted, (x + (cell - fitted.width) // 2, y))
-
-
-_Block = Image.Image | _Flow
-"""Something in a column."""
+def _no_picture(cell: int) -> Image.Image:
+    """What stands in the place of an absent picture: a grey outline."""
+    outline = ImageOps.expand(Image.new("RGB", (cell - 2, cell - 2), "white"), border=1, fill="#dddddd")
+    ImageDraw.Draw(outline).text((cell / 2, cell / 2), "no picture", "#999999", _font(13), anchor="mm")
+    return outline
 
 
 def _grid(
@@ -375,7 +373,7 @@ def _grid(
     """A heading, a legend, and rows of columns in each of which blocks stand upon each other."""
     width = sum(widths) + _GAP * (len(widths) - 1)
     top = [_line(title, 20, width, bold=True), *legend]
-    heights = [max(map(_stack_height, row), default=0) for row in rows]
+    heights = [max(map(_stack_height, row)) for row in rows]
     height = _stack_height(top) + _GAP + sum(h + _GAP for h in heights)
     sheet = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), "white")
     y = _put_stack(sheet, top, _MARGIN, _MARGIN) + _GAP
@@ -408,6 +406,12 @@ def _line(text: str, size: int, width: int, *, bold: bool = False) -> _Flow:
     return _flow([_Chip(word, _PLAIN) for word in text.split()], _font(size, bold=bold), width)
 
 
+def _headings(names: Sequence[str], widths: Sequence[int]) -> list[list[_Block]]:
+    """The row that names the columns."""
+    font = _font(13, bold=True)
+    return [[_flow([_Chip(name, _HEADING)], font, width)] for name, width in zip(names, widths, strict=False)]
+
+
 def _restored_stack(one: Reconstruction, pictures: Sequence[np.ndarray | None]) -> list[_Block]:
     """Pictures, and below them the caption."""
     stack: list[_Block] = [_fit(picture, _RATIO_CELL) for picture in pictures if picture is not None]
@@ -419,12 +423,13 @@ def _attention_row(row: Attended, words: int) -> list[list[_Block]]:
     columns: list[list[_Block]] = [[_line("marked patch", 13, _ATTENTION_CELL, bold=True), _marked(row)]]
     for word, share in row.to_patches.items():
         name = row.words[word]
-        told = f"“{name if len(name) <= 14 else name[:13] + '…'}”: at most {share.max():.1%}"
-        columns.append([_line(told, 13, _ATTENTION_CELL, bold=True), heated(row.picture, share, row.grid)])
+        heading = f"“{name if len(name) <= 14 else name[:13] + '…'}”: at most {share.max():.1%}"
+        columns.append([_line(heading, 13, _ATTENTION_CELL, bold=True), heated(row.picture, share, row.grid)])
     columns += [[]] * (words - len(row.to_patches))
-    told = f"marked patch to words: at most {row.to_words.max():.1%}"
-    chips = [_heated_chip(word, share) for word, share in zip(row.words, _of_largest(row.to_words), strict=True)]
-    columns.append([_line(told, 13, _ATTENTION_WORDS, bold=True), _flow(chips, _font(16), _ATTENTION_WORDS)])
+    heading = f"marked patch to words: at most {row.to_words.max():.1%}"
+    shares = _relative_to_largest(row.to_words)
+    chips = [_heated_chip(word, share) for word, share in zip(row.words, shares, strict=True)]
+    columns.append([_line(heading, 13, _ATTENTION_WORDS, bold=True), _flow(chips, _font(16), _ATTENTION_WORDS)])
     return columns
 
 
@@ -437,7 +442,7 @@ def heated(picture: np.ndarray, share: np.ndarray, grid: tuple[int, int]) -> Ima
         grid: rows and columns of patches.
     """
     grey = ImageOps.autocontrast(_fit(picture, _ATTENTION_CELL).convert("L"))
-    colours = np.round(_colours(_of_largest(share)) * 255).astype(np.uint8).reshape(*grid, 3)
+    colours = _colours(_relative_to_largest(share)).reshape(*grid, 3)
     heat = np.asarray(Image.fromarray(colours).resize(grey.size, Image.Resampling.NEAREST)) / 255
     light = 0.7 + 0.3 * np.asarray(grey)[..., None] / 255  # outlines are seen, and colours are still those of the scale
     return Image.fromarray(np.round(heat * light * 255).astype(np.uint8))
@@ -455,20 +460,20 @@ def _marked(row: Attended) -> Image.Image:
     return marked
 
 
-def _of_largest(share: np.ndarray) -> np.ndarray:
-    """Values as parts of the largest."""
+def _relative_to_largest(share: np.ndarray) -> np.ndarray:
     return np.asarray(share / max(float(share.max()), 1e-30))
 
 
 def _colours(values: np.ndarray) -> np.ndarray:
-    """`[..., 3] float` in [0, 1], of values in [0, 1]."""
-    return np.asarray(matplotlib.colormaps[_HEAT](np.asarray(values, np.float64)))[..., :3]
+    """`[..., 3] uint8`, of values in [0, 1]."""
+    rgba = np.asarray(matplotlib.colormaps[_HEAT](np.asarray(values, np.float64)))
+    return np.round(rgba[..., :3] * 255).astype(np.uint8)
 
 
 def _heated_chip(word: str, value: float) -> _Chip:
-    red, green, blue = np.round(_colours(np.array(value)) * 255).astype(int).tolist()
-    light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    return _Chip(word, _Style("black" if light else "white", f"#{red:02x}{green:02x}{blue:02x}"))
+    colour = _colours(np.array(value))
+    light = colour @ (0.299, 0.587, 0.114) > 128
+    return _Chip(word, _Style("black" if light else "white", to_hex(colour / 255)))
 
 
 def _scale() -> Image.Image:
@@ -477,40 +482,27 @@ def _scale() -> Image.Image:
     after = "the panel's largest share, written above it"
     left = round(font.getlength("0")) + 8
     scale = Image.new("RGB", (left + long + 8 + round(font.getlength(after)) + 4, high + 4), "white")
-    bar = np.round(_colours(np.linspace(0, 1, long)) * 255).astype(np.uint8)
-    scale.paste(Image.fromarray(np.broadcast_to(bar, (high, long, 3)).copy()), (left, 2))
+    bar = Image.fromarray(_colours(np.linspace(0, 1, long))[None])
+    scale.paste(bar.resize((long, high)), (left, 2))
     draw = ImageDraw.Draw(scale)
     draw.text((0, 10), "0", "black", font, anchor="lm")
     draw.text((left + long + 8, 10), after, "black", font, anchor="lm")
     return scale
 
 
-def _column_headings(draw: ImageDraw.ImageDraw, y: int, cell: int, has_words: bool) -> None:
-    """The line that names the columns."""
-    left = _MARGIN
-    if cell:
-        for name in _COLUMNS:
-            draw.text((left, y), name, "#444444", _font(13, bold=True))
-            left += cell + _GAP
-        left += _GAP
-    if has_words:
-        draw.text((left, y), "caption", "#444444", _font(13, bold=True))
-
-
-def _legend(rows: Sequence[Reconstruction]) -> list[_Chip]:
+def _legend(rows: Sequence[Reconstruction], width: int) -> _Flow:
     """What the colours mean, each said in its own; only those that occur."""
-    if not rows:
-        return [_Chip("no examples", _FAINT)]
-    says = {
+    meanings = {
         _PLAIN: "visible word",
         _RIGHT: "hidden, predicted right",
         _WRONG: "hidden, predicted wrong: true→predicted",
-        _UNASKED: "hidden, not predicted",
+        _NOT_PREDICTED: "hidden, not predicted",
     }
     used = {chip.style for row in rows for chip in _caption(row)}
-    chips = [_Chip(text, style) for style, text in says.items() if style in used]
+    chips = [_Chip(text, style) for style, text in meanings.items() if style in used]
     # Words of a legend entry stay together; the faint bar keeps neighbours apart.
-    return [part for chip in chips for part in (chip, _Chip("|", _FAINT))][:-1]
+    parts = [part for chip in chips for part in (chip, _Chip("|", _FAINT))][:-1]
+    return _flow(parts if rows else [_Chip("no examples", _FAINT)], _font(13), width)
 
 
 def _caption(row: Reconstruction) -> list[_Chip]:
@@ -521,13 +513,13 @@ def _caption(row: Reconstruction) -> list[_Chip]:
 
 
 def _word_chip(word: Word) -> _Chip:
-    """A token in the style of its fate."""
+    """A token in the style that says how it was predicted."""
     starts = word.text.startswith(" ")
     text = word.text.strip()
     if not word.hidden:
         return _Chip(text, _PLAIN, starts)
     if word.predicted is None:
-        return _Chip(text or "▁", _UNASKED, starts)
+        return _Chip(text or "▁", _NOT_PREDICTED, starts)
     if word.predicted == word.text:
         return _Chip(text or "▁", _RIGHT, starts)
     guess = word.predicted.strip()
@@ -539,35 +531,23 @@ def _word_chip(word: Word) -> _Chip:
 
 def _flow(chips: Sequence[_Chip], font: ImageFont.FreeTypeFont, width: int) -> _Flow:
     """Lays chips out in lines of at most `width` pixels, breaking inside a word only where it must."""
-    ascent, descent = font.getmetrics()
-    line_height = ascent + descent + 8
+    line_height = sum(font.getmetrics()) + 8
     space = font.getlength(" ")
     x, y = 0.0, 0
     placed: list[tuple[float, int, _Chip]] = []
     for word in _words(chips):
         drawn = [dataclasses.replace(chip, text=_drawable(chip.text)) for chip in word]
         x += space if x and word[0].starts_word else 0
-        if x and x + _word_length(drawn, font) > width:
+        if x and x + sum(chip.width(font) for chip in drawn) > width:
             x, y = 0.0, y + line_height
         for chip in drawn:
-            pad = _pad(chip)
-            for part in _pieces(chip.text, font, width - 2 * pad):
-                length = font.getlength(part) + 2 * pad
-                if x and x + length > width:
+            for text in _pieces(chip.text, font, width - 2 * chip.padding):
+                piece = dataclasses.replace(chip, text=text)
+                if x and x + piece.width(font) > width:
                     x, y = 0.0, y + line_height
-                placed.append((x + pad, y, dataclasses.replace(chip, text=part)))
-                x += length
+                placed.append((x + piece.padding, y, piece))
+                x += piece.width(font)
     return _Flow(tuple(placed), font, y + line_height if placed else 0)
-
-
-def _word_length(word: Sequence[_Chip], font: ImageFont.FreeTypeFont) -> float:
-    """Pixels that a word takes in a line."""
-    return sum(font.getlength(chip.text) + 2 * _pad(chip) for chip in word)
-
-
-def _pad(chip: _Chip) -> int:
-    """Pixels on each side of a chip: its background needs room."""
-    return 3 if chip.style.paper else 0
 
 
 def _words(chips: Sequence[_Chip]) -> Iterator[list[_Chip]]:
@@ -591,27 +571,20 @@ def _pieces(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str
     yield text
 
 
-def _drawable_lines(lines: Sequence[str]) -> str:
-    return "\n".join(map(_drawable, lines))
-
-
 def _drawable(text: str) -> str:
     """The text with every character that the font lacks written as an escape."""
     known = _characters()
     return "".join(c if ord(c) in known else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _font_file(bold: bool = False) -> Path:
-    """DejaVu Sans as matplotlib ships it: the same on every machine."""
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
-
-
 @functools.cache
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_font_file(bold)), size)
+    """DejaVu Sans as matplotlib ships it: the same on every machine."""
+    name = f"DejaVuSans{'-Bold' if bold else ''}.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 @functools.cache
 def _characters() -> frozenset[int]:
     """Code points that the font can draw."""
-    return frozenset(FT2Font(str(_font_file())).get_charmap())
+    return frozenset(FT2Font(str(_font(16).path)).get_charmap())
