@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m3ae_jax.atomic import write_text
 from m3ae_jax.config import resolve, steps
 from m3ae_jax.data.mixture import Mixture, open_mixture
 from m3ae_jax.data.text import load_tokenizer
@@ -114,7 +115,7 @@ def _report(config: ConfigDict, mixture: Mixture, samples: list[Sample], speed: 
 def _write(workdir: Path, report: dict[str, Any], samples: list[Sample], speed: Speed, config: ConfigDict) -> None:
     try:
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-        page.save(Path(workdir) / "report" / "data_doctor.json", text + "\n")
+        write_text(Path(workdir) / "report" / "data_doctor.json", text + "\n")
         parts = pages.section(report, together(samples), speed.shown, config)
         page.write(workdir, 10, "data_doctor", "Data doctor", *parts)
         page.build(workdir, Path(workdir).name)

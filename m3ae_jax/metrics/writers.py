@@ -1,4 +1,4 @@
-"""Where figures go: TensorBoard and the log through clu, and JSON-lines files."""
+"""Where metrics go: TensorBoard and the log through clu, and JSON-lines files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_STEP = "every_step.jsonl"
 
 
 class MetricWriter:
-    """Writes scalars and pictures of a run. Never raises: what fails is told once a kind of writer, and tried again.
+    """Writes scalars and pictures of a run. Never raises: a kind of writer that fails is logged once, and tried again.
 
     Args:
         workdir: gets ``metrics.jsonl``, ``every_step.jsonl`` and ``tensorboard/``.
@@ -34,14 +34,15 @@ class MetricWriter:
             self._try("TensorBoard", self._open_clu)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one row of figures."""
-        self._line(ROWS, {"step": step, **_jsonable(values)})
+        """Writes one row of metrics."""
+        self._line(ROWS, {"step": step, **{name: _jsonable(value) for name, value in values.items()}})
         if self._clu:
             self._try("TensorBoard", lambda: self._clu.write_scalars(step, dict(values)))
 
     def every_step(self, first: int, values: Mapping[str, Sequence[float]]) -> None:
-        """Writes some figures of all steps from `first` on, a list each."""
-        self._line(EVERY_STEP, {"step": first, **{name: _jsonable_list(of) for name, of in values.items()}})
+        """Writes some metrics of all steps from `first` on, a list each."""
+        lists = {name: [_jsonable(value) for value in each] for name, each in values.items()}
+        self._line(EVERY_STEP, {"step": first, **lists})
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, `[H, W, 3] uint8`."""
@@ -90,24 +91,22 @@ def append_line(path: Path, line: str) -> None:
         file.write(b"\n" * cut + line.encode() + b"\n")
 
 
-def _jsonable(values: Mapping[str, float]) -> dict[str, float | None]:
+def _jsonable(value: float) -> float | None:
     # JSON knows no NaN: null is what readers expect.
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return value if math.isfinite(value) else None
 
 
-def _jsonable_list(values: Sequence[float]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without a line that a kill has cut; none if there is no file."""
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                found.append(row)
-    return found
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]:
@@ -115,23 +114,25 @@ def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]
 
     Args:
         workdir: the run's folder.
-        until: rows beyond this step are left out (they were written by a run that then fell back).
+        until: the last step; by default that of the file's last row. Rows beyond it were written by a start that was
+            killed, before the run fell back to its checkpoint.
     """
+    lines = [row for row in read_lines(workdir / ROWS) if "step" in row]
+    if until is None:
+        until = next((row["step"] for row in reversed(lines) if isinstance(row["step"], int)), 0)
     rows: dict[int, dict[str, float]] = {}
-    for row in read_lines(workdir / ROWS):
-        if "step" in row and (until is None or row["step"] <= until):
-            values = {name: math.nan if value is None else value for name, value in row.items()}
-            rows.setdefault(row["step"], {}).update(values)
+    for row in lines:
+        if row["step"] <= until:
+            rows.setdefault(row["step"], {}).update({name: _number(value) for name, value in row.items()})
     return [rows[step] for step in sorted(rows)]
 
 
 def read_every_step(workdir: Path, step: int) -> dict[str, float] | None:
     """What ``every_step.jsonl`` has of one step, the last time that it was done; None if it has nothing."""
-    found = None
+    values = None
     for row in read_lines(workdir / EVERY_STEP):
-        first = row.pop("step", 0)
-        lists = {name: of for name, of in row.items() if isinstance(of, list)}
-        place = step - first
+        place = step - row.pop("step", 0)
+        lists = {name: each for name, each in row.items() if isinstance(each, list)}
         if lists and 0 <= place < min(map(len, lists.values())):
-            found = {name: math.nan if of[place] is None else of[place] for name, of in lists.items()}
-    return found
+            values = {name: _number(each[place]) for name, each in lists.items()}
+    return values

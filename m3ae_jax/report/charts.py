@@ -44,6 +44,11 @@ class Series:
         """The newest value, NaN or not."""
         return float(self.values[-1])
 
+    @property
+    def total(self) -> float:
+        """The sum of a metric that counts in each interval."""
+        return float(np.nansum(self.values))
+
     def scaled(self, by: float) -> Series:
         """The same series in another unit."""
         return Series(self.steps, self.values * by)

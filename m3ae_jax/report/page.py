@@ -1,9 +1,9 @@
-"""The run's one HTML page, which everything feeds.
+"""The run's one HTML page, to which every part of the program adds.
 
-A feeder (the data doctor, training curves, an evaluation) writes a fragment, ``WORKDIR/report/NN_name.html``; `build`
-joins the fragments, in the order of NN, into ``WORKDIR/report.html``. The page is one file: styles are inline, pictures
-are data: URIs, there are no scripts, and its own security policy forbids it to fetch or run anything. What comes from
-data goes through `escape`; whatever is not `Html` is escaped wherever it is put.
+Each writer (the data doctor, training curves, an evaluation) makes a fragment, ``WORKDIR/report/NN_name.html``;
+`build` joins the fragments, in the order of NN, into ``WORKDIR/report.html``. The page is one file: styles are inline,
+pictures are data: URIs, there are no scripts, and its own security policy forbids it to fetch or run anything. What
+comes from data goes through `escape`; whatever is not `Html` is escaped wherever it is put.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from m3ae_jax.atomic import replacing
+from m3ae_jax.atomic import write_text
 
 _DPI = 130
 
 # Control characters, and those that turn the direction of all text behind them.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
-_FRAGMENT = re.compile(r"(\d+)_([\w-]+)\.html")
+_FRAGMENT = re.compile(r"(\d\d)_([\w-]+)\.html")
 _TITLE = re.compile(r"<h2>(.*?)</h2>", re.DOTALL)
 _NUMBER = re.compile(r"[−-]?\d[\d,.]*( %)?")
 _MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -39,7 +38,7 @@ def escape(value: object) -> Html:
     if isinstance(value, Html):
         return value
     text = str(value).encode("utf-8", "replace").decode("utf-8")
-    visible = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    visible = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
     return Html(html.escape(visible, quote=True))
 
 
@@ -55,7 +54,7 @@ def element(name: str, *parts: object, **attributes: str) -> Html:
 
 
 def heading(text: object) -> Html:
-    """Of a part of a section."""
+    """The heading of a part of a section."""
     return element("h3", text)
 
 
@@ -65,7 +64,7 @@ def paragraph(*parts: object) -> Html:
 
 
 def note(*parts: object) -> Html:
-    """A paragraph of lesser weight: what a figure means, how it was got."""
+    """A paragraph of lesser weight: what a figure means, how it was measured."""
     return element("p", *parts, class_="note")
 
 
@@ -75,7 +74,7 @@ def data(text: object) -> Html:
 
 
 def code(text: object) -> Html:
-    """Bytes, paths, commands: on one line, in a typewriter's letters."""
+    """Bytes, paths, commands: on one line, in a monospaced font."""
     return element("code", text)
 
 
@@ -93,14 +92,13 @@ def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
     """
     head = element("tr", *(element("th", column) for column in columns))
     body = [element("tr", *(_cell(cell) for cell in row)) for row in rows]
-    whole = element("table", element("thead", head), element("tbody", *body))
-    return element("div", whole, class_="wide")
+    return _scrolling(element("table", element("thead", head), element("tbody", *body)))
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
-    """A table of two columns without a heading: what, and what it is."""
-    rows = (element("tr", element("th", what, scope="row"), element("td", told, dir="auto")) for what, told in pairs)
-    return element("div", element("table", element("tbody", *rows)), class_="wide")
+    """A table of two columns without a heading: names and values."""
+    rows = (element("tr", element("th", name, scope="row"), element("td", value, dir="auto")) for name, value in pairs)
+    return _scrolling(element("table", element("tbody", *rows)))
 
 
 def alert(*parts: object) -> Html:
@@ -116,7 +114,11 @@ def details(summary: object, *parts: object) -> Html:
 def preformatted(text: object) -> Html:
     """Text whose lines and blanks stay as they are; a wide one scrolls by itself."""
     lines = (escape(line.expandtabs()) for line in str(text).splitlines())  # so that no line end shows as an escape
-    return element("div", element("pre", join(lines, "\n")), class_="wide")
+    return _scrolling(element("pre", join(lines, "\n")))
+
+
+def _scrolling(wide: Html) -> Html:
+    return element("div", wide, class_="wide")
 
 
 def _cell(value: object) -> Html:
@@ -138,20 +140,15 @@ def figure(picture: bytes | Figure, alt: str, caption: object = "") -> Html:
     Raises:
         ValueError: bytes of another format.
     """
-    encoded = _png(picture) if isinstance(picture, Figure) else picture
-    mime = next((mime for start, mime in _MIME.items() if encoded.startswith(start)), None)
+    if isinstance(picture, Figure):
+        out = io.BytesIO()
+        picture.savefig(out, format="png", dpi=_DPI)
+        picture = out.getvalue()
+    mime = next((mime for start, mime in _MIME.items() if picture.startswith(start)), None)
     if mime is None:
-        raise ValueError(f"a figure is a PNG or a JPEG, not {encoded[:4]!r}")
-    image = Html(f'<img src="data:{mime};base64,{base64.b64encode(encoded).decode()}" alt="{escape(alt)}">')
-    below = element("figcaption", caption) if caption else Html()
-    return element("figure", image, below)
-
-
-def _png(drawn: Figure) -> bytes:
-    FigureCanvasAgg(drawn)
-    out = io.BytesIO()
-    drawn.savefig(out, format="png", dpi=_DPI)
-    return out.getvalue()
+        raise ValueError(f"a figure is a PNG or a JPEG, not {picture[:4]!r}")
+    image = Html(f'<img src="data:{mime};base64,{base64.b64encode(picture).decode()}" alt="{escape(alt)}">')
+    return element("figure", image, element("figcaption", caption) if caption else Html())
 
 
 def gallery(figures: Iterable[Html]) -> Html:
@@ -174,7 +171,7 @@ def write(workdir: Path, number: int, name: str, title: str, *parts: object) -> 
         OSError: it cannot be written.
     """
     file = place(workdir, number, name)
-    save(file, join([element("h2", title), *parts], "\n") + "\n")
+    write_text(file, join([element("h2", title), *parts], "\n") + "\n")
     return file
 
 
@@ -190,16 +187,6 @@ def place(workdir: Path, number: int, name: str) -> Path:
     return file
 
 
-def save(file: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with replacing(file) as fresh:
-        fresh.write_text(text, encoding="utf-8")
-
-
 def build(workdir: Path, title: str) -> Path:
     """Joins the fragments of ``WORKDIR/report`` into ``WORKDIR/report.html``.
 
@@ -213,19 +200,17 @@ def build(workdir: Path, title: str) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    found = []
-    for file in (Path(workdir) / "report").glob("*.html"):
-        if match := _FRAGMENT.fullmatch(file.name):
-            found.append((int(match[1]), match[2], file.read_text(encoding="utf-8", errors="replace")))
     contents, sections = [], []
-    for number, name, text in sorted(found):
-        anchor = f"{number:02d}-{name}"
-        said = _TITLE.search(text)
-        contents.append(element("a", Html(said[1]) if said else name, href=f"#{anchor}"))
-        sections.append(element("section", Html(text), id=anchor))
+    for file in sorted((Path(workdir) / "report").glob("*.html")):
+        if match := _FRAGMENT.fullmatch(file.name):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            heading = _TITLE.search(text)
+            anchor = f"{match[1]}-{match[2]}"
+            contents.append(element("a", Html(heading[1]) if heading else match[2], href=f"#{anchor}"))
+            sections.append(element("section", Html(text), id=anchor))
     body = join([element("h1", title), element("nav", bullets(contents)), *sections], "\n")
     page = Path(workdir) / "report.html"
-    save(page, _PAGE.replace("TITLE", escape(title)).replace("STYLE", _STYLE).replace("BODY", body))
+    write_text(page, _PAGE.replace("TITLE", escape(title)).replace("STYLE", _STYLE).replace("BODY", body))
     return page
 
 

@@ -15,7 +15,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -233,7 +232,8 @@ def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Im
     """
     words = max((len(row.to_patches) for row in rows), default=0)
     widths = [_ATTENTION_CELL] * (1 + words) + [_ATTENTION_WORDS]
-    return _grid(title, [_line(note, 13, sum(widths)), _scale()], widths, [_attention_row(row, words) for row in rows])
+    legend = [_line(note, 13, sum(widths)), _scale(sum(widths))]
+    return _grid(title, legend, widths, [_attention_row(row, words) for row in rows])
 
 
 def class_maps(maps: Sequence[ClassMap], classes: Sequence[str], title: str) -> np.ndarray:
@@ -473,21 +473,14 @@ def _colours(values: np.ndarray) -> np.ndarray:
 def _heated_chip(word: str, value: float) -> _Chip:
     colour = _colours(np.array(value))
     light = colour @ (0.299, 0.587, 0.114) > 128
-    return _Chip(word, _Style("black" if light else "white", to_hex(colour / 255)))
+    return _Chip(word, _Style("black" if light else "white", f"#{colour.tobytes().hex()}"))
 
 
-def _scale() -> Image.Image:
+def _scale(width: int) -> _Flow:
     """What the colours mean."""
-    long, high, font = 200, 16, _font(13)
-    after = "the panel's largest share, written above it"
-    left = round(font.getlength("0")) + 8
-    scale = Image.new("RGB", (left + long + 8 + round(font.getlength(after)) + 4, high + 4), "white")
-    bar = Image.fromarray(_colours(np.linspace(0, 1, long))[None])
-    scale.paste(bar.resize((long, high)), (left, 2))
-    draw = ImageDraw.Draw(scale)
-    draw.text((0, 10), "0", "black", font, anchor="lm")
-    draw.text((left + long + 8, 10), after, "black", font, anchor="lm")
-    return scale
+    swatches = [_heated_chip("  ", share) for share in np.linspace(0, 1, 11)]
+    text = "the panel's largest share, written above it"
+    return _flow([_Chip("0", _PLAIN), *swatches, _Chip(text, _PLAIN)], _font(13), width)
 
 
 def _legend(rows: Sequence[Reconstruction], width: int) -> _Flow:

@@ -6,7 +6,6 @@ the day on which something went wrong.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_jax import config as config_lib
-from m3ae_jax import console
+import m3ae_jax.config as config_lib
+import m3ae_jax.console as console
 from m3ae_jax.errors import UserError
 from m3ae_jax.metrics.writers import read_lines, read_rows
 from m3ae_jax.report import measured, page, results
@@ -32,7 +31,6 @@ log = logging.getLogger("m3ae_jax")
 
 _METRICS, _EVENTS, _CONFIG = "metrics.jsonl", "events.jsonl", "config.json"
 _SHOWN = 200  # events
-_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that hold its last row
 _STARTS = ("started", "resumed")
 _ENDS = {"finished": "finished", "stopped": "stopped", "preempted": "stopped (preempted)", "failed": "failed"}
 _BAD = ("stopped", "preempted", "failed", "stalled", "skipped", "warning")
@@ -44,7 +42,7 @@ class Event:
     """A line of ``events.jsonl``.
 
     Attributes:
-        time: in UTC; None where the line tells none.
+        time: in UTC; None where the line has none.
         step: or None.
         kind: one word, such as ``saved``.
         text: one line.
@@ -58,18 +56,18 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the folder of a run tells.
+    """What the folder of a run holds.
 
     Attributes:
         folder: of the run.
-        found: its figures, by name.
+        metrics: by name.
         events: as they happened.
         config: ``config.json``; empty where there is none that can be read.
         trouble: what could not be read.
     """
 
     folder: Path
-    found: dict[str, Series]
+    metrics: dict[str, Series]
     events: list[Event]
     config: dict[str, Any]
     trouble: list[str]
@@ -81,29 +79,26 @@ class Run:
 
     @property
     def ending(self) -> Event | None:
-        """How the newest start ended; None if it has not, as far as it tells."""
-        told = next((event for event in reversed(self.events) if event.kind in (*_STARTS, *_ENDS)), None)
-        return told if told and told.kind in _ENDS else None
+        """How the newest start ended; None if it has not, as far as is known."""
+        newest = next((event for event in reversed(self.events) if event.kind in (*_STARTS, *_ENDS)), None)
+        return newest if newest and newest.kind in _ENDS else None
 
     @property
     def done(self) -> int:
-        """Steps done, as far as figures and events tell."""
-        rows = max((int(series.steps[-1]) for series in self.found.values()), default=0)
-        told = next((event for event in reversed(self.events) if event.step is not None), None)
-        if told is None or told.step is None:
-            return rows
-        if told is self.last and told.kind in _STARTS and not self._wrote_since(told):
-            return told.step  # a start falls back to its checkpoint: the rows are of the start before
-        return max(rows, told.step)
+        """Steps done, as far as metrics and events say."""
+        logged = max((int(series.steps[-1]) for series in self.metrics.values()), default=0)
+        event = next((event for event in reversed(self.events) if event.step is not None), None)
+        if event is None or event.step is None:
+            return logged
+        wrote_since = self._wrote and event.time and self._wrote > event.time
+        if event is self.last and event.kind in _STARTS and not wrote_since:
+            return event.step  # a start falls back to its checkpoint: the rows are of the start before
+        return max(logged, event.step)
 
     @property
     def checkpoint(self) -> int | None:
         """The step of the newest checkpoint."""
-        names = [one.name for one in (self.folder / "checkpoints").glob("*")]
-        return max((int(name) for name in names if re.fullmatch(r"[0-9]+", name)), default=None)
-
-    def _wrote_since(self, event: Event) -> bool:
-        return bool(self._wrote and event.time and self._wrote > event.time)
+        return max(results.numbered(self.folder / "checkpoints", r"([0-9]+)"), default=None)
 
     @property
     def _wrote(self) -> datetime.datetime | None:
@@ -147,40 +142,22 @@ def build_run(workdir: Path) -> Path:
 
 
 def read(folder: Path) -> Run:
-    """What the files of a run tell.
+    """Reads the files of a run's folder.
 
     Raises:
         UserError: none of them exists.
     """
     if not any((folder / name).is_file() for name in (_METRICS, _EVENTS, _CONFIG)):
         raise UserError(f"--workdir={folder} holds no run: none of {_METRICS}, {_EVENTS} and {_CONFIG} is there")
-    trouble = []
-    found: dict[str, Series] = {}
-    events: list[Event] = []
+    run = Run(folder, {}, [], results.load(folder / _CONFIG), [])
     try:
-        events = [_event(line) for line in read_lines(folder / _EVENTS)]
-        found = collect(read_rows(folder, until=_last_written(folder / _METRICS)))
+        run.events.extend(map(_event, read_lines(folder / _EVENTS)))
+        run.metrics.update(collect(read_rows(folder)))
     except Exception as error:  # no run writes such a line, but an editor or a failing disk may
-        trouble.append(f"{_METRICS if events else _EVENTS} cannot be read: {type(error).__name__}: {error}")
-    config = results.load(folder / _CONFIG)
-    if not config and (folder / _CONFIG).exists():
-        trouble.append(f"{_CONFIG} cannot be read")
-    return Run(folder, found, events, config, trouble)
-
-
-def _last_written(file: Path) -> int | None:
-    """The step of the last row: those beyond it are of a start that was killed, from before the run fell back."""
-    if not file.exists():
-        return None
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - _TAIL))
-        lines = opened.read().splitlines()
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # of a line that a kill has cut
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                return row["step"]
-    return None
+        run.trouble.append(f"{_METRICS if run.events else _EVENTS} cannot be read: {type(error).__name__}: {error}")
+    if not run.config and (folder / _CONFIG).exists():
+        run.trouble.append(f"{_CONFIG} cannot be read")
+    return run
 
 
 def _event(line: dict[str, Any]) -> Event:
@@ -189,12 +166,12 @@ def _event(line: dict[str, Any]) -> Event:
     return Event(_time(line.get("time")), step if isinstance(step, int) else None, kind, text)
 
 
-def _time(told: object) -> datetime.datetime | None:
+def _time(text: object) -> datetime.datetime | None:
     try:
-        found = datetime.datetime.fromisoformat(str(told))
+        time = datetime.datetime.fromisoformat(str(text))
     except ValueError:
         return None
-    return found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found.astimezone(datetime.UTC)
+    return time.replace(tzinfo=datetime.UTC) if time.tzinfo is None else time.astimezone(datetime.UTC)
 
 
 # --- at a glance -------------------------------------------------------------------------------------------
@@ -203,28 +180,28 @@ def _time(told: object) -> datetime.datetime | None:
 def _summary(run: Run) -> Iterator[Html]:
     alarm = run.last if run.last and run.last.kind == "stalled" else run.ending
     if alarm and alarm.kind != "finished":
-        at = f" at step {alarm.step:,}" if alarm.step is not None else ""
+        at = "" if alarm.step is None else f" at step {alarm.step:,}"
         yield page.alert(f"{alarm.kind}{at}: ", page.data(alarm.text))
-        yield page.note(*_going_on(run, alarm))
+        # A run that was asked to stop needs no mending.
+        begin = "The" if alarm.kind in ("stopped", "preempted") else "Once the cause is mended, the"
+        step = run.checkpoint
+        goes_on = (
+            "begins anew: there is no checkpoint" if step is None else f"goes on from the checkpoint of step {step:,}"
+        )
+        yield page.note("All output is in ", page.code("log.txt"), f". {begin} same command {goes_on}.")
     for trouble in run.trouble:
         yield page.alert(page.data(trouble))
     yield page.facts(_facts(run))
 
 
-def _going_on(run: Run, alarm: Event) -> Iterator[object]:
-    yield from ("All that was said is in ", page.code("log.txt"), ". ")
-    # A stop was asked for: nothing needs to be mended.
-    yield (
-        "The same command " if alarm.kind in ("stopped", "preempted") else "Once the cause is mended, the same command "
-    )
-    step = run.checkpoint
-    yield "begins anew: there is no checkpoint." if step is None else f"goes on from the checkpoint of step {step:,}."
-
-
 def _facts(run: Run) -> Iterator[tuple[str, object]]:
     yield "status", _status(run)
-    total = _total(run)
-    yield "steps", f"{run.done:,}" + (f" of {total:,} ({_percent(run.done / total)})" if total else "")
+    total, metrics = _total(run), run.metrics
+    # Rounded down: never 100 % of a run that is not done.
+    yield (
+        "steps",
+        f"{run.done:,}" + (f" of {total:,} ({math.floor(1000 * run.done / total) / 10:g} %)" if total else ""),
+    )
     batch = run.config.get("batch_size")
     if isinstance(batch, int):
         yield "examples", f"{run.done * batch:,}"
@@ -233,39 +210,38 @@ def _facts(run: Run) -> Iterator[tuple[str, object]]:
     starts = sum(event.kind in _STARTS for event in run.events)
     if starts:
         yield "starts", f"{starts:,}"
-    yield from _losses(run.found)
-    skipped = measured.total(run.found, "train/skipped_steps")
-    if "train/skipped_steps" in run.found:
-        yield "skipped steps", f"{skipped:,.0f}"
-    replaced = measured.total(run.found, "train/replaced_examples")
-    if "train/replaced_examples" in run.found:
-        reasons = measured.parts_of(run.found, "train/replaced/")
-        told = ", ".join(f"{reason.replace('_', ' ')} {count:,.0f}" for reason, count in reasons)
-        yield "replaced examples", page.join([f"{replaced:,.0f}", page.data(f" ({told})" if told else "")])
+    for name, label in (("train/loss", "training loss"), ("val/loss", "validation loss")):
+        if series := metrics.get(name):
+            yield f"newest {label}", f"{short(series.last)} at step {series.steps[-1]:,}"
+    validation = metrics.get("val/loss")
+    if validation and np.isfinite(validation.values).any():
+        best = int(np.nanargmin(validation.values))
+        yield "best validation loss", f"{short(validation.values[best])} at step {validation.steps[best]:,}"
+    if skipped := metrics.get("train/skipped_steps"):
+        yield "skipped steps", f"{skipped.total:,.0f}"
+    if replaced := metrics.get("train/replaced_examples"):
+        reasons = sorted(measured.within(metrics, "train/replaced/").items(), key=lambda item: -item[1].total)
+        counts = ", ".join(f"{reason.replace('_', ' ')} {series.total:,.0f}" for reason, series in reasons)
+        yield "replaced examples", page.join([f"{replaced.total:,.0f}", page.data(f" ({counts})" if counts else "")])
     if run.checkpoint is not None:
         yield "newest checkpoint", f"step {run.checkpoint:,}"
 
 
 def _status(run: Run) -> str:
     if run.ending:
-        return _ENDS[run.ending.kind] + (f" at {_utc(run.ending.time)}" if run.ending.time else "")
-    heard = f"; last heard of at {_utc(run.heard_of)}" if run.heard_of else ""
+        return _ENDS[run.ending.kind] + (f" at {_utc(run.ending.time)} UTC" if run.ending.time else "")
+    heard = f"; last heard of at {_utc(run.heard_of)} UTC" if run.heard_of else ""
     if not run.events:
         return f"unknown: there is no {_EVENTS}{heard}"
     return f"running, or killed without a word{heard}"
 
 
-def _utc(time: datetime.datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _percent(share: float) -> str:
-    # Never 100 % of a run that is not done.
-    return f"{math.floor(1000 * share) / 10:g} %"
+def _utc(time: datetime.datetime | None) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S}" if time else ""
 
 
 def _total(run: Run) -> int | None:
-    """All steps of the run: of its config, unless that counts in epochs, or as its newest event tells that does."""
+    """All steps of the run, from its config, or from its newest event where the config counts in epochs."""
     batch = run.config.get("batch_size")
     try:
         _, unit = config_lib.parse_duration("duration", run.config.get("duration", ""))
@@ -291,47 +267,32 @@ def _worked(run: Run) -> float:
     return seconds + ((heard - begin).total_seconds() if begin and heard else 0.0)
 
 
-def _losses(found: dict[str, Series]) -> Iterator[tuple[str, str]]:
-    for name, label in (("train/loss", "training loss"), ("val/loss", "validation loss")):
-        if series := found.get(name):
-            yield f"newest {label}", f"{short(series.last)} at step {series.steps[-1]:,}"
-    validation = found.get("val/loss")
-    if validation and np.isfinite(validation.values).any():
-        best = int(np.nanargmin(validation.values))
-        yield "best validation loss", f"{short(validation.values[best])} at step {validation.steps[best]:,}"
-
-
 # --- events and config -------------------------------------------------------------------------------------
 
 
 def _table_of_events(run: Run) -> Iterator[Html]:
     if not run.events:
         return
-    groups = list(_folded(run.events))
+    groups = _grouped(run.events)
     older = len(groups) - _SHOWN
     yield page.note("Newest first." + (f" {older:,} older ones are left out: see {_EVENTS}." if older > 0 else ""))
     yield page.table(("time, UTC", "step", "what", ""), map(_row, groups[: -_SHOWN - 1 : -1]))
 
 
-def _folded(events: Iterable[Event]) -> Iterator[list[Event]]:
+def _grouped(events: Iterable[Event]) -> list[list[Event]]:
     """Each event by itself, but skipped steps in a row together."""
-    for kind, group in itertools.groupby(events, lambda event: event.kind):
-        if kind == "skipped":
-            yield list(group)
-        else:
-            yield from ([event] for event in group)
+    groups = itertools.groupby(enumerate(events), lambda item: -1 if item[1].kind == "skipped" else item[0])
+    return [[event for _, event in group] for _, group in groups]
 
 
 def _row(group: list[Event]) -> tuple[object, ...]:
     first, last = group[0], group[-1]
-    time = page.element("span", f"{last.time:%Y-%m-%d %H:%M:%S}" if last.time else "", class_="nobreak")
+    time = page.element("span", _utc(last.time), class_="nobreak")
     step = "" if last.step is None else f"{last.step:,}"
-    told: list[object] = [page.data(last.text)]
-    if len(group) > 1:
-        begin = "" if first.step is None else f" since step {first.step:,}"
-        told = [f"{len(group):,} times{begin}; the last: ", *told]
     kind = page.element("span", last.kind, class_="bad") if last.kind in _BAD else page.escape(last.kind)
-    return time, step, kind, page.join(told)
+    since = "" if first.step is None else f" since step {first.step:,}"
+    times = f"{len(group):,} times{since}; the last: " if len(group) > 1 else ""
+    return time, step, kind, page.join([times, page.data(last.text)])
 
 
 def _config(run: Run) -> Iterator[Html]:
@@ -352,8 +313,8 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]
 _SECTIONS: tuple[tuple[int, str, str, Callable[[Run], Iterator[Html]]], ...] = (
     (0, "run", "Run", _summary),
     (5, "events", "What happened when", _table_of_events),
-    (20, "curves", "Curves", lambda run: measured.curves(run.found)),
-    (25, "throughput", "Throughput", lambda run: measured.throughput(run.found)),
+    (20, "curves", "Curves", lambda run: measured.curves(run.metrics)),
+    (25, "throughput", "Throughput", lambda run: measured.throughput(run.metrics)),
     (30, "reconstructions", "Reconstructions", lambda run: results.reconstructions(run.folder)),
     (40, "evaluations", "Evaluations", lambda run: results.evaluations(run.folder)),
     (60, "replay", "Replay", lambda run: results.replays(run.folder)),
