@@ -1,4 +1,4 @@
-"""What a run left in files beside its figures, as parts of its page: pictures, evaluations, replays."""
+"""What a run left in files beside its metrics, as parts of its page: pictures, evaluations, replays."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _WORST = 32
 _LAYERS = 100
 _CAPTION = 500  # characters
 _CHARACTERS = 20_000  # of a text
+_EVALUATION = re.compile(r"(.+)_[0-9]+\.json")
 
 
 def reconstructions(folder: Path) -> Iterator[Html]:
@@ -46,13 +47,9 @@ def reconstructions(folder: Path) -> Iterator[Html]:
 
 
 def numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    """Files whose name is the pattern's, by the number in it, rising."""
-    found = {int(match[1]): file for file in _files(folder) if (match := re.fullmatch(pattern, file.name))}
-    return dict(sorted(found.items()))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    """Files whose name matches the pattern, by the number in it, rising."""
+    matches = [(re.fullmatch(pattern, file.name), file) for file in folder.glob("*")]
+    return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 
 def spread(steps: list[int], between: int = _BETWEEN) -> list[int]:
@@ -64,15 +61,15 @@ def spread(steps: list[int], between: int = _BETWEEN) -> list[int]:
     if len(steps) <= between + 2:
         return steps
     others = np.log(np.maximum(steps[1:-1], 1))
-    wanted = np.linspace(others[0], math.log(steps[-1]), between + 1)[:-1]
-    return sorted({steps[0], steps[-1], *(steps[1 + int(np.abs(others - one).argmin())] for one in wanted)})
+    targets = np.linspace(others[0], math.log(steps[-1]), between + 1)[:-1]
+    return sorted({steps[0], steps[-1], *(steps[1 + int(np.abs(others - target).argmin())] for target in targets)})
 
 
 def picture(file: Path, alt: str, caption: str) -> Html:
     """A sheet, small enough for the page; a line where it cannot be read."""
     try:
-        found = file.stat()
-        encoded, cut = _fitting(file, found.st_mtime_ns, found.st_size)
+        status = file.stat()
+        encoded, cut = _fitting(file, status.st_mtime_ns, status.st_size)
     except Exception as error:  # over damaged files Pillow raises errors of many kinds
         return page.note(f"{caption}: ", page.code(file.name), " cannot be shown: ", page.data(error))
     more = f". The upper part alone: all of it is in {file.parent.name}/{file.name}" if cut else ""
@@ -104,27 +101,27 @@ def _fitting(file: Path, changed: int, size: int) -> tuple[bytes, bool]:
 
 
 def evaluations(folder: Path) -> Iterator[Html]:
-    """The section of ``evals/``: the newest step of each name, and its figures over the steps.
+    """The section of ``evals/``: the newest step of each evaluation, and its metrics over the steps.
 
     Args:
         folder: the run's.
     """
-    files = [file for file in _files(folder / "evals") if re.fullmatch(r".+_[0-9]+\.json", file.name)]
-    for name in sorted({file.stem.rpartition("_")[0] for file in files}):
-        by_step = numbered(folder / "evals", re.escape(name) + r"_([0-9]+)\.json")
+    folder = folder / "evals"
+    for name in sorted({match[1] for file in folder.glob("*") if (match := _EVALUATION.fullmatch(file.name))}):
+        by_step = numbered(folder, re.escape(name) + r"_([0-9]+)\.json")
         newest = max(by_step)
         yield page.heading(f"{name} at step {newest:,}")
-        written = by_step[newest].with_suffix(".md")
-        if written.exists():
-            yield told(written.read_text(encoding="utf-8", errors="replace"))
-        for file in sorted((folder / "evals").glob(f"{name}_{newest}_*.png")):
-            shown = file.stem.removeprefix(f"{name}_{newest}_").replace("_", " ")
-            yield picture(file, f"{name}: {shown}", shown)
-        if len(by_step) > 1 or not written.exists():
+        text = by_step[newest].with_suffix(".md")
+        if text.exists():
+            yield text_or_table(text.read_text(encoding="utf-8", errors="replace"))
+        for file in sorted(folder.glob(f"{name}_{newest}_*.png")):
+            caption = file.stem.removeprefix(f"{name}_{newest}_").replace("_", " ")
+            yield picture(file, f"{name}: {caption}", caption)
+        if len(by_step) > 1 or not text.exists():
             yield _over_steps(by_step)
 
 
-def told(text: str) -> Html:
+def text_or_table(text: str) -> Html:
     """A text as it is written; one that is nothing but a Markdown table, as a table."""
     lines = [line.strip() for line in text.strip().splitlines()]
     if len(lines) > 2 and all(line.startswith("|") and line.endswith("|") for line in lines):
@@ -137,9 +134,9 @@ def told(text: str) -> Html:
 
 def _over_steps(by_step: dict[int, Path]) -> Html:
     shown = list(by_step)[-_COLUMNS:]
-    results = {step: _numbers(load(by_step[step])) for step in shown}
-    names = {name: None for result in results.values() for name in result if name != "step"}
-    rows = [[name, *(short(r[name]) if name in r else "" for r in results.values())] for name in names]
+    columns = [_numbers(load(by_step[step])) for step in shown]
+    names = dict.fromkeys(name for column in columns for name in column if name != "step")
+    rows = [[name, *(short(column[name]) if name in column else "" for column in columns)] for name in names]
     older = f" The newest {_COLUMNS} of {len(by_step)} steps." if len(shown) < len(by_step) else ""
     table = page.table(["", *(f"step {step:,}" for step in shown)], rows)
     return page.join([table, page.note(older) if older else ""])
@@ -148,10 +145,10 @@ def _over_steps(by_step: dict[int, Path]) -> Html:
 def load(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file holds none, as after a kill while it was written."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _numbers(values: object) -> dict[str, float]:
@@ -182,21 +179,19 @@ def replays(folder: Path) -> Iterator[Html]:
         yield page.note(f"{len(by_step) - _REPLAYS:,} older ones are in ", page.code("replay/"), ".")
 
 
-def _replay(found: dict[str, Any], sheet: Path, step: int) -> Iterator[Html]:
-    if not found:
+def _replay(replay: dict[str, Any], sheet: Path, step: int) -> Iterator[Html]:
+    if not replay:
         yield page.paragraph("Its file cannot be read.")
         return
-    yield _verdict(found)
-    terms = [(name, short(value)) for name, value in _numbers(found.get("terms")).items()]
-    if terms:
-        yield page.table(("term", "value"), terms)
-    yield from _layers(_numbers(found.get("gradient_norms")))
-    listed = found.get("worst")
-    worst = [one for one in listed if isinstance(one, dict)][:_WORST] if isinstance(listed, list) else []
-    if worst:
+    yield _verdict(replay)
+    if terms := _numbers(replay.get("terms")):
+        yield page.table(("term", "value"), [(name, short(value)) for name, value in terms.items()])
+    yield from _layers(_numbers(replay.get("gradient_norms")))
+    worst = replay.get("worst")
+    examples = [one for one in worst if isinstance(one, dict)][:_WORST] if isinstance(worst, list) else []
+    if examples:
         yield page.paragraph("Examples with the greatest losses:")
-        rows = [_example(one) for one in worst]
-        yield page.table(("position", "source", "example", "loss", "caption"), rows)
+        yield page.table(("position", "source", "example", "loss", "caption"), map(_example, examples))
     if sheet.exists():
         yield picture(sheet, f"The examples of step {step:,} with the greatest losses", "The same, as pictures")
 
@@ -206,17 +201,16 @@ def _example(one: dict[str, Any]) -> list[str]:
     return [position, source, index, short(_number(one.get("loss"))), caption[:_CAPTION]]
 
 
-def _verdict(found: dict[str, Any]) -> Html:
-    loss, recorded = (_exact(found.get(name)) for name in ("loss", "recorded_loss"))
-    begin = f"Computed again from step {found.get('from_step')}: loss {loss}. "
-    if found.get("equal") is None:
-        wrote: object = "The run wrote no loss of this step to compare with."
-    elif found["equal"]:
-        wrote = "The run wrote the same."
-    else:
-        wrote = page.element("span", f"The run wrote {recorded}.", class_="bad")
-    verdict = f" The verdict on the step: {found['verdict']}." if found.get("verdict") else ""
-    return page.paragraph(begin, wrote, verdict)
+def _verdict(replay: dict[str, Any]) -> Html:
+    loss, recorded = (_exact(replay.get(name)) for name in ("loss", "recorded_loss"))
+    comparison: object = page.element("span", f"The run wrote {recorded}.", class_="bad")
+    if replay.get("equal") is None:
+        comparison = "The run wrote no loss of this step to compare with."
+    elif replay["equal"]:
+        comparison = "The run wrote the same."
+    verdict = f" The verdict on the step: {replay['verdict']}." if replay.get("verdict") else ""
+    begin = f"Computed again from step {replay.get('from_step')}: loss {loss}. "
+    return page.paragraph(begin, comparison, verdict)
 
 
 def _exact(value: object) -> str:
@@ -226,10 +220,10 @@ def _exact(value: object) -> str:
 
 def _layers(norms: dict[str, float]) -> Iterator[Html]:
     """The norm of each layer's gradient, as numbers and bars."""
-    lost = [name for name, value in norms.items() if not math.isfinite(value)]
-    if lost:
-        yield page.element("p", "Not finite: ", page.data(", ".join(lost[:_LAYERS])), class_="bad")
     finite = {name: value for name, value in norms.items() if math.isfinite(value)}
+    others = [name for name in norms if name not in finite]
+    if others:
+        yield page.element("p", "Not finite: ", page.data(", ".join(others[:_LAYERS])), class_="bad")
     if not finite:
         return
     most = max(finite.values()) or 1.0
