@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3ae_jax import console
+import m3ae_jax.console as console
 
 console.quiet_environment()
 console.exit_on_sigterm()
 
 from absl import flags  # noqa: E402
 
-from m3ae_jax import command_line  # noqa: E402
-from m3ae_jax import config as config_lib  # noqa: E402
+import m3ae_jax.command_line as command_line  # noqa: E402
+import m3ae_jax.config as config_lib  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _overrides: list[tuple[str, str]] = []
 
 
 def _sweep() -> Sweep:
-    from m3ae_jax.sweep.sweep import Asked, Sweep
+    from m3ae_jax.sweep.sweep import Options, Sweep
 
     config = config_lib.load(_CONFIG.value)
     config_lib.apply_overrides(config, _overrides)
@@ -57,7 +57,7 @@ def _sweep() -> Sweep:
     config.evals = tuple(_EVAL.value)
     folder = Path(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}").expanduser().resolve()
     names = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
-    return Sweep(Asked(_CONFIG.value, config, _overrides, folder, *names))
+    return Sweep(Options(_CONFIG.value, config, _overrides, folder, *names))
 
 
 def _run() -> int:
@@ -88,14 +88,10 @@ def _main(argv: list[str]) -> None:
     console.start_logging()
     try:
         console.import_tensorflow()
-        code = _run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        sys.exit(_run())
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.config import apply_overrides, resolve, steps
 from m3ae_jax.errors import UserError, one_of
-from m3ae_jax.sweep.grid import Axis, Run
+from m3ae_jax.sweep.grid import Axis, Overrides, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Budgets:
         self._equal = [by_name[name.removeprefix("config.")] for name in equal]
         if any("duration" in axis.fields for axis in self._equal):
             raise UserError("--equal_flops=duration: of runs whose duration differs that cannot be")
-        self._known: dict[tuple[tuple[str, str], ...], Budget] = {}
+        self._cached: dict[tuple[tuple[str, str], ...], Budget] = {}
 
     def of(self, run: Run) -> Budget:
         """The budget of a run.
@@ -63,19 +63,20 @@ class Budgets:
         first = dict(run.overrides)
         for axis in self._equal:
             first |= dict(axis.overrides(axis.values[0]))
-        wanted = self._plain(tuple(first.items())).flops
-        batch = own.examples // own.steps
-        count = max(1, round(wanted / (own.flops / own.steps)))
-        return Budget(count, count * batch, own.flops / own.steps * count)
+        target, flops_per_step = self._plain(tuple(first.items())).flops, own.flops / own.steps
+        count = max(1, round(target / flops_per_step))
+        return Budget(count, count * (own.examples // own.steps), flops_per_step * count)
 
-    def overrides(self, run: Run) -> list[tuple[str, str]]:
-        """What the run's command sets."""
-        duration = [("duration", f"{self.of(run).steps} steps")] if self._equal else []
-        return [*(o for o in run.overrides if not duration or o[0] != "duration"), *duration]
+    def overrides(self, run: Run) -> Overrides:
+        """The fields that the run's command sets."""
+        if not self._equal:
+            return list(run.overrides)
+        others = [override for override in run.overrides if override[0] != "duration"]
+        return [*others, ("duration", f"{self.of(run).steps} steps")]
 
     def _plain(self, overrides: tuple[tuple[str, str], ...]) -> Budget:
         key = tuple(o for o in overrides if o[0] != "seed")
-        if key not in self._known:
+        if key not in self._cached:
             from m3ae_jax.plan.estimate import flops_per_example
             from m3ae_jax.train.setup import data_sizes
 
@@ -84,6 +85,6 @@ class Budgets:
             resolved = resolve(config)
             vocabulary, examples = data_sizes(resolved)
             count = max(1, steps("duration", resolved.duration, resolved.batch_size, max(examples, 1)))
-            seen = count * resolved.batch_size
-            self._known[key] = Budget(count, seen, flops_per_example(resolved, vocabulary) * seen)
-        return self._known[key]
+            total = count * resolved.batch_size
+            self._cached[key] = Budget(count, total, flops_per_example(resolved, vocabulary) * total)
+        return self._cached[key]

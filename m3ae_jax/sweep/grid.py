@@ -17,7 +17,8 @@ from m3ae_jax.config import apply_overrides
 from m3ae_jax.errors import UserError
 
 Overrides = list[tuple[str, str]]
-_SAFE = re.compile(r"[^\w.,=+-]+")
+_UNSAFE = re.compile(r"[^\w.,=+-]+")  # in a folder's name
+_ENCLOSED = r"""\([^()]*\)|\[[^][]*\]|'[^']*'|"[^"]*\""""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Run:
     def name(self) -> str:
         """Its folder: ``text_mask_ratio=0.5,seed=42``."""
         parts = [f"{name}={value}" for name, value in self.values.items()] + [f"seed={self.seed}"]
-        return _SAFE.sub("+", ",".join(parts))
+        return _UNSAFE.sub("+", ",".join(parts))
 
 
 def parse_grid(texts: Sequence[str], config: ConfigDict) -> tuple[Axis, ...]:
@@ -87,7 +88,7 @@ def parse_grid(texts: Sequence[str], config: ConfigDict) -> tuple[Axis, ...]:
     return axes
 
 
-def told(value: tuple[str, ...]) -> str:
+def value_text(value: tuple[str, ...]) -> str:
     """An axis' value as people read it: ``image,text``, ``64:2:2``."""
     return ":".join(part.strip("()[]") for part in value)
 
@@ -110,18 +111,8 @@ def _axis(text: str, config: ConfigDict) -> Axis:
 
 def _split(text: str, separator: str) -> list[str]:
     """Parts between separators that stand in no brackets and no quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        depth += (character in "([") - (character in ")]") if not quote else 0
-        if character == separator and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    # No argument of a command holds a NUL.
+    return re.sub(f"({_ENCLOSED})|{separator}", lambda match: match[1] or "\0", text).split("\0")
 
 
 def runs_of(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
@@ -132,12 +123,13 @@ def runs_of(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
         config: its seed is the first one.
         seeds: how many.
     """
-    found = []
+    runs = []
     for seed in range(config.seed, config.seed + seeds):
         for values in itertools.product(*(axis.values for axis in axes)):
             overrides: Overrides = [("seed", str(seed))]
+            texts = {}
             for axis, value in zip(axes, values, strict=True):
                 overrides += axis.overrides(value)
-            named = {axis.name: told(value) for axis, value in zip(axes, values, strict=True)}
-            found.append(Run(named, seed, tuple(overrides)))
-    return found
+                texts[axis.name] = value_text(value)
+            runs.append(Run(texts, seed, tuple(overrides)))
+    return runs

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from m3ae_jax import console
+import m3ae_jax.console as console
 from m3ae_jax.errors import STOPPED
 
 log = logging.getLogger("m3ae_jax")
@@ -35,14 +35,14 @@ class Job:
         command: its program and arguments.
         folder: its own.
         is_done: whether there is nothing left to do.
-        told: its figures, for the line that says it is done.
+        metrics: its results, for the line that says it is done.
     """
 
     name: str
     command: list[str]
     folder: Path
     is_done: Callable[[], bool]
-    told: Callable[[], str]
+    metrics: Callable[[], str]
 
     def line(self) -> str:
         """The command for a shell."""
@@ -67,7 +67,7 @@ def run_all(jobs: Sequence[Job], parallel: int = 1) -> list[Job]:
         parallel: how many at a time; more than one share the cores of a CPU evenly.
 
     Returns:
-        Those that failed; each has told why in a line.
+        Those that failed; for each a line is logged that says why.
     """
     waiting = [(number, job) for number, job in enumerate(jobs, 1) if not job.is_done()]
     log.info("%d runs, %d of them done", len(jobs), len(jobs) - len(waiting))
@@ -90,7 +90,7 @@ def run_all(jobs: Sequence[Job], parallel: int = 1) -> list[Job]:
                     continue
                 running.remove(one)
                 free.append(one.cores)
-                if not _told(one, len(jobs)):
+                if not _succeeded(one, len(jobs)):
                     failed.append(one.job)
     return failed
 
@@ -123,18 +123,17 @@ def _ending_with_parent() -> list[str]:
     return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
-def _told(one: _Started, count: int) -> bool:
-    took = console.duration(time.monotonic() - one.begun)
-    if one.process.returncode == 0 and one.job.is_done():
-        log.info("%d of %d done in %s: %s  %s", one.number, count, took, one.job.name, one.job.told())
+def _succeeded(one: _Started, count: int) -> bool:
+    """Whether a run that has ended is done; logs its metrics, or the last line of its output."""
+    job, code = one.job, one.process.returncode
+    if code == 0 and job.is_done():
+        took = console.duration(time.monotonic() - one.begun)
+        log.info("%d of %d done in %s: %s  %s", one.number, count, took, job.name, job.metrics())
         return True
-    file = one.job.folder / CONSOLE
-    said = file.read_text(errors="replace").strip().splitlines()
-    code = one.process.returncode
-    why = said[-1] if said else "said nothing"
-    log.warning(
-        "%d of %d FAILED (exit code %d): %s: %s (all it said: %s)", one.number, count, code, one.job.name, why, file
-    )
+    file = job.folder / CONSOLE
+    why = (file.read_text(errors="replace").strip().splitlines() or ["said nothing"])[-1]
+    message = "%d of %d FAILED (exit code %d): %s: %s (all it said: %s)"
+    log.warning(message, one.number, count, code, job.name, why, file)
     return False
 
 

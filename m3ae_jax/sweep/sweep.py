@@ -1,4 +1,4 @@
-"""A sweep: the runs of a grid, what they leave, and what is made of it."""
+"""A sweep: the runs of a grid and their results."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m3ae_jax import evals
+import m3ae_jax.evals as evals
 from m3ae_jax.config import apply_overrides, resolve
-from m3ae_jax.sweep.budget import Budget, Budgets
+from m3ae_jax.sweep.budget import Budgets
 from m3ae_jax.sweep.grid import Axis, Overrides, Run, parse_grid, runs_of
-from m3ae_jax.sweep.results import Done, Results
+from m3ae_jax.sweep.results import Results, RunResult
 from m3ae_jax.sweep.runner import Job, python_command
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What the command line says.
+class Options:
+    """The settings of a sweep, as the command line gives them.
 
     Attributes:
         config_file: of the runs.
@@ -46,68 +46,69 @@ class Asked:
 
 
 class Sweep:
-    """See the module.
+    """The runs of a grid, one for each point and seed.
 
     Args:
-        asked: what is to be run.
+        options: of the sweep.
 
     Raises:
         UserError: a point's config cannot work, or a name is wrong; before anything is run.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
-        self.axes: tuple[Axis, ...] = parse_grid(asked.grid, asked.config)
-        self._budgets = Budgets(asked.config, self.axes, asked.equal_flops)
-        Results(self.axes, (), (), asked.compare)
-        self.runs = runs_of(self.axes, asked.config, asked.seeds)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.axes: tuple[Axis, ...] = parse_grid(options.grid, options.config)
+        self._budgets = Budgets(options.config, self.axes, options.equal_flops)
+        Results(self.axes, (), (), options.compare)
+        self.runs = runs_of(self.axes, options.config, options.seeds)
         for run in self.runs:
-            config = asked.config.copy_and_resolve_references()
+            config = options.config.copy_and_resolve_references()
             apply_overrides(config, self._budgets.overrides(run))
             evals.check(resolve(config))
 
     def jobs(self) -> list[Job]:
-        """One a run."""
-        return [self._job(run, self._budgets.of(run)) for run in self.runs]
+        """The jobs that make the runs, one for each."""
+        return [self._job(run) for run in self.runs]
 
-    def _job(self, run: Run, budget: Budget) -> Job:
-        asked, folder = self._asked, self._asked.folder / run.name
-        overrides = [*asked.overrides, *self._budgets.overrides(run), ("evals", ",".join(asked.config.evals))]
+    def _job(self, run: Run) -> Job:
+        options, folder = self._options, self._options.folder / run.name
+        overrides = [*options.overrides, *self._budgets.overrides(run), ("evals", ",".join(options.config.evals))]
 
-        def told() -> str:
-            found = self._results([Done(run, budget, self._scalars(run, budget))])
-            return "  ".join(f"{figure} {found.done[0].scalars[figure]:.3f}" for figure in found.figures)
+        def metrics() -> str:
+            results = self._results([run])
+            return "  ".join(f"{figure} {results.done[0].scalars[figure]:.3f}" for figure in results.figures)
 
-        command = python_command(asked.config_file, folder, overrides)
-        return Job(run.name, command, folder, lambda: bool(self._scalars(run, budget)), told)
+        command = python_command(options.config_file, folder, overrides)
+        return Job(run.name, command, folder, lambda: bool(self._scalars(run)), metrics)
 
-    def _scalars(self, run: Run, budget: Budget) -> dict[str, float]:
-        """All figures of a run's evaluations at its end; nothing as long as one is missing."""
-        folder = self._asked.folder / run.name / "evals"
-        files = [evals.place(folder, name, budget.steps) for name in self._asked.config.evals]
-        try:
-            found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        except (OSError, ValueError):  # a kill while it was written
-            return {}
-        return {name: value for of in found for name, value in of.items() if name != "step"}
+    def _scalars(self, run: Run) -> dict[str, float]:
+        """All metrics of a run's evaluations at its end; nothing as long as one is missing."""
+        folder, steps = self._options.folder / run.name / "evals", self._budgets.of(run).steps
+        scalars: dict[str, float] = {}
+        for name in self._options.config.evals:
+            try:
+                scalars |= json.loads(evals.place(folder, name, steps).read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # a kill while it was written
+                return {}
+        return {name: value for name, value in scalars.items() if name != "step"}
 
-    def _results(self, done: Sequence[Done]) -> Results:
-        return Results(self.axes, done, self._asked.figures, self._asked.compare)
+    def _results(self, runs: Sequence[Run]) -> Results:
+        results = [RunResult(run, self._budgets.of(run), self._scalars(run)) for run in runs]
+        done = [result for result in results if result.scalars]
+        return Results(self.axes, done, self._options.figures, self._options.compare)
 
     def results(self) -> Results:
-        """Of the runs that are done."""
-        with_budget = [(run, self._budgets.of(run)) for run in self.runs]
-        found = [Done(run, budget, self._scalars(run, budget)) for run, budget in with_budget]
-        return self._results([one for one in found if one.scalars])
+        """The results of the runs that are done."""
+        return self._results(self.runs)
 
     def about(self) -> dict[str, Any]:
-        """What was asked, for the record."""
-        asked = self._asked
+        """The sweep's settings, for the record."""
+        options = self._options
         return {
-            "config": asked.config_file,
-            "overrides": dict(asked.overrides),
+            "config": options.config_file,
+            "overrides": dict(options.overrides),
             "grid": [dataclasses.asdict(axis) for axis in self.axes],
-            "seeds": asked.seeds,
-            "equal_flops": list(asked.equal_flops),
-            "evaluations": list(asked.config.evals),
+            "seeds": options.seeds,
+            "equal_flops": list(options.equal_flops),
+            "evaluations": list(options.config.evals),
         }

@@ -10,7 +10,7 @@ from scipy import stats
 from m3ae_jax.errors import UserError
 from m3ae_jax.sweep.budget import Budget
 from m3ae_jax.sweep.grid import Axis, Run
-from m3ae_jax.sweep.results import Done, Results, Summary
+from m3ae_jax.sweep.results import Results, RunResult, Summary
 
 SIZE = Axis(("model.width",), (("64",), ("96",)))
 DATA = Axis(("data.modalities",), (("image",), ("(image,text)",)))
@@ -20,7 +20,7 @@ FIGURE = "probe/trained/image/cls/accuracy"
 def done(width, data, seed, accuracy):
     scalars = {FIGURE: accuracy, "probe/untrained/image/cls/accuracy": 0.2, "probe/pixels/accuracy": 0.25}
     scalars |= {"probe/majority": 0.1, "probe/trained/image/cls/l2": 0.01, "probe/pixels/l2": 0.1}
-    return Done(Run({"width": width, "modalities": data}, seed, ()), Budget(10, 640, 2.5e12), scalars)
+    return RunResult(Run({"width": width, "modalities": data}, seed, ()), Budget(10, 640, 2.5e12), scalars)
 
 
 def all_done():
@@ -82,7 +82,7 @@ def test_files(tmp_path):
 
 
 def test_one_point_and_one_seed_are_drawn(tmp_path):
-    one = Done(Run({}, 1, ()), Budget(1, 1, 1.0), {"knn/k=1": 0.5})
+    one = RunResult(Run({}, 1, ()), Budget(1, 1, 1.0), {"knn/k=1": 0.5})
     results = Results([], [one], [], "")
     results.save(tmp_path, {}, "one")
     assert results.figures == ["knn/k=1"] and "| 1 | 1 |" in results.table()
