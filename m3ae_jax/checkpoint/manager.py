@@ -1,11 +1,11 @@
-"""Checkpoints of a run: asynchronous, checked, the newest few and the best one kept, restored onto any mesh.
+"""Checkpoints of a run: asynchronous, verified, the newest few and the best one retained, restored onto any mesh.
 
 A checkpoint holds the whole training state and a small JSON of what identifies the run: its config, the version
 of the data order and the fingerprints of the data and the tokenizer. The order in which a save becomes a checkpoint:
 
 1. every process writes its files into a temporary folder, which process 0 then renames;
 2. process 0 writes the manifest over all of them (`m3ae_jax.checkpoint.manifest`): from now on it counts;
-3. older ones that are no longer to be kept are deleted.
+3. older ones that are no longer to be retained are deleted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RETRY_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds to wait before each new attempt at a save that the storage refused."""
 
 _DAMAGED = ".damaged"
-_NONE, _REFUSED = -1, -2  # what process 0 tells the others instead of a step
+_NONE, _REFUSED = -1, -2  # what process 0 sends to the others instead of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Checkpoints:
 
     Args:
         folder: made if missing.
-        keep: how many of the newest to keep; the one with the least validation loss is kept besides.
+        keep: how many of the newest to retain; the one with the least validation loss is retained too.
         read_only: touches nothing, not even what a running save has not finished.
         sleep: waits so many seconds.
 
@@ -86,7 +86,6 @@ class Checkpoints:
         self._keep, self._read_only, self._sleep = keep, read_only, sleep
         self._checked: set[int] = set()
         self._pending: _Save | None = None
-        self._at_once = False
         if not read_only:
             newest = _on_first_process(lambda: _tidy(self._folder))
             self._checked |= set() if newest is None else {newest}
@@ -113,19 +112,20 @@ class Checkpoints:
         state was donated meanwhile is given up with a warning; this one is then waited for.
 
         Args:
-            state: pytree of `jax.Array` with a scalar `step`; kept until the next save or wait.
+            state: pytree of `jax.Array` with a scalar `step`; referenced until the next save or wait.
             meta: JSON-able.
             metrics: validation figures at this step, ``{}`` if it was not evaluated.
 
         Raises:
             UserError: the storage refuses for good; the checkpoints before are intact.
         """
+        at_once = False
         try:
             self._settle()
         except _Lost as lost:
             log.warning("%s; saving step %d instead", lost, int(state.step))
             self._reopen(lost.step)
-            self._at_once = True
+            at_once = True
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -137,9 +137,8 @@ class Checkpoints:
             self._again(save, error)
             return
         self._pending = save
-        if self._at_once:
+        if at_once:
             self._settle()
-            self._at_once = False
 
     def latest(self) -> int | None:
         """The newest whole step, None if there is none.
@@ -150,7 +149,7 @@ class Checkpoints:
         return _on_first_process(lambda: _newest(self._folder)) if self._read_only else self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the least validation loss among those kept."""
+        """The step with the least validation loss among those retained."""
         return self._manager.best_step()
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -188,7 +187,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # a failed save is told above, and orbax tells it again
+            with contextlib.suppress(Exception):  # a failed save is reported above, and orbax reports it again
                 self._manager.close()
 
     def _check(self, step: int) -> None:
@@ -300,23 +299,25 @@ def _on_first_process(decide: Callable[[], int | None]) -> int | None:
 
 
 def _newest(folder: Path) -> int | None:
-    """The newest whole step; says which ones it passes over, and why."""
-    found = manifest.survey(folder)
-    if found.whole is None and (found.damaged or found.unfinished):
-        wrong = {step: manifest.summary(problems) for step, problems in found.damaged.items()}
-        wrong |= dict.fromkeys(found.unfinished, f"{manifest.NAME}: missing")
-        raise UserError(f"no whole checkpoint in {folder}: {'; '.join(f'{s}: {w}' for s, w in wrong.items())}")
-    if found.unlisted:
-        _warn_of_unlisted(folder)
-    for step, problems in found.damaged.items():
-        log.warning(
-            "checkpoint %s is damaged: %s; using step %d", folder / str(step), manifest.summary(problems), found.whole
-        )
-    return found.whole
+    """The newest whole step; logs which ones it passes over, and why."""
+    steps, finished = manifest.steps(folder), manifest.finished(folder)
+    if not finished:  # as before manifests existed
+        _warn_without_manifests(folder)
+        return steps[0] if steps else None
+    wrong: dict[int, str] = {}
+    for step in finished:
+        problems = manifest.problems(folder / str(step))
+        if not problems:
+            for damaged, summary in wrong.items():
+                log.warning("checkpoint %s is damaged: %s; using step %d", folder / str(damaged), summary, step)
+            return step
+        wrong[step] = manifest.summary(problems)
+    wrong |= {step: f"{manifest.NAME}: missing" for step in steps if step not in finished}
+    raise UserError(f"no whole checkpoint in {folder}: {'; '.join(f'{s}: {w}' for s, w in wrong.items())}")
 
 
-def _warn_of_unlisted(folder: Path) -> None:
-    if not manifest.finished(folder):
+def _warn_without_manifests(folder: Path) -> None:
+    if manifest.steps(folder) and not manifest.finished(folder):
         log.warning("%s: no checkpoint has a %s, so damage cannot be seen; taken as it is", folder, manifest.NAME)
 
 
@@ -329,24 +330,25 @@ def _named(folder: Path, step: int) -> int:
 
 
 def _tidy(folder: Path) -> int | None:
-    """Leaves only checkpoints to go on from or to keep; the newest whole step."""
+    """Leaves only checkpoints to go on from or to retain; returns the newest whole step."""
     newest = _newest(folder)
     try:
-        for name in [p.name for p in folder.glob("*" + atomicity.TMP_DIR_SUFFIX + "*")]:
-            log.info("deleting %s, which an interrupted save left", folder / name)
-            shutil.rmtree(folder / name)
-        listed = manifest.finished(folder)
+        for path in list(folder.glob(f"*{atomicity.TMP_DIR_SUFFIX}*")):
+            log.info("deleting %s, which an interrupted save left", path)
+            shutil.rmtree(path)
+        finished = manifest.finished(folder)
         for step in manifest.steps(folder):
-            if newest is not None and not listed:
-                manifest.write(folder / str(step))
-            elif step not in listed:
-                log.info("deleting %s: it has no %s, so it was never finished", folder / str(step), manifest.NAME)
-                shutil.rmtree(folder / str(step))
+            path = folder / str(step)
+            if newest is not None and not finished:
+                manifest.write(path)
+            elif step not in finished:
+                log.info("deleting %s: it has no %s, so it was never finished", path, manifest.NAME)
+                shutil.rmtree(path)
             elif newest is not None and step > newest:
-                aside = folder / f"{step}{_DAMAGED}"
+                aside = path.with_name(f"{step}{_DAMAGED}")
                 log.warning("setting it aside as %s", aside)
                 shutil.rmtree(aside, ignore_errors=True)
-                (folder / str(step)).rename(aside)
+                path.rename(aside)
     except OSError as error:
         raise UserError(f"{folder} cannot be tidied up: {error.strerror} ({error.filename})") from None
     return newest
@@ -379,9 +381,9 @@ def find(path: str) -> tuple[Path, int]:
     """
     folder, named = _place(path)
     if named is not None:
-        _warn_of_unlisted(folder)
+        _warn_without_manifests(folder)
     step = _on_first_process(lambda: _newest(folder) if named is None else _named(folder, named))
-    assert step is not None  # _place saw one
+    assert step is not None  # _place has seen one
     return folder, step
 
 
@@ -409,7 +411,7 @@ def load_params(path: str) -> dict[str, Any]:
     """
     folder, named = _place(path)
     newest = max(manifest.finished(folder) or manifest.steps(folder))
-    _warn_of_unlisted(folder)
+    _warn_without_manifests(folder)
     step = _on_first_process(lambda: _named(folder, newest if named is None else named))
     place = folder / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -6,7 +6,6 @@ place, so a checkpoint without one was never finished.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,48 +22,15 @@ _SHOWN = 3  # files named in one line
 _Files = dict[str, dict[str, int | str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What of a folder's checkpoints can be used.
-
-    Attributes:
-        whole: the newest whole step; None if there is none.
-        damaged: steps newer than `whole`, newest first, with what is wrong, one entry a file.
-        unfinished: steps without a manifest.
-        unlisted: no checkpoint of the folder has a manifest, as before manifests existed; then the newest counts as
-            whole and none as unfinished.
-    """
-
-    whole: int | None
-    damaged: dict[int, list[str]]
-    unfinished: tuple[int, ...]
-    unlisted: bool
-
-
 def steps(folder: Path) -> list[int]:
     """The steps that have a folder, finished or not, newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((int(p.name) for p in found if p.name.isdigit() and p.is_dir()), reverse=True)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(path.name) for path in paths if path.name.isdigit() and path.is_dir()), reverse=True)
 
 
 def finished(folder: Path) -> list[int]:
-    """The steps that have a manifest, newest first; their files are not looked at."""
+    """The steps that have a manifest, newest first; their files are not checked."""
     return [step for step in steps(folder) if (folder / str(step) / NAME).exists()]
-
-
-def survey(folder: Path) -> Survey:
-    """Checks the checkpoints in `folder` from the newest on, up to the first whole one."""
-    every, listed = steps(folder), finished(folder)
-    if every and not listed:
-        return Survey(every[0], {}, (), unlisted=True)
-    unfinished = tuple(step for step in every if step not in listed)
-    damaged: dict[int, list[str]] = {}
-    for step in listed:
-        wrong = problems(folder / str(step))
-        if not wrong:
-            return Survey(step, damaged, unfinished, unlisted=False)
-        damaged[step] = wrong
-    return Survey(None, damaged, unfinished, unlisted=False)
 
 
 def write(checkpoint: Path) -> None:
@@ -94,12 +60,12 @@ def problems(checkpoint: Path) -> list[str]:
         files = _read(checkpoint / NAME)
     except (ValueError, KeyError, TypeError, OSError) as error:
         return [f"{NAME}: {_reason(error) if isinstance(error, OSError) else 'damaged'}"]
-    sizes = [_size_problem(checkpoint / name, name, int(entry["bytes"])) for name, entry in files.items()]
-    if any(sizes):
-        return list(filter(None, sizes))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(lambda item: _sum_problem(checkpoint / item[0], item[0], str(item[1]["sha256"])), files.items())
-        return list(filter(None, sums))
+    for contents in (False, True):
+        with ThreadPoolExecutor(_THREADS) as pool:
+            checks = [pool.submit(_problem, checkpoint / name, name, entry, contents) for name, entry in files.items()]
+        if wrong := [problem for check in checks if (problem := check.result())]:
+            return wrong
+    return []
 
 
 def summary(wrong: Iterable[str]) -> str:
@@ -112,8 +78,12 @@ def summary(wrong: Iterable[str]) -> str:
 def _entry(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         os.fsync(file.fileno())  # else a loss of power could keep the manifest and lose what it lists
-        total = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": total}
+    return {"bytes": path.stat().st_size, "sha256": _sum(path)}
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(files: _Files) -> str:
@@ -134,21 +104,15 @@ def _is_within(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _size_problem(path: Path, name: str, size: int) -> str | None:
+def _problem(path: Path, name: str, entry: dict[str, int | str], contents: bool) -> str | None:
+    """What is wrong with one file: its size, or with `contents` its SHA-256 sum."""
     try:
-        now = path.stat().st_size
+        if contents:
+            return None if _sum(path) == entry["sha256"] else f"{name}: its content is not what was saved (SHA-256)"
+        size, expected = path.stat().st_size, int(entry["bytes"])
     except OSError as error:
         return f"{name}: {_reason(error)}"
-    return None if now == size else f"{name}: {now:,} bytes instead of {size:,}"
-
-
-def _sum_problem(path: Path, name: str, total: str) -> str | None:
-    try:
-        with path.open("rb") as file:
-            now = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"{name}: {_reason(error)}"
-    return None if now == total else f"{name}: its content is not what was saved (SHA-256)"
+    return None if size == expected else f"{name}: {size:,} bytes instead of {expected:,}"
 
 
 def _reason(error: OSError) -> str:
