@@ -1,4 +1,4 @@
-"""JAX's compilation cache, kept between runs: a program that was compiled before starts without compiling.
+"""JAX's compilation cache, shared by all runs: a program that was compiled before starts without compiling.
 
 What is cached is code, so it lies in a folder of the user's that no other user may write to, never in a run's folder.
 JAX's own settings come first: ``JAX_COMPILATION_CACHE_DIR`` for another folder, ``JAX_ENABLE_COMPILATION_CACHE=false``
@@ -46,31 +46,31 @@ def _home() -> Path:
 
 def _private(folder: Path) -> bool:
     """Whether this is a folder, no link, that its owner, this user, alone may write to."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _safe(folder: Path) -> bool:
     """Whether nobody but this user and root could put another folder in the place of one within."""
-    found = folder.lstat()
-    kept = not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX)
-    return found.st_uid in (0, os.getuid()) and (kept or _own_group_alone(found))
+    status = folder.lstat()
+    protected = not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX)
+    return status.st_uid in (0, os.getuid()) and (protected or _own_group_alone(status))
 
 
-def _own_group_alone(found: os.stat_result) -> bool:
+def _own_group_alone(status: os.stat_result) -> bool:
     """Whether a folder that its group may write to is of a group that carries the user's own number.
 
     So many systems set up their users, with the umask 0002.
     """
-    return not found.st_mode & 0o002 and found.st_uid == os.getuid() and found.st_gid == found.st_uid
+    return not status.st_mode & 0o002 and status.st_uid == os.getuid() and status.st_gid == status.st_uid
 
 
 def _machine() -> str:
     """A name for this kind of processor: a home may be shared, and what is compiled for one may crash another."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+        features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+        return hashlib.sha256("\n".join(features).encode()).hexdigest()[:16]
     return platform.machine()
 
 

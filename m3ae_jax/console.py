@@ -1,4 +1,4 @@
-"""What a person sees: the project's own lines on the console, everything else in the run's log file."""
+"""What users see: the project's own lines on the console, everything else in the run's log file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("m3ae_jax")
 
 
 def quiet_environment() -> None:
-    """Asks TensorFlow and XLA to keep their start-up noise to themselves; call before they are imported."""
+    """Silences the start-up noise of TensorFlow and XLA; call before they are imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # also: bit-equal results from run to run
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -90,22 +90,21 @@ def start_logging() -> None:
 
 
 def only_errors() -> None:
-    """Keeps the project's lines to itself: another process of the run prints them."""
+    """Silences the project's lines below errors: another process of the run prints them."""
     log.setLevel(logging.ERROR)
 
 
 def log_to(path: Path) -> None:
     """Appends everything, the libraries' lines too, to a file."""
+    from absl import logging as absl_logging
+
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     log.addHandler(handler)
-    with contextlib.suppress(ImportError):
-        from absl import logging as absl_logging
-
-        absl_logging.set_verbosity(absl_logging.INFO)
+    absl_logging.set_verbosity(absl_logging.INFO)
 
 
 def import_tensorflow() -> None:
@@ -114,14 +113,14 @@ def import_tensorflow() -> None:
     Raises:
         ImportError: it is not installed, or broken; then with all that it printed.
     """
-    with _stderr_kept():
+    with _stderr_held_back():
         import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
 
 
 @contextlib.contextmanager
-def _stderr_kept() -> Iterator[None]:
+def _stderr_held_back() -> Iterator[None]:
     """Holds back standard error of this process, native code included; shows it if the block fails.
 
     A signal that ends the program in it is no failure.

@@ -17,7 +17,7 @@ from m3ae_jax import console
 def test_noise_is_shown_of_a_failure_alone(raised, shown, capfd):
     # A signal during the imports ended the program with TensorFlow's start-up lines on the console.
     def import_something():
-        with console._stderr_kept():
+        with console._stderr_held_back():
             os.write(2, b"noise\n")
             if raised is not None:
                 raise raised

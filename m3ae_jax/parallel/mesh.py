@@ -33,7 +33,7 @@ PRESETS: dict[str, tuple[int, int]] = {
 stay the same however many chips there are."""
 
 Rules = Mapping[str, tuple[str, ...]]
-"""Which mesh axes a logical axis is split over; one not named is kept whole."""
+"""Which mesh axes a logical axis is split over; one without a rule stays whole."""
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -45,7 +45,7 @@ LOGICAL_AXES = ("batch", "embed", "heads", "head_dim", "mlp", "vocab", "patch", 
 
 
 def mesh_rules(config: ConfigDict) -> Rules:
-    """`RULES` as changed by ``mesh.rules``, items ``LOGICAL:MESH`` or ``LOGICAL:`` (kept whole).
+    """`RULES` as changed by ``mesh.rules``, items ``LOGICAL:MESH`` or ``LOGICAL:`` (stays whole).
 
     Raises:
         UserError: no such logical or mesh axis.
@@ -74,14 +74,14 @@ def mesh_shape(config: ConfigDict, devices: int, slices: int = 1) -> tuple[int, 
     Raises:
         UserError: the sizes do not make up the devices.
     """
-    wanted = config.mesh
-    most, tensor = PRESETS[wanted.preset]
-    tensor = wanted.tensor or tensor
-    if wanted.data and most > 1:
-        fsdp = wanted.fsdp or max(1, devices // (wanted.data * tensor))
+    sizes = config.mesh
+    most, tensor = PRESETS[sizes.preset]
+    tensor = sizes.tensor or tensor
+    if sizes.data and most > 1:
+        fsdp = sizes.fsdp or max(1, devices // (sizes.data * tensor))
     else:
-        fsdp = wanted.fsdp or math.gcd(max(1, devices // (tensor * slices)), most)
-    data = wanted.data or max(1, devices // (fsdp * tensor))
+        fsdp = sizes.fsdp or math.gcd(max(1, devices // (tensor * slices)), most)
+    data = sizes.data or max(1, devices // (fsdp * tensor))
     if data * fsdp * tensor != devices:
         raise UserError(
             f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} = {data * fsdp * tensor} devices, but there are "
@@ -111,7 +111,7 @@ def activations_on(mesh: Mesh, rules: Rules = RULES) -> contextlib.AbstractConte
     """A context for tracing: the models' activations then lie on this mesh."""
 
     def place(names: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(_entry(rules.get(name, ()) if name else ()) for name in names)))
+        return NamedSharding(mesh, PartitionSpec(*(rules.get(name, ()) if name else () for name in names)))
 
     return placed_by(place)
 
@@ -153,34 +153,26 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
+        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = [rules.get(name, ()) if name else () for name in names]
         if sum(name != "layers" for name in names) == 1:
             # A bias or a scale is too small to be worth gathering.
             axes = [tuple(axis for axis in split if axis != "fsdp") for split in axes]
-        taken: dict[str, str] = {}
+        used: dict[str, str] = {}
         for size, name, split in zip(leaf.shape, names, axes, strict=False):
             for axis in split:
-                if axis in taken:
-                    both = f"both {taken[axis]!r} and {name!r}"
-                    raise UserError(f"mesh.rules: {_path(path)} would be split over {axis!r} along {both}")
-                taken[axis] = str(name)
-            parts = math.prod(mesh.shape[axis] for axis in split)
-            if size % parts:
+                if axis in used:
+                    both = f"both {used[axis]!r} and {name!r}"
+                    raise UserError(f"mesh.rules: {parameter} would be split over {axis!r} along {both}")
+                used[axis] = str(name)
+            if size % math.prod(mesh.shape[axis] for axis in split):
                 raise UserError(
-                    f"mesh: {_path(path)} has {size} {name!r} entries, not "
+                    f"mesh: {parameter} has {size} {name!r} entries, not "
                     f"divisible by {' x '.join(f'{axis}={mesh.shape[axis]}' for axis in split)}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(_entry(split) for split in axes)))
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), nn.get_partition_spec(boxed))
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _entry(split: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    return None if not split else split[0] if len(split) == 1 else split
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, and one that tells."""
+"""Several processes as one run: how they meet, and that process 0 alone writes to the console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from m3ae_jax import console
+import m3ae_jax.console as console
 from m3ae_jax.errors import UserError
 
 log = logging.getLogger("m3ae_jax")
@@ -26,9 +26,9 @@ class Cluster:
     """How the processes of a run find each other.
 
     Attributes:
-        coordinator: HOST:PORT of process 0; empty: found from the environment (Cloud TPU, Slurm, Kubernetes, MPI).
-        count: processes in all; 0: found likewise.
-        index: this process, from 0; -1: found likewise.
+        coordinator: HOST:PORT of process 0; empty: taken from the environment (Cloud TPU, Slurm, Kubernetes, MPI).
+        count: processes in all; 0: likewise.
+        index: this process, from 0; -1: likewise.
         timeout: seconds until all must be there.
     """
 
@@ -39,7 +39,7 @@ class Cluster:
 
 
 def start(cluster: Cluster) -> None:
-    """Meets the other processes; call once, before anything asks JAX for its devices.
+    """Meets the other processes; call once, before anything uses JAX's devices.
 
     Raises:
         UserError: the settings are incomplete, or the others did not come.
@@ -64,7 +64,7 @@ def start(cluster: Cluster) -> None:
             "who, give --coordinator=HOST:PORT --process_count=N --process_index=I"
         ) from None
     if jax.process_index() > 0:
-        console.only_errors()  # process 0 tells
+        console.only_errors()  # process 0 writes the rest
     log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
 
 
@@ -106,14 +106,14 @@ def meet(cluster: Cluster) -> None:
     """
     host, _, port = cluster.coordinator.rpartition(":")
     deadline = time.monotonic() + cluster.timeout
-    if cluster.index == 0:
-        _receive(cluster, int(port), deadline)
-    else:
-        _knock(cluster, host, int(port), deadline)
+    greet = _receive if cluster.index == 0 else _knock
+    answer = greet(cluster, host, int(port), deadline)
+    if answer != "go":
+        raise UserError(answer)
 
 
-def _receive(cluster: Cluster, port: int, deadline: float) -> None:
-    """Process 0: collects one line ``INDEX COUNT`` from each other process, then tells all ``go``."""
+def _receive(cluster: Cluster, _: str, port: int, deadline: float) -> str:
+    """Process 0: collects one line ``INDEX COUNT`` from each other process, then answers ``go`` or what is wrong."""
     visitors: list[socket.socket] = []
     came: set[int] = set()
     answer = "go"
@@ -139,28 +139,23 @@ def _receive(cluster: Cluster, port: int, deadline: float) -> None:
         with contextlib.closing(visitor), contextlib.suppress(OSError):
             visitor.sendall(f"{answer}\n".encode())
             visitor.recv(1)  # its end first, so that JAX can take the port at once
-    if answer != "go":
-        raise UserError(answer)
+    return answer
 
 
-def _knock(cluster: Cluster, host: str, port: int, deadline: float) -> None:
-    """Another process: says who it is, again and again until process 0 is there, and waits for its answer."""
-    answer = ""
-    while not answer and time.monotonic() < deadline:
+def _knock(cluster: Cluster, host: str, port: int, deadline: float) -> str:
+    """Another process: says who it is, again and again until process 0 is there, and returns its answer."""
+    while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)) as server:
                 server.sendall(f"{cluster.index} {cluster.count}\n".encode())
                 # Process 0 is there and answers when its own time is over, which may have begun later.
                 server.settimeout(2 * cluster.timeout)
-                answer = server.makefile().readline().strip()
+                if answer := server.makefile().readline().strip():
+                    return answer
         except OSError as error:
             log.debug("process 0 is not there yet: %s", error)
-        if not answer:
-            time.sleep(_RETRY)
-    if not answer:
-        raise UserError(
-            f"process {cluster.index} did not reach process 0 at {cluster.coordinator} in {cluster.timeout} s: was it "
-            "started there, and can this machine reach that port?"
-        )
-    if answer != "go":
-        raise UserError(answer)
+        time.sleep(_RETRY)
+    return (
+        f"process {cluster.index} did not reach process 0 at {cluster.coordinator} in {cluster.timeout} s: was it "
+        "started there, and can this machine reach that port?"
+    )

@@ -1,4 +1,4 @@
-"""One process of a run works in a child, so that its parent can say in one line how it ended.
+"""One process of a run works in a child, so that its parent can report in one line how it ended.
 
 JAX aborts a process, with a page of stack traces, once process 0 is gone or another has been silent for long; inside
 the process that can be neither prevented nor caught. (Its option `missed_heartbeat_callback` cannot be used from
@@ -19,7 +19,7 @@ import threading
 from m3ae_jax.errors import LOST, STOPPED
 
 _COORDINATION = re.compile(rb"coordination_service|preemption_|JAX distributed service detected fatal errors")
-_GLOO = b"[Gloo]"  # talks, and cannot be asked not to
+_GLOO = b"[Gloo]"  # logs, and has no setting to stop it
 _LAST_LINES = 1.0  # seconds for them to come through
 _PR_SET_PDEATHSIG = 1
 
@@ -49,7 +49,7 @@ def supervise() -> None:
 
 
 class _Console(threading.Thread):
-    """Shows the child's standard error as it comes; keeps it from the first line on that JAX's coordination wrote."""
+    """Shows the child's standard error as it comes; holds it back from JAX's coordination's first line on."""
 
     def __init__(self, reader: int) -> None:
         super().__init__(daemon=True)

@@ -257,14 +257,11 @@ def _total(run: Run) -> int | None:
 
 def _worked(run: Run) -> float:
     """Seconds from each start to the last sign of it; the time between two starts does not count."""
-    seconds, begin, latest = 0.0, None, None
-    for event in (event for event in run.events if event.time):
-        if event.kind in _STARTS or begin is None:
-            seconds += (latest - begin).total_seconds() if begin and latest else 0.0
-            begin = event.time
-        latest = event.time
-    heard = run.heard_of
-    return seconds + ((heard - begin).total_seconds() if begin and heard else 0.0)
+    moments = [(event.time, event.kind) for event in run.events if event.time]
+    if run.heard_of:
+        moments.append((run.heard_of, ""))
+    between = [(after - before, kind) for (before, _), (after, kind) in itertools.pairwise(moments)]
+    return sum(passed.total_seconds() for passed, kind in between if kind not in _STARTS)
 
 
 # --- events and config -------------------------------------------------------------------------------------

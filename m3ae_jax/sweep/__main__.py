@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 _CONFIG = flags.DEFINE_string("config", None, "As of m3ae_jax.main, with --config.NAME=VALUE.", required=True)
 _GRID = flags.DEFINE_multi_string("grid", [], "FIELD=VALUE,VALUE, or FIELD:FIELD=VALUE:VALUE,...; several with ;.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, with seeds from the config's on.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, with seeds from the config's on.", lower_bound=1)
 _EVAL = flags.DEFINE_list("eval", ["probe"], "Evaluations of each run, in place of the config's evals.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; by default runs/sweep_<config name>.")
 _EQUAL_FLOPS = flags.DEFINE_list("equal_flops", [], "Axes whose runs train for as many FLOPs as the first of them.")
 _COMPARE = flags.DEFINE_string("compare", "", "The axis whose values are compared with its first; by default the last.")
 _FIGURES = flags.DEFINE_list("figures", [], "Scalars of the evaluations to show.")
 _TITLE = flags.DEFINE_string("title", "", "Of the plot.")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs beside each other, which share this machine's cores.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at the same time, sharing this machine's cores.", lower_bound=1)
 _PRINT_COMMANDS = flags.DEFINE_bool("print_commands", False, "Print the commands of the runs that are not done.")
 
 _overrides: list[tuple[str, str]] = []
@@ -49,9 +49,6 @@ def _sweep() -> Sweep:
     config = config_lib.load(_CONFIG.value)
     config_lib.apply_overrides(config, _overrides)
     config_lib.check_named_code(_CONFIG.value, config, _overrides)
-    for name, value in (("seeds", _SEEDS.value), ("parallel", _PARALLEL.value)):
-        if value < 1:
-            raise UserError(f"--{name}={value}: must be at least 1")
     if not _EVAL.value:
         raise UserError("--eval= names no evaluation, so there is nothing to compare")
     config.evals = tuple(_EVAL.value)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import m3ae_jax.console as console
@@ -74,7 +74,7 @@ def run_all(jobs: Sequence[Job], parallel: int = 1) -> list[Job]:
     free = _shares(parallel)
     running: list[_Started] = []
     failed: list[Job] = []
-    with _stopped_at_the_end(running):
+    try:
         while waiting or running:
             while waiting and free:
                 number, job = waiting.pop(0)
@@ -92,6 +92,8 @@ def run_all(jobs: Sequence[Job], parallel: int = 1) -> list[Job]:
                 free.append(one.cores)
                 if not _succeeded(one, len(jobs)):
                     failed.append(one.job)
+    finally:
+        _stop(running)
     return failed
 
 
@@ -137,21 +139,17 @@ def _succeeded(one: _Started, count: int) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _stopped_at_the_end(running: list[_Started]) -> Iterator[None]:
+def _stop(running: list[_Started]) -> None:
     """When the sweep is stopped, its runs save and stop too."""
-    try:
-        yield
-    finally:
-        for one in running:
-            with contextlib.suppress(ProcessLookupError):
-                one.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE
-        for one in running:
-            try:
-                one.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                one.process.kill()
+    for one in running:
+        with contextlib.suppress(ProcessLookupError):
+            one.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    for one in running:
+        try:
+            one.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.process.kill()
 
 
 def python_command(config: str, folder: Path, overrides: Sequence[tuple[str, str]]) -> list[str]:
