@@ -75,7 +75,7 @@ def _machine() -> str:
 
 
 def _tidy(ours: Path) -> None:
-    # By the time of writing, for many file systems keep no time of reading.
+    # By the time of writing, for many file systems record no time of reading.
     old = time.time() - _DAYS * 24 * 3600
     for file in ours.glob("*/*-cache"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and where not."""
+"""Where compiled programs are stored, and where not."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_a_link_is_not_used(home, tmp_path):
 def test_nor_one_whose_place_another_could_take(home, mode, monkeypatch):
     home.parent.mkdir()
     home.parent.chmod(mode)
-    monkeypatch.setattr(compilation_cache, "_own_group_alone", lambda found: False)
+    monkeypatch.setattr(compilation_cache, "_own_group_alone", lambda status: False)
     compilation_cache.use()
     assert DIR not in os.environ
     home.parent.chmod(mode | 0o1000)  # sticky: only owners move what is within

@@ -77,7 +77,7 @@ def summary(wrong: Iterable[str]) -> str:
 
 def _entry(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # else a loss of power could keep the manifest and lose what it lists
+        os.fsync(file.fileno())  # else a loss of power could leave the manifest without the files that it lists
     return {"bytes": path.stat().st_size, "sha256": _sum(path)}
 
 

@@ -87,7 +87,7 @@ def parse(text: str) -> Topology:
     if match[1] not in CHIPS:
         raise UserError(one_of(f"--topology={text!r}: generation", match[1], CHIPS))
     shape, slices = tuple(int(n) for n in match[2].split("x")), int(match[3] or 1)
-    wanted = CHIPS[match[1]].dimensions
-    if len(shape) != wanted or not all(shape) or not slices:
-        raise UserError(f"--topology={text!r}: a {match[1]} slice has {wanted} axes, each of 1 or more")
+    dimensions = CHIPS[match[1]].dimensions
+    if len(shape) != dimensions or not all(shape) or not slices:
+        raise UserError(f"--topology={text!r}: a {match[1]} slice has {dimensions} axes, each of 1 or more")
     return Topology(match[1], shape, slices)

@@ -1,6 +1,6 @@
 """Reads a compiled program's text (HLO): collectives, memory traffic, the largest arrays.
 
-XLA's own `cost_analysis` counts a loop's body once, and this code base keeps its layers in loops; here each
+XLA's own `cost_analysis` counts a loop's body once, and this code base runs its layers in loops; here each
 instruction counts as often as the loops around it run.
 """
 

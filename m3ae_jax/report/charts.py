@@ -126,11 +126,6 @@ def colours(count: int) -> list[str]:
     return [f"hsl({360 * number // count} 65% 50%)" for number in range(count)]
 
 
-def gallery(charts: Iterable[Html]) -> Html:
-    """Charts side by side, as many as fit."""
-    return page.element("div", *charts, class_="charts")
-
-
 def chart(
     title: str,
     unit: str,

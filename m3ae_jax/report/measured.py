@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from m3ae_jax.report import page
-from m3ae_jax.report.charts import Line, Series, chart, gallery, short, stack
+from m3ae_jax.report.charts import Line, Series, chart, short, stack
 from m3ae_jax.report.page import Html
 from m3ae_jax.report.pictures import UNITS, loss_terms
 
-_GROUPS = 16  # lines of a chart: more do not tell apart
+_GROUPS = 16  # lines of a chart: more cannot be distinguished
 _SHARES = ("step", "data_wait", "startup", "compile", "evaluation", "checkpoint")
 _TERAFLOPS = "train/teraflops_per_second_per_chip"
 _NORMS_LOG = 5  # times the least: below, a logarithmic axis would have hardly a tick
@@ -30,7 +30,7 @@ def curves(metrics: Metrics) -> Iterator[Html]:
     charts = [*_losses(metrics), *_accuracies(metrics), *_learning_rate(metrics), *_norms(metrics)]
     if charts:
         yield page.note("The number beside a name is its newest value. The prior is the loss without any context.")
-        yield gallery(charts)
+        yield page.gallery(charts, "charts")
     rows = [(name, f"{series.steps[-1]:,}", short(series.last)) for name, series in sorted(metrics.items())]
     if rows:
         yield page.details("The newest value of everything", page.table(("figure", "step", "value"), rows))
@@ -108,7 +108,7 @@ def throughput(metrics: Metrics) -> Iterator[Html]:
         median = short(float(np.nanmedian(rate.values))) if np.isfinite(rate.values).any() else "none"
         yield page.paragraph(f"{median} examples/s in the median of {len(rate.values):,} intervals.")
     if charts:
-        yield gallery(charts)
+        yield page.gallery(charts, "charts")
     yield from _tokens(metrics)
     yield from _sources(metrics)
 

@@ -151,9 +151,9 @@ def figure(picture: bytes | Figure, alt: str, caption: object = "") -> Html:
     return element("figure", image, element("figcaption", caption) if caption else Html())
 
 
-def gallery(figures: Iterable[Html]) -> Html:
-    """Figures side by side, as many as fit."""
-    return element("div", *figures, class_="gallery")
+def gallery(figures: Iterable[Html], kind: str = "gallery") -> Html:
+    """Figures side by side, as many as fit: pictures (a ``gallery``) or wider ``charts``."""
+    return element("div", *figures, class_=kind)
 
 
 def write(workdir: Path, number: int, name: str, title: str, *parts: object) -> Path:

@@ -493,7 +493,7 @@ def _legend(rows: Sequence[Reconstruction], width: int) -> _Flow:
     }
     used = {chip.style for row in rows for chip in _caption(row)}
     chips = [_Chip(text, style) for style, text in meanings.items() if style in used]
-    # Words of a legend entry stay together; the faint bar keeps neighbours apart.
+    # Words of a legend entry stay together; the faint bar separates neighbours.
     parts = [part for chip in chips for part in (chip, _Chip("|", _FAINT))][:-1]
     return _flow(parts if rows else [_Chip("no examples", _FAINT)], _font(13), width)
 

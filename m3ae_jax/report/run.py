@@ -131,7 +131,7 @@ def build_run(workdir: Path) -> Path:
     for number, name, title, section in _SECTIONS:
         try:
             parts = list(section(run))
-        except Exception as error:  # of a run gone wrong anything may be found; the other parts are wanted all the more
+        except Exception as error:  # a run gone wrong may hold anything; the other parts are needed all the more
             log.warning("report: the part %r could not be made: %s", title, error, exc_info=True)
             parts = [page.alert("This part could not be made: ", page.data(f"{type(error).__name__}: {error}"))]
         if parts:
@@ -182,7 +182,7 @@ def _summary(run: Run) -> Iterator[Html]:
     if alarm and alarm.kind != "finished":
         at = "" if alarm.step is None else f" at step {alarm.step:,}"
         yield page.alert(f"{alarm.kind}{at}: ", page.data(alarm.text))
-        # A run that was asked to stop needs no mending.
+        # A run that was stopped on purpose needs no mending.
         begin = "The" if alarm.kind in ("stopped", "preempted") else "Once the cause is mended, the"
         step = run.checkpoint
         goes_on = (

@@ -44,7 +44,7 @@ _overrides: list[tuple[str, str]] = []
 
 
 def _sweep() -> Sweep:
-    from m3ae_jax.sweep.sweep import Options, Sweep
+    from m3ae_jax.sweep.sweep import Sweep
 
     config = config_lib.load(_CONFIG.value)
     config_lib.apply_overrides(config, _overrides)
@@ -53,8 +53,8 @@ def _sweep() -> Sweep:
         raise UserError("--eval= names no evaluation, so there is nothing to compare")
     config.evals = tuple(_EVAL.value)
     folder = Path(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}").expanduser().resolve()
-    names = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
-    return Sweep(Options(_CONFIG.value, config, _overrides, folder, *names))
+    settings = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
+    return Sweep(_CONFIG.value, config, _overrides, folder, *settings)
 
 
 def _run() -> int:

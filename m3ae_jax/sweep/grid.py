@@ -115,7 +115,7 @@ def _split(text: str, separator: str) -> list[str]:
     return re.sub(f"({_ENCLOSED})|{separator}", lambda match: match[1] or "\0", text).split("\0")
 
 
-def runs_of(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
+def make_runs(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
     """All points with all seeds, a seed's points together: a sweep that is stopped early can be compared.
 
     Args:

@@ -22,7 +22,7 @@ log = logging.getLogger("m3ae_jax")
 
 CONSOLE = "console.txt"
 _POLL = 0.2  # seconds
-_STARTS = 20  # of a run that asks to be started again
+_STARTS = 20  # of a run that ends with the exit code for "start again"
 _GRACE = 120.0  # seconds for the runs to save when the sweep is stopped
 
 

@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 import m3ae_jax.evals as evals
 from m3ae_jax.config import apply_overrides, resolve
 from m3ae_jax.sweep.budget import Budgets
-from m3ae_jax.sweep.grid import Axis, Overrides, Run, parse_grid, runs_of
+from m3ae_jax.sweep.grid import Axis, Overrides, Run, make_runs, parse_grid
 from m3ae_jax.sweep.results import Results, RunResult
 from m3ae_jax.sweep.runner import Job, python_command
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The settings of a sweep, as the command line gives them.
+@dataclasses.dataclass
+class Sweep:
+    """The runs of a grid, one for each point and seed.
 
     Attributes:
         config_file: of the runs.
@@ -32,6 +32,9 @@ class Options:
         equal_flops: names of axes, see `Budgets`.
         compare: name of an axis, see `Results`.
         figures: names of scalars, see `Results`.
+
+    Raises:
+        UserError: a point's config cannot work, or a name is wrong; before anything is run.
     """
 
     config_file: str
@@ -44,25 +47,13 @@ class Options:
     compare: str = ""
     figures: Sequence[str] = ()
 
-
-class Sweep:
-    """The runs of a grid, one for each point and seed.
-
-    Args:
-        options: of the sweep.
-
-    Raises:
-        UserError: a point's config cannot work, or a name is wrong; before anything is run.
-    """
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self.axes: tuple[Axis, ...] = parse_grid(options.grid, options.config)
-        self._budgets = Budgets(options.config, self.axes, options.equal_flops)
-        Results(self.axes, (), (), options.compare)
-        self.runs = runs_of(self.axes, options.config, options.seeds)
+    def __post_init__(self) -> None:
+        self.axes: tuple[Axis, ...] = parse_grid(self.grid, self.config)
+        self._budgets = Budgets(self.config, self.axes, self.equal_flops)
+        Results(self.axes, (), (), self.compare)
+        self.runs = make_runs(self.axes, self.config, self.seeds)
         for run in self.runs:
-            config = options.config.copy_and_resolve_references()
+            config = self.config.copy_and_resolve_references()
             apply_overrides(config, self._budgets.overrides(run))
             evals.check(resolve(config))
 
@@ -71,21 +62,21 @@ class Sweep:
         return [self._job(run) for run in self.runs]
 
     def _job(self, run: Run) -> Job:
-        options, folder = self._options, self._options.folder / run.name
-        overrides = [*options.overrides, *self._budgets.overrides(run), ("evals", ",".join(options.config.evals))]
+        overrides = [*self.overrides, *self._budgets.overrides(run), ("evals", ",".join(self.config.evals))]
 
         def metrics() -> str:
             results = self._results([run])
             return "  ".join(f"{figure} {results.done[0].scalars[figure]:.3f}" for figure in results.figures)
 
-        command = python_command(options.config_file, folder, overrides)
+        folder = self.folder / run.name
+        command = python_command(self.config_file, folder, overrides)
         return Job(run.name, command, folder, lambda: bool(self._scalars(run)), metrics)
 
     def _scalars(self, run: Run) -> dict[str, float]:
         """All metrics of a run's evaluations at its end; nothing as long as one is missing."""
-        folder, steps = self._options.folder / run.name / "evals", self._budgets.of(run).steps
+        folder, steps = self.folder / run.name / "evals", self._budgets.of(run).steps
         scalars: dict[str, float] = {}
-        for name in self._options.config.evals:
+        for name in self.config.evals:
             try:
                 scalars |= json.loads(evals.place(folder, name, steps).read_text(encoding="utf-8"))
             except (OSError, ValueError):  # a kill while it was written
@@ -94,8 +85,7 @@ class Sweep:
 
     def _results(self, runs: Sequence[Run]) -> Results:
         results = [RunResult(run, self._budgets.of(run), self._scalars(run)) for run in runs]
-        done = [result for result in results if result.scalars]
-        return Results(self.axes, done, self._options.figures, self._options.compare)
+        return Results(self.axes, [one for one in results if one.scalars], self.figures, self.compare)
 
     def results(self) -> Results:
         """The results of the runs that are done."""
@@ -103,12 +93,11 @@ class Sweep:
 
     def about(self) -> dict[str, Any]:
         """The sweep's settings, for the record."""
-        options = self._options
         return {
-            "config": options.config_file,
-            "overrides": dict(options.overrides),
+            "config": self.config_file,
+            "overrides": dict(self.overrides),
             "grid": [dataclasses.asdict(axis) for axis in self.axes],
-            "seeds": options.seeds,
-            "equal_flops": list(options.equal_flops),
-            "evaluations": list(options.config.evals),
+            "seeds": self.seeds,
+            "equal_flops": list(self.equal_flops),
+            "evaluations": list(self.config.evals),
         }

@@ -1,4 +1,4 @@
-"""Checkpoints survive restarts: the newest and the best are kept, and readers disturb nobody."""
+"""Checkpoints survive restarts: the newest and the best are retained, and readers disturb nobody."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def steps(folder):
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-def test_the_best_is_kept_over_a_restart(tmp_path):
+def test_the_best_is_retained_over_a_restart(tmp_path):
     first = Checkpoints(tmp_path, keep=2)
     for step, loss in ((1, 9.0), (2, 1.0), (3, 5.0)):
         first.save(state(step), {"step": step}, {"val/loss": loss})

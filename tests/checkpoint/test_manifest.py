@@ -114,7 +114,7 @@ def test_readers_refuse_damage_and_touch_nothing(folder):
         with pytest.raises(UserError, match="2 is damaged: state/d/"):
             read(2)
     reader.close()
-    for path in (folder, folder / "2"):  # starting from older weights than were asked for would be another run
+    for path in (folder, folder / "2"):  # starting from older weights than were requested would be another run
         with pytest.raises(UserError, match="2 is damaged: state/d/"):
             take_weights(state(0).params, str(path))
     assert load_params(str(folder / "1"))["layer"]["kernel"][0, 0] == 1.0
@@ -233,7 +233,7 @@ def test_a_save_whose_state_is_gone_is_given_up_for_the_next_one(folder, monkeyp
     run.close()
 
 
-def test_a_lost_save_is_told_at_the_end(folder, monkeypatch):
+def test_a_lost_save_is_reported_at_the_end(folder, monkeypatch):
     run = Checkpoints(folder, keep=1, sleep=lambda seconds: None)
     break_at(monkeypatch, "manifest", times=1)
     lost = state(3)

@@ -44,17 +44,17 @@ def test_all_go_on_when_the_last_has_come(address, monkeypatch):
     assert all_meet(clusters, delays={0: 0.3, 3: 0.5}) == [None] * 4
 
 
-def test_all_are_told_who_is_missing(address, monkeypatch):
+def test_all_learn_who_is_missing(address, monkeypatch):
     monkeypatch.setattr(processes, "_RETRY", 0.02)
     clusters = [Cluster(address, 4, index, timeout=1) for index in (0, 2)]
-    told = all_meet(clusters, delays={0: 0.5})  # the other's time is over before
-    assert told[0] == told[1] == f"process 1, 3 of 4 did not come to {address} in 1 s"
+    errors = all_meet(clusters, delays={0: 0.5})  # the other's time is over before
+    assert errors[0] == errors[1] == f"process 1, 3 of 4 did not come to {address} in 1 s"
 
 
 def test_without_process_0_the_others_say_so(address, monkeypatch):
     monkeypatch.setattr(processes, "_RETRY", 0.02)
-    (told,) = all_meet([Cluster(address, 2, 1, timeout=1)])
-    assert f"process 1 did not reach process 0 at {address} in 1 s" in told
+    (error,) = all_meet([Cluster(address, 2, 1, timeout=1)])
+    assert f"process 1 did not reach process 0 at {address} in 1 s" in error
 
 
 @pytest.mark.parametrize(
@@ -64,17 +64,17 @@ def test_without_process_0_the_others_say_so(address, monkeypatch):
         (Cluster(count=3, index=2), "two processes have --process_index=2"),
     ],
 )
-def test_settings_that_differ_are_told_to_all(address, second, message, monkeypatch):
+def test_settings_that_differ_are_reported_to_all(address, second, message, monkeypatch):
     monkeypatch.setattr(processes, "_RETRY", 0.02)
     clusters = [Cluster(address, 3, index, timeout=30) for index in (0, 2)]
-    told = all_meet([*clusters, Cluster(address, second.count, second.index, timeout=30)], delays={2: 0.2})
-    assert told == [message] * 3
+    errors = all_meet([*clusters, Cluster(address, second.count, second.index, timeout=30)], delays={2: 0.2})
+    assert errors == [message] * 3
 
 
-def test_a_port_in_use_is_told(address):
+def test_a_port_in_use_is_reported(address):
     with socket.create_server(("", int(address.rpartition(":")[2]))):
-        (told,) = all_meet([Cluster(address, 2, 0, timeout=1)])
-    assert "cannot listen there" in told
+        (error,) = all_meet([Cluster(address, 2, 0, timeout=1)])
+    assert "cannot listen there" in error
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ LOSSES = (
 
 
 @pytest.mark.parametrize("text", LOSSES)
-def test_the_loss_of_another_process_is_told_by_its_text_also_of_a_cause(text, monkeypatch):
+def test_the_loss_of_another_process_is_recognised_by_its_text_also_of_a_cause(text, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert tells_of_a_loss(jax.errors.JaxRuntimeError(text)) and tells_of_a_loss(ValueError(text))
     outer = KeyError("save")

@@ -65,15 +65,15 @@ ENTRY %main (p: (s32[], bf16[12,4,64]), g: f32[16,64]) -> f32[4,64] {
 
 
 def test_collectives_count_as_often_as_their_loop_runs_and_once_a_channel():
-    found = {c.kind: c for c in Program(TEXT).collectives()}
-    assert set(found) == {"all-gather", "reduce-scatter"}
-    assert found["all-gather"].count == 12
-    assert found["all-gather"].bytes == 12 * 16 * 64 * 2 * 3 / 4
-    assert found["reduce-scatter"].count == 1
-    assert found["reduce-scatter"].bytes == 16 * 64 * 4 * 3 / 4
+    collectives = {c.kind: c for c in Program(TEXT).collectives()}
+    assert set(collectives) == {"all-gather", "reduce-scatter"}
+    assert collectives["all-gather"].count == 12
+    assert collectives["all-gather"].bytes == 12 * 16 * 64 * 2 * 3 / 4
+    assert collectives["reduce-scatter"].count == 1
+    assert collectives["reduce-scatter"].bytes == 16 * 64 * 4 * 3 / 4
 
 
-def test_collectives_across_slices_are_told_apart():
+def test_collectives_across_slices_are_distinguished():
     assert not any(c.crosses_slices for c in Program(TEXT, slice_size=4).collectives())
     assert all(c.crosses_slices for c in Program(TEXT, slice_size=2).collectives())
 

@@ -50,13 +50,13 @@ class Balance(HTMLParser):
 
 def check(text):
     """A whole page: balanced, without scripts, and nothing in it leads out of the file."""
-    found = Balance(text)
-    assert found.open == []
-    assert "script" not in found.tags
-    assert all(reference.startswith(("data:", "#")) for reference in found.references), found.references
+    parsed = Balance(text)
+    assert parsed.open == []
+    assert "script" not in parsed.tags
+    assert all(reference.startswith(("data:", "#")) for reference in parsed.references), parsed.references
     assert not re.search(r"url\(|@import", text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", text)
-    return found
+    return parsed
 
 
 def browser():
@@ -67,7 +67,7 @@ def browser():
 
 
 def load_in_browser(file, profile):
-    """The page's DOM as a browser builds it, and what its console said."""
+    """The page's DOM as a browser builds it, and what its console logged."""
     command = [
         browser(), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
         f"--user-data-dir={profile}", "--dump-dom", f"file://{file}",
@@ -95,9 +95,9 @@ def hostile_page(workdir):
 
 def test_whatever_comes_from_data_is_text(tmp_path):
     text = hostile_page(tmp_path).read_text(encoding="utf-8")
-    found = check(text)
-    assert found.text.count(SCRIPT) >= 6, "it is shown, as it is written"
-    assert HEBREW in found.text and "\\u202eoverride" in found.text and "\\x00" in found.text
+    parsed = check(text)
+    assert parsed.text.count(SCRIPT) >= 6, "it is shown, as it is written"
+    assert HEBREW in parsed.text and "\\u202eoverride" in parsed.text and "\\x00" in parsed.text
 
 
 def test_the_page_joins_the_fragments_in_order(tmp_path):
@@ -109,12 +109,12 @@ def test_the_page_joins_the_fragments_in_order(tmp_path):
     (tmp_path / "report" / "notes.html").write_text("not a fragment")
     built = page.build(tmp_path, "runs/x")
     text = built.read_text(encoding="utf-8")
-    found = check(text)
+    parsed = check(text)
     assert built == tmp_path / "report.html"
-    assert found.references[1:] == ["#05-summary", "#10-curves", "#30-evaluations"]
-    assert all(f'id="{anchor[1:]}"' in text for anchor in found.references[1:])
+    assert parsed.references[1:] == ["#05-summary", "#10-curves", "#30-evaluations"]
+    assert all(f'id="{anchor[1:]}"' in text for anchor in parsed.references[1:])
     assert re.findall("first|second|third|old|not a fragment", text) == ["first", "second", "third"]
-    assert found.text.count("Curves & more") == 2, "in the table of contents and above its section"
+    assert parsed.text.count("Curves & more") == 2, "in the table of contents and above its section"
     assert sorted(p.name for p in (tmp_path / "report").iterdir() if p.suffix == ".tmp") == []
 
 

@@ -59,7 +59,7 @@ def test_pictures_stand_side_by_side_at_a_legible_size(side: int, shown: int) ->
     assert lefts == sorted(lefts)
 
 
-def test_aspect_ratio_is_kept() -> None:
+def test_aspect_ratio_stays() -> None:
     row = Reconstruction(picture(32, 64), None, None, ())
     ys, xs = np.nonzero((np.asarray(reconstruction_sheet([row], "t")) == 90).all(-1))
     assert (np.ptp(ys) + 1, np.ptp(xs) + 1) == (96, 192)
@@ -160,10 +160,10 @@ def test_maps_share_their_colours_and_any_class_name_is_shown(count: int) -> Non
     names = ("_private", "$5 and $6", "猫\n", *["a very Long Name " * 9] * 7)[:count]
     label = np.arange(50) % count
     places = np.random.default_rng(0).normal(size=(50, 2))
-    found = class_maps([ClassMap("run $1", places, label), ClassMap("猫", places, label)], names, "long title " * 30)
-    assert found.shape[1:] == (1000, 3) and found.dtype == np.uint8
-    assert all((edge == 255).all() for edge in (found[:2], found[-2:], found[:, :2], found[:, -2:]))
-    for half in np.split(found[100:500].astype(float), 2, axis=1):
+    pixels = class_maps([ClassMap("run $1", places, label), ClassMap("猫", places, label)], names, "long title " * 30)
+    assert pixels.shape[1:] == (1000, 3) and pixels.dtype == np.uint8
+    assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
+    for half in np.split(pixels[100:500].astype(float), 2, axis=1):
         for colour in matplotlib.color_sequences["tab10"][:count]:
             seen = 255 * (0.75 * np.array(colour) + 0.25)
             assert (np.abs(half - seen).max(axis=-1) < 3).sum() > 20, "of each class on either side"

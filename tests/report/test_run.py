@@ -1,4 +1,4 @@
-"""The run's page: whatever is in the folder, and whatever is not, it says what happened."""
+"""The run's page: whatever is in the folder, and whatever is not, it shows what happened."""
 
 import base64
 import io
@@ -139,7 +139,7 @@ def add_evaluations(folder: Path) -> None:
 
 
 def add_replay(folder: Path, **changes: object) -> None:
-    found = {
+    record = {
         "step": 881,
         "from_step": 500,
         "loss": None,
@@ -151,7 +151,7 @@ def add_replay(folder: Path, **changes: object) -> None:
         "worst": [{"position": 56321, "source": "photos", "index": 1234, "loss": None, "caption": "a red bus"}],
     }
     sheet(folder / "step_881.png")
-    (folder / "step_881.json").write_text(json.dumps(found | changes))
+    (folder / "step_881.json").write_text(json.dumps(record | changes))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def built(folder: Path):
     return text, check(text)
 
 
-def of(text: str, anchor: str) -> str:
+def section(text: str, anchor: str) -> str:
     """One section of a page."""
     return re.search(rf'<section id="{anchor}">(.*?)</section>', text, re.DOTALL)[1]
 
@@ -175,25 +175,25 @@ def of(text: str, anchor: str) -> str:
 
 
 def test_a_whole_run_has_every_part(whole):
-    text, found = built(whole)
-    anchors = [value for value in found.references if value.startswith("#")]
+    text, parsed = built(whole)
+    anchors = [value for value in parsed.references if value.startswith("#")]
     names = ["00-run", "05-events", "20-curves", "25-throughput", "30-reconstructions", "40-evaluations"]
     assert anchors == [f"#{name}" for name in (*names, "60-replay", "80-config")]
     assert "<h1>night</h1>" in text and len(text) < 5e6
 
 
-def test_the_first_part_tells_how_it_stands(whole):
-    part = of(built(whole)[0], "00-run")
-    for said in (
+def test_the_first_part_shows_the_status(whole):
+    part = section(built(whole)[0], "00-run")
+    for expected in (
         "finished at 2026-11-23 11:21:13 UTC", "2,000 of 2,000 (100 %)", "128,000", "21m00s", "<td dir=\"auto\">2</td>",
         "0.6205 at step 1,750", "33<bdi> (does not decode 33)</bdi>", "newest checkpoint",
     ):  # fmt: skip
-        assert said in part, said
+        assert expected in part, expected
     assert "alert" not in part
 
 
-def test_events_are_told_newest_first_and_skipped_steps_together(whole):
-    part = of(built(whole)[0], "05-events")
+def test_events_are_listed_newest_first_and_skipped_steps_together(whole):
+    part = section(built(whole)[0], "05-events")
     assert re.findall(r"finished|resumed|preempted|started", part) == ["finished", "resumed", "preempted", "started"]
     assert "3 times since step 880; the last: " in part and "step 881 was" not in part
     assert part.count("<tr>") == 1 + len(EVENTS) - 2
@@ -201,7 +201,7 @@ def test_events_are_told_newest_first_and_skipped_steps_together(whole):
 
 def test_of_many_events_the_newest_are_shown(tmp_path):
     lines(tmp_path / "events.jsonl", [event(i // 10, i, "saved", f"checkpoint {i}") for i in range(500)])
-    part = of(built(tmp_path)[0], "05-events")
+    part = section(built(tmp_path)[0], "05-events")
     assert "300 older ones are left out" in part and part.count("checkpoint ") == 200
     assert "checkpoint 300<" in part and "checkpoint 299<" not in part
 
@@ -220,29 +220,29 @@ def test_how_it_ended_is_said_on_top(tmp_path, ending, status, alarm):
     late = event(13, 7, "warning", "a thread was late")  # after the end it changes nothing
     follow = [late] if ending["kind"] in ("failed", "stopped") else []
     lines(tmp_path / "events.jsonl", [EVENTS[0], ending, *follow])
-    part = of(built(tmp_path)[0], "00-run")
+    part = section(built(tmp_path)[0], "00-run")
     assert status in part
     assert ('class="alert bad"' in part) == bool(alarm)
     assert f"{alarm}<bdi>{ending['text']}</bdi>" in part or not alarm
     assert ("same command begins anew" in part) == bool(alarm)
     (tmp_path / "checkpoints" / "1000").mkdir(parents=True)
     (tmp_path / "checkpoints" / "1010.tmp").mkdir()
-    assert ("goes on from the checkpoint of step 1,000." in of(built(tmp_path)[0], "00-run")) == bool(alarm)
+    assert ("goes on from the checkpoint of step 1,000." in section(built(tmp_path)[0], "00-run")) == bool(alarm)
 
 
 def test_a_run_that_goes_on_is_no_longer_stopped(tmp_path):
     lines(tmp_path / "events.jsonl", EVENTS[:-2])
     lines(tmp_path / "metrics.jsonl", [row(1010)])
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    for seconds, told in ((1e9, "1,000 of 2,000 (50 %)"), (2e9, "1,010 of 2,000 (50.5 %)")):
+    for seconds, expected in ((1e9, "1,000 of 2,000 (50 %)"), (2e9, "1,010 of 2,000 (50.5 %)")):
         os.utime(tmp_path / "metrics.jsonl", (seconds, seconds))
-        part = of(built(tmp_path)[0], "00-run")
+        part = section(built(tmp_path)[0], "00-run")
         assert "running" in part and "alert" not in part
-        assert told in part, "it fell back to its checkpoint, then went on"
+        assert expected in part, "it fell back to its checkpoint, then went on"
 
 
 @pytest.mark.parametrize(
-    ("duration", "events", "told"),
+    ("duration", "events", "expected"),
     [
         ("2000 steps", [], "500 of 2,000 (25 %)"),
         ("64000 examples", [], "500 of 1,000 (50 %)"),
@@ -254,12 +254,12 @@ def test_a_run_that_goes_on_is_no_longer_stopped(tmp_path):
         (None, [], '"auto">500<'),
     ],
 )
-def test_how_many_steps_there_are_to_do(tmp_path, duration, events, told):
+def test_how_many_steps_there_are_to_do(tmp_path, duration, events, expected):
     lines(tmp_path / "metrics.jsonl", [row(500)])
     os.utime(tmp_path / "metrics.jsonl", (2e9, 2e9))  # after all events
     lines(tmp_path / "events.jsonl", events)
     (tmp_path / "config.json").write_text(json.dumps({"batch_size": 64, "duration": duration}))
-    assert told in of(built(tmp_path)[0], "00-run")
+    assert expected in section(built(tmp_path)[0], "00-run")
 
 
 def test_rows_of_a_start_that_fell_back_do_not_count(tmp_path):
@@ -271,14 +271,14 @@ def test_rows_of_a_start_that_fell_back_do_not_count(tmp_path):
 
 
 def test_curves_show_each_term_with_its_units(whole):
-    part = of(built(whole)[0], "20-curves")
+    part = section(built(whole)[0], "20-curves")
     titles = re.findall(r"<h4><bdi>(.*?)</bdi>", part)
     assert titles[:4] == ["loss", "image loss", "image loss, by source", "text loss"]
     assert titles[4:] == [
         "text accuracy", "learning rate", "gradient norm", "gradient norm, by group", "parameter norm",
         "parameter norm, by group",
     ]  # fmt: skip
-    for said in (
+    for expected in (
         "squared error per pixel value",
         "nats per word",
         "val 0.2",
@@ -286,63 +286,72 @@ def test_curves_show_each_term_with_its_units(whole):
         "| skipped steps",
         "clip art",
     ):
-        assert said in part, said
+        assert expected in part, expected
 
 
-def test_throughput_tells_where_the_time_went(whole):
-    part = of(built(whole)[0], "25-throughput")
-    for said in ("examples/s", "MFU", "GiB", "startup 2", "checkpoint 1", '<td dir="auto">image</td>', "196", "75 %"):
-        assert said in part, said
+def test_throughput_shows_where_the_time_went(whole):
+    part = section(built(whole)[0], "25-throughput")
+    for expected in (
+        "examples/s",
+        "MFU",
+        "GiB",
+        "startup 2",
+        "checkpoint 1",
+        '<td dir="auto">image</td>',
+        "196",
+        "75 %",
+    ):
+        assert expected in part, expected
 
 
 def test_a_figure_that_is_the_same_for_a_chip_is_shown_once():
     figure = {"train/examples_per_second": 5.0, "train/examples_per_second_per_chip": 5.0}
-    found = charts.collect([{"step": step, **figure} for step in (1, 2)])
-    assert "a chip" not in page.join(measured.throughput(found))
+    metrics = charts.collect([{"step": step, **figure} for step in (1, 2)])
+    assert "a chip" not in page.join(measured.throughput(metrics))
 
 
 def test_of_many_groups_the_largest_are_drawn():
-    found = charts.collect([row(step, kinds=40) for step in (1, 2)])
-    drawn = page.join(measured.curves(found))
+    metrics = charts.collect([row(step, kinds=40) for step in (1, 2)])
+    drawn = page.join(measured.curves(metrics))
     assert "gradient norm, by group, the 16 largest of 40" in drawn
     assert "text_head_39 " in drawn and "embeddings_20 " not in drawn.partition("<details>")[0]
 
 
 def test_evaluations_show_the_newest_text_and_all_steps(whole):
-    part = of(built(whole)[0], "40-evaluations")
+    part = section(built(whole)[0], "40-evaluations")
     assert re.findall("<h3>(.*?)</h3>", part) == [
         f"{n} at step 2,000" for n in ("grounding", "linear_probe", "validation")
     ]
     assert '<td class="number">480</td>' in part, "a Markdown table is a table"
     assert "<pre>top-1\n  of all   60.0 %</pre>" in part
-    assert all(said in part for said in ("step 1,000", "0.25", "not finite"))
+    assert all(expected in part for expected in ("step 1,000", "0.25", "not finite"))
     assert "0.6<" not in part, "one step's figures are in its text"
 
 
-def test_a_replay_tells_what_it_found(whole):
-    part = of(built(whole)[0], "60-replay")
+def test_a_replay_shows_its_result(whole):
+    part = section(built(whole)[0], "60-replay")
     assert "Computed again from step 500: loss not finite. The run wrote the same." in part
     assert "Not finite: <bdi>all</bdi>" in part and "width:3.00em" in part and "a red bus" in part
     assert part.count("<img") == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"loss": 0.123456789, "equal": None}, "loss 0.123456789. The run wrote no loss of this step"),
         ({"loss": 1.5, "recorded_loss": 2.5, "equal": False}, '<span class="bad">The run wrote 2.5.</span>'),
         ({"worst": None, "terms": [1], "gradient_norms": {}}, "The verdict on the step"),
     ],
 )
-def test_a_replay_that_differs(tmp_path, changes, said):
+def test_a_replay_that_differs(tmp_path, changes, expected):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "replay").mkdir()
     add_replay(tmp_path / "replay", **changes)
-    assert said in of(built(tmp_path)[0], "60-replay")
+    assert expected in section(built(tmp_path)[0], "60-replay")
 
 
 def test_the_config_is_a_table_of_dotted_names(whole):
-    part = of(built(whole)[0], "80-config")
+    part = section(built(whole)[0], "80-config")
     assert "<details>" in part and "data.train.crop</th>" in part and "<code>[0.2, 1]</code>" in part
     assert "data.mixture</th>" in part and "<code>{}</code>" in part
 
@@ -351,7 +360,7 @@ def test_the_config_is_a_table_of_dotted_names(whole):
 
 
 def test_few_sheets_are_chosen_evenly_over_the_logarithm(whole):
-    part = of(built(whole)[0], "30-reconstructions")
+    part = section(built(whole)[0], "30-reconstructions")
     steps = [int(step.replace(",", "")) for step in re.findall(r"<figcaption>Step ([\d,]+)", part)]
     assert steps[0] == 0 and steps[-1] == 2000 and steps == sorted(set(steps)) and 6 <= len(steps) <= 8
     assert steps[2] - steps[1] < steps[-1] - steps[-2]
@@ -368,8 +377,8 @@ def test_any_number_of_sheets(count):
 def test_a_large_sheet_is_made_smaller_and_a_high_one_is_cut(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (900, 1300, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "step_1.png")
-    told = results.picture(tmp_path / "step_1.png", "noise", "Step 1")
-    assert "image/jpeg" in told and len(told) < 1.4 * results._BYTES
+    shown = results.picture(tmp_path / "step_1.png", "noise", "Step 1")
+    assert "image/jpeg" in shown and len(shown) < 1.4 * results._BYTES
     sheet(tmp_path / "step_2.png", (40, 7000))
     assert "The upper part alone" in results.picture(tmp_path / "step_2.png", "high", "Step 2")
     sheet(tmp_path / "step_3.png", (40, 70))
@@ -393,7 +402,7 @@ def test_sheets_that_cannot_be_read_are_named(tmp_path):
     for step, data in enumerate((b"", b"no picture", whole[:2000], whole[:40], whole[:500] + b"\0" * 99 + whole[599:])):
         (tmp_path / "pictures" / f"step_{step:08d}.png").write_bytes(data)
     (tmp_path / "pictures" / "step_00000009.png").mkdir()
-    part = of(built(tmp_path)[0], "30-reconstructions")
+    part = section(built(tmp_path)[0], "30-reconstructions")
     assert part.count("cannot be shown") == 6
 
 
@@ -403,7 +412,7 @@ def test_pictures_of_evaluations_stand_below_their_tables(tmp_path):
         drawn = {"maps": np.full(shape, value, np.uint8), "more_maps": np.full(shape, value + 1, np.uint8)}
         Result("tsne", {"tsne/n": 21.0}, "| a | b |\n|---|---|\n| c | 21 |", drawn).save(tmp_path / "evals", step)
     (tmp_path / "config.json").write_text("{}")
-    part = of(built(tmp_path)[0], "40-evaluations")
+    part = section(built(tmp_path)[0], "40-evaluations")
     assert re.findall(r"<figcaption>(.*?)</figcaption>", part) == ["maps", "more maps"]
     assert part.index("<table") < part.index("<img")
     shown = [base64.b64decode(one) for one in re.findall(r'src="data:image/png;base64,([^"]*)"', part)]
@@ -452,8 +461,8 @@ def test_any_line_stays_within_its_frame(seed):
 
 @pytest.mark.parametrize("values", [[math.nan], [0.0], [5.0, 5.0], [-1e-300, 1e300], [1e-5, 2e-5], [math.inf, 1.0]])
 def test_strange_values_make_a_chart(values):
-    found = charts.collect([{"step": i, "train/loss": value} for i, value in enumerate(values)])
-    check_chart = page.join(measured.curves(found))
+    metrics = charts.collect([{"step": i, "train/loss": value} for i, value in enumerate(values)])
+    check_chart = page.join(measured.curves(metrics))
     assert "nan" not in check_chart and "inf" not in check_chart.replace("not finite", "")
 
 
@@ -463,12 +472,12 @@ def test_what_is_not_finite_is_a_cross():
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "expected"),
     [(0.0, "0"), (0.123456, "0.1235"), (290.123, "290.1"), (12345.6, "12,346"), (1.5e-4, "1.5e-4"), (-2e-7, "-2e-7"),
      (1e9, "1e9"), (math.nan, "not finite"), (-math.inf, "not finite"), (1.0, "1")],
 )  # fmt: skip
-def test_numbers_are_short(value, told):
-    assert charts.short(value) == told
+def test_numbers_are_short(value, expected):
+    assert charts.short(value) == expected
 
 
 # --- whatever is wrong with the folder ---------------------------------------------------------------------
@@ -483,12 +492,12 @@ def test_a_folder_without_a_run_is_refused_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kept",
+    "names",
     [("metrics.jsonl",), ("events.jsonl",), ("config.json",), ("events.jsonl", "config.json", "pictures"),
      ("config.json", "evals"), ("metrics.jsonl", "replay")],
 )  # fmt: skip
-def test_anything_may_be_missing(whole, tmp_path, kept):
-    for name in kept:
+def test_anything_may_be_missing(whole, tmp_path, names):
+    for name in names:
         copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
         copy(whole / name, tmp_path / name)
     built(tmp_path)
@@ -561,21 +570,21 @@ def hostile_run(folder: Path) -> Path:
 
 
 def test_whatever_comes_from_files_is_text(tmp_path):
-    text, found = built(hostile_run(tmp_path))
-    assert "<script" not in text and found.text.count(SCRIPT) > 20
+    text, parsed = built(hostile_run(tmp_path))
+    assert "<script" not in text and parsed.text.count(SCRIPT) > 20
     assert "<b>" not in text
 
 
 def test_a_part_that_fails_leaves_the_others(whole, monkeypatch, caplog):
-    def fails(found):
+    def fails(metrics):
         raise RuntimeError(SCRIPT)
 
     monkeypatch.setattr(measured, "throughput", fails)
     with caplog.at_level(logging.WARNING):
         text = build_run(whole).read_text()
     check(text)
-    assert f"{NOT_MADE}: <bdi>RuntimeError: &lt;script&gt;" in of(text, "25-throughput")
-    assert "finished at" in of(text, "00-run") and "'Throughput'" in caplog.text
+    assert f"{NOT_MADE}: <bdi>RuntimeError: &lt;script&gt;" in section(text, "25-throughput")
+    assert "finished at" in section(text, "00-run") and "'Throughput'" in caplog.text
 
 
 def test_a_browser_shows_it_without_complaint(whole, tmp_path):

@@ -7,14 +7,14 @@ from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError
 from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.sweep.budget import Budgets
-from m3ae_jax.sweep.grid import parse_grid, runs_of
+from m3ae_jax.sweep.grid import make_runs, parse_grid
 
 
 @pytest.fixture(scope="module")
 def config():
-    found = config_lib.load("configs/claims.py")
-    config_lib.apply_overrides(found, [("duration", "100 steps"), ("model.depth", "1")])
-    return found
+    config = config_lib.load("configs/claims.py")
+    config_lib.apply_overrides(config, [("duration", "100 steps"), ("model.depth", "1")])
+    return config
 
 
 def test_an_axis_has_fields_and_values(config):
@@ -27,7 +27,7 @@ def test_axes_are_several_and_fields_change_together(config):
     axes = parse_grid(["model.width:model.heads=64:2,96:3; data.modalities=image,(image,text)"], config)
     assert axes[0].values == (("64", "2"), ("96", "3"))
     assert axes[1].values == (("image",), ("(image,text)",))
-    runs = runs_of(axes, config, seeds=2)
+    runs = make_runs(axes, config, seeds=2)
     assert len(runs) == 2 * 2 * 2 and len({run.name for run in runs}) == 8
     assert [run.seed for run in runs] == [config.seed] * 4 + [config.seed + 1] * 4
     assert runs[-1].values == {"width:heads": "96:3", "modalities": "image,text"}
@@ -43,11 +43,11 @@ def test_axes_are_several_and_fields_change_together(config):
 
 
 def test_no_grid_is_one_point(config):
-    assert len(runs_of((), config, seeds=3)) == 3
+    assert len(make_runs((), config, seeds=3)) == 3
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "message"),
     [
         ("model.text_mask_ratio", "FIELD=VALUE"),
         ("model.text_mask_ratio=", "FIELD=VALUE"),
@@ -60,8 +60,8 @@ def test_no_grid_is_one_point(config):
         ("eval.train.path=a;eval.test.path=b", "could not be told apart"),
     ],
 )
-def test_a_wrong_grid_is_told_in_a_line(config, grid, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_a_wrong_grid_is_refused_in_a_line(config, grid, message):
+    with pytest.raises(UserError, match=message) as error:
         parse_grid([grid], config)
     assert "\n" not in str(error.value)
 
@@ -69,10 +69,10 @@ def test_a_wrong_grid_is_told_in_a_line(config, grid, said):
 def test_equal_flops_are_equal_to_a_step(config):
     axes = parse_grid(["model.width:model.heads=32:2,64:2", "data.modalities=image,(image,text)"], config)
     budgets = Budgets(config, axes, ["modalities"])
-    for run in runs_of(axes, config, 1):
+    for run in make_runs(axes, config, 1):
         of, first = (
             budgets.of(run),
-            budgets.of(runs_of(axes, config, 1)[0 if run.values["width:heads"] == "32:2" else 2]),
+            budgets.of(make_runs(axes, config, 1)[0 if run.values["width:heads"] == "32:2" else 2]),
         )
         own = config.copy_and_resolve_references()
         config_lib.apply_overrides(own, budgets.overrides(run))
@@ -87,15 +87,15 @@ def test_equal_flops_are_equal_to_a_step(config):
 def test_without_equal_flops_durations_stay(config):
     axes = parse_grid(["duration=10 steps,6400 examples"], config)
     budgets = Budgets(config, axes, [])
-    runs = runs_of(axes, config, 1)
+    runs = make_runs(axes, config, 1)
     assert [budgets.of(run).steps for run in runs] == [10, 100]
     assert budgets.overrides(runs[1])[-1] == ("duration", "6400 examples")
 
 
 @pytest.mark.parametrize(
-    ("equal", "said"), [("modality", "--equal_flops='modality' is not one of"), ("duration", "cannot")]
+    ("equal", "message"), [("modality", "--equal_flops='modality' is not one of"), ("duration", "cannot")]
 )
-def test_wrong_axes_of_equal_flops_are_told(config, equal, said):
+def test_wrong_axes_of_equal_flops_are_refused(config, equal, message):
     axes = parse_grid(["data.modalities=image,(image,text);duration=5 steps,6 steps"], config)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Budgets(config, axes, [equal])

@@ -24,18 +24,18 @@ def done(width, data, seed, accuracy):
 
 
 def all_done():
-    found = []
+    runs = []
     for seed, luck in ((1, 0.3), (2, 0.0), (3, -0.2)):  # large beside the differences, as luck of the seed is
-        found += [done("64", "image", seed, 0.4 + luck), done("64", "image,text", seed, 0.5 + luck + 0.001 * seed)]
-        found += [done("96", "image", seed, 0.5 + luck), done("96", "image,text", seed, 0.5 + luck + 0.1 * (seed - 2))]
-    return found
+        runs += [done("64", "image", seed, 0.4 + luck), done("64", "image,text", seed, 0.5 + luck + 0.001 * seed)]
+        runs += [done("96", "image", seed, 0.5 + luck), done("96", "image,text", seed, 0.5 + luck + 0.1 * (seed - 2))]
+    return runs
 
 
 def test_summary_is_students_t():
     values = [0.1, 0.4, 0.35]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    found = Summary.of(dict(enumerate(values)))
-    assert (found.mean - found.interval, found.mean + found.interval) == pytest.approx((low, high))
+    summary = Summary.of(dict(enumerate(values)))
+    assert (summary.mean - summary.interval, summary.mean + summary.interval) == pytest.approx((low, high))
     assert Summary.of({1: 0.5}).text() == "0.500" and Summary.of({1: 0.5}).verdict == "inconclusive"
 
 
@@ -43,8 +43,8 @@ def test_differences_are_paired_by_seed():
     results = Results([SIZE, DATA], all_done(), [], "")
     assert results.compared == "modalities" and results.figures == [FIGURE]
     small = (("width", "64"), ("modalities", "image,text"))
-    found = results.difference(small, FIGURE)
-    assert found.mean == pytest.approx(0.102) and found.interval < 0.01 and found.verdict == "higher"
+    difference = results.difference(small, FIGURE)
+    assert difference.mean == pytest.approx(0.102) and difference.interval < 0.01 and difference.verdict == "higher"
     large = results.difference((("width", "96"), ("modalities", "image,text")), FIGURE)
     assert large.mean == pytest.approx(0.0) and large.verdict == "inconclusive"
     assert results.difference((("width", "64"), ("modalities", "image")), FIGURE) is None
@@ -58,8 +58,8 @@ def test_a_missing_run_leaves_its_seed_out():
     results = Results(
         [SIZE, DATA], [o for o in all_done() if (o.run.seed, o.run.values["modalities"]) != (2, "image")], [], ""
     )
-    found = results.difference((("width", "64"), ("modalities", "image,text")), FIGURE)
-    assert sorted(found.values) == [1, 3]
+    difference = results.difference((("width", "64"), ("modalities", "image,text")), FIGURE)
+    assert sorted(difference.values) == [1, 3]
 
 
 def test_table_has_baselines_and_is_markdown():
@@ -73,9 +73,9 @@ def test_table_has_baselines_and_is_markdown():
 def test_files(tmp_path):
     results = Results([SIZE, DATA], all_done(), [], "")
     results.save(tmp_path, {"config": "x.py"}, "title with $ and _")
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["runs"]) == 12 and found["config"] == "x.py" and found["runs"][0]["scalars"][FIGURE] == 0.7
-    pair = found["points"][1]["figures"][FIGURE]["paired"]
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert len(record["runs"]) == 12 and record["config"] == "x.py" and record["runs"][0]["scalars"][FIGURE] == 0.7
+    pair = record["points"][1]["figures"][FIGURE]["paired"]
     assert pair["difference"] == pytest.approx(0.102) and pair["verdict"] == "higher"
     assert (tmp_path / "results.md").read_text().strip() == results.table()
     assert np.asarray(Image.open(tmp_path / "results.png").convert("L")).std() > 5
@@ -90,12 +90,12 @@ def test_one_point_and_one_seed_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("figures", "compare", "said"),
+    ("figures", "compare", "message"),
     [
         (["probe/trained/image/cls/acuracy"], "", "did you mean 'probe/trained/image/cls/accuracy'"),
         ([], "modality", "--compare="),
     ],
 )
-def test_wrong_names_are_told(figures, compare, said):
-    with pytest.raises(UserError, match=said):
+def test_wrong_names_are_refused(figures, compare, message):
+    with pytest.raises(UserError, match=message):
         Results([SIZE, DATA], all_done(), figures, compare)

@@ -1,4 +1,4 @@
-"""Processes of a sweep: in order, beside each other, failing, asking to be started again, stopped."""
+"""Processes of a sweep: in order, beside each other, failing, that must be started again, stopped."""
 
 import os
 import signal

@@ -28,8 +28,8 @@ SMALL = {
 
 def command(folder, *more, grid="data.modalities=image,(image,text)"):
     fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    asked = ["--config=configs/claims.py", f"--workdir={folder}", "--seeds=1", "--eval=probe", f"--grid={grid}"]
-    return [sys.executable, "-m", "m3ae_jax.sweep", *asked, *fields, *more]
+    options = ["--config=configs/claims.py", f"--workdir={folder}", "--seeds=1", "--eval=probe", f"--grid={grid}"]
+    return [sys.executable, "-m", "m3ae_jax.sweep", *options, *fields, *more]
 
 
 def run(arguments):
@@ -49,22 +49,22 @@ def test_a_killed_sweep_goes_on(tmp_path):
     again = run(command(tmp_path))
     assert again.returncode == 0, again.stdout + again.stderr
     assert first.stat().st_mtime_ns == written
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [of["values"]["modalities"] for of in found["runs"]] == ["image", "image,text"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["values"]["modalities"] for run in results["runs"]] == ["image", "image,text"]
     assert "2 of 2 runs" in again.stdout and "| probe/trained/image/cls/accuracy |" in again.stdout
     assert (tmp_path / "results.png").exists() and (tmp_path / "results.md").exists()
 
 
 def test_commands_are_printed(tmp_path):
-    found = run(command(tmp_path, "--print_commands", "--equal_flops=modalities"))
-    lines = found.stdout.strip().splitlines()
-    assert found.returncode == 0 and len(lines) == 2 and not any(tmp_path.iterdir()), found.stderr
+    done = run(command(tmp_path, "--print_commands", "--equal_flops=modalities"))
+    lines = done.stdout.strip().splitlines()
+    assert done.returncode == 0 and len(lines) == 2 and not any(tmp_path.iterdir()), done.stderr
     assert all(line.startswith("python -m m3ae_jax.main --config=configs/claims.py") for line in lines)
     assert "--config.seed=42" in lines[0] and "'--config.data.modalities=(image,text)'" in lines[1]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--eval=prob"], "evals='prob' is not one of"),
         (["--eval=grounding"], "needs data.modalities=('image', 'text')"),  # of the point without texts
@@ -73,9 +73,9 @@ def test_commands_are_printed(tmp_path):
         (["--gird=a=1"], "unknown argument|Unknown command line flag 'gird'"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, more, said):
+def test_mistakes_are_one_line(tmp_path, more, message):
     import re
 
-    found = run(command(tmp_path, *more))
-    assert found.returncode == 2 and re.search(said if "|" in said else re.escape(said), found.stderr)
-    assert found.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
+    done = run(command(tmp_path, *more))
+    assert done.returncode == 2 and re.search(message if "|" in message else re.escape(message), done.stderr)
+    assert done.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
