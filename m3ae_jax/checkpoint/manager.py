@@ -133,10 +133,9 @@ class Checkpoints:
         save = _Save(step, state, meta, best)
         try:
             self._start(save)
+            self._pending = save
         except Exception as error:
             self._again(save, error)
-            return
-        self._pending = save
         if at_once:
             self._settle()
 

@@ -97,13 +97,12 @@ def make_mesh(config: ConfigDict | None = None, devices: Sequence[jax.Device] | 
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = mesh_shape(config, len(devices), slices) if config is not None else (len(devices), 1, 1)
-    # Axes of 16 or 2 chips need not be whole axes of a slice's torus.
-    split = {"allow_split_physical_axes": True}
+    # Axes of 16 or 2 chips need not be whole axes of a slice's torus: they may be split.
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, **split)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        inside = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -166,10 +165,8 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
                     raise UserError(f"mesh.rules: {parameter} would be split over {axis!r} along {both}")
                 used[axis] = str(name)
             if size % math.prod(mesh.shape[axis] for axis in split):
-                raise UserError(
-                    f"mesh: {parameter} has {size} {name!r} entries, not "
-                    f"divisible by {' x '.join(f'{axis}={mesh.shape[axis]}' for axis in split)}"
-                )
+                sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in split)
+                raise UserError(f"mesh: {parameter} has {size} {name!r} entries, not divisible by {sizes}")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), nn.get_partition_spec(boxed))

@@ -106,13 +106,12 @@ def meet(cluster: Cluster) -> None:
     """
     host, _, port = cluster.coordinator.rpartition(":")
     deadline = time.monotonic() + cluster.timeout
-    greet = _receive if cluster.index == 0 else _knock
-    answer = greet(cluster, host, int(port), deadline)
+    answer = _knock(cluster, host, int(port), deadline) if cluster.index else _receive(cluster, int(port), deadline)
     if answer != "go":
         raise UserError(answer)
 
 
-def _receive(cluster: Cluster, _: str, port: int, deadline: float) -> str:
+def _receive(cluster: Cluster, port: int, deadline: float) -> str:
     """Process 0: collects one line ``INDEX COUNT`` from each other process, then answers ``go`` or what is wrong."""
     visitors: list[socket.socket] = []
     came: set[int] = set()

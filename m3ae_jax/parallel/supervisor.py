@@ -42,30 +42,24 @@ def supervise() -> None:
     os.close(writer)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _pass_on(child, number))
-    console = _Console(reader)
+    held: list[bytes] = []
+    console = threading.Thread(target=_forward, args=(reader, held), daemon=True)
+    console.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     console.join(_LAST_LINES)
-    _end(code, console.held)
+    _end(code, held)
 
 
-class _Console(threading.Thread):
+def _forward(reader: int, held: list[bytes]) -> None:
     """Shows the child's standard error as it comes; holds it back from JAX's coordination's first line on."""
-
-    def __init__(self, reader: int) -> None:
-        super().__init__(daemon=True)
-        self.held: list[bytes] = []
-        self._reader = reader
-        self.start()
-
-    def run(self) -> None:
-        with os.fdopen(self._reader, "rb") as lines:
-            for line in lines:
-                if _GLOO in line:
-                    continue
-                if self.held or _COORDINATION.search(line):
-                    self.held.append(line)
-                else:
-                    _show(line)
+    with os.fdopen(reader, "rb") as lines:
+        for line in lines:
+            if _GLOO in line:
+                continue
+            if held or _COORDINATION.search(line):
+                held.append(line)
+            else:
+                _show(line)
 
 
 def _show(text: bytes) -> None:

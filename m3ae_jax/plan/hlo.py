@@ -288,9 +288,8 @@ def replica_groups(attributes: str) -> list[list[int]]:
         inside = re.findall(r"'([^']+)'", named[2])
         ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
         last = [list(axes).index(axis) for axis in inside]
-        order = [place for place in range(len(axes)) if place not in last] + last
         members = math.prod(axes[axis] for axis in inside)
-        return ids.transpose(order).reshape(-1, members).tolist()
+        return np.moveaxis(ids, last, range(-len(last), 0)).reshape(-1, members).tolist()
     return []
 
 

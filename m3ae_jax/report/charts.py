@@ -61,7 +61,7 @@ class Line:
     Attributes:
         label: in the legend.
         series: its points.
-        colour: in CSS syntax; "" for one of `colours`.
+        colour: in CSS syntax; "" for one that differs from the chart's other lines.
     """
 
     label: str
@@ -117,13 +117,6 @@ def short(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return _formatted(value, 4)
-
-
-def colours(count: int) -> list[str]:
-    """Colours that differ from each other, in the light and in the dark."""
-    if count <= 6:
-        return [f"var(--c{number})" for number in range(1, count + 1)]
-    return [f"hsl({360 * number // count} 65% 50%)" for number in range(count)]
 
 
 def chart(
@@ -210,10 +203,12 @@ def thinned(series: Series, most: int = _POINTS) -> Series:
 
 
 def _coloured(lines: Sequence[Line]) -> list[Line]:
-    return [
-        dataclasses.replace(line, colour=line.colour or colour)
-        for line, colour in zip(lines, colours(len(lines)), strict=True)
-    ]
+    """Gives each line without a colour one that differs from the others, in the light and in the dark."""
+    if len(lines) <= 6:
+        colours = [f"var(--c{number})" for number in range(1, len(lines) + 1)]
+    else:
+        colours = [f"hsl({360 * number // len(lines)} 65% 50%)" for number in range(len(lines))]
+    return [dataclasses.replace(line, colour=line.colour or c) for line, c in zip(lines, colours, strict=True)]
 
 
 def _newest(lines: Sequence[Line]) -> list[tuple[str, str]]:
@@ -240,13 +235,13 @@ def _values_axis(values: np.ndarray, log_from: float) -> _Axis:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
+    inside: list[float] = []
     for digits in ((1, 2, 5), (1, 3), (1,)):
         ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 6:
-            return ticks
-    return ticks[:: -(-len(ticks) // 6)]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) <= 6:
+            break
+    return inside[:: max(-(-len(inside) // 6), 1)]
 
 
 def _frame(x: _Axis, y: _Axis, unit: str) -> Html:

@@ -337,9 +337,8 @@ def _panel(axes: Axes, series: Mapping[str, Series], term: str) -> None:
     if prior := series.get(f"prior/{term}"):
         axes.axhline(prior.last, color="#444444", linestyle="--", linewidth=1, label="prior")
     axes.set_title(term.replace("_", " "), fontsize=10, parse_math=False)
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", ylabel=UNITS.get(term, "loss"))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.set_ylabel(UNITS.get(term, "loss"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -347,9 +346,8 @@ def _panel(axes: Axes, series: Mapping[str, Series], term: str) -> None:
 def _cell_size(rows: Sequence[Reconstruction]) -> int:
     """Side in pixels of the square that holds one picture; 0 where no example has a picture."""
     pictures = [p for row in rows for p in (row.original, row.masked, row.restored) if p is not None]
-    if not pictures:
-        return 0
-    return min(max(_CELL_MIN, *(side for p in pictures for side in p.shape[:2])), _CELL_MAX)
+    sides = [side for picture in pictures for side in picture.shape[:2]]
+    return min(max(_CELL_MIN, *sides), _CELL_MAX) if sides else 0
 
 
 def _fit(picture: np.ndarray, cell: int) -> Image.Image:
@@ -500,9 +498,7 @@ def _legend(rows: Sequence[Reconstruction], width: int) -> _Flow:
 
 def _caption(row: Reconstruction) -> list[_Chip]:
     """The caption as chips: visible words plain, hidden ones coloured by the guess."""
-    if not row.words:
-        return [_Chip("no caption", _FAINT)]
-    return [_word_chip(word) for word in row.words]
+    return [_word_chip(word) for word in row.words] or [_Chip("no caption", _FAINT)]
 
 
 def _word_chip(word: Word) -> _Chip:

@@ -198,17 +198,14 @@ def _facts(run: Run) -> Iterator[tuple[str, object]]:
     yield "status", _status(run)
     total, metrics = _total(run), run.metrics
     # Rounded down: never 100 % of a run that is not done.
-    yield (
-        "steps",
-        f"{run.done:,}" + (f" of {total:,} ({math.floor(1000 * run.done / total) / 10:g} %)" if total else ""),
-    )
+    share = f" of {total:,} ({math.floor(1000 * run.done / total) / 10:g} %)" if total else ""
+    yield "steps", f"{run.done:,}{share}"
     batch = run.config.get("batch_size")
     if isinstance(batch, int):
         yield "examples", f"{run.done * batch:,}"
     if any(event.time for event in run.events):
         yield "wall time", console.duration(_worked(run))
-    starts = sum(event.kind in _STARTS for event in run.events)
-    if starts:
+    if starts := sum(event.kind in _STARTS for event in run.events):
         yield "starts", f"{starts:,}"
     for name, label in (("train/loss", "training loss"), ("val/loss", "validation loss")):
         if series := metrics.get(name):

@@ -165,12 +165,8 @@ class Results:
         summary, difference = self.summary(point, figure), self.difference(point, figure)
         record: dict[str, Any] = {"mean": summary.mean, "interval": _number(summary.interval)}
         if difference is not None:
-            record["paired"] = {
-                "difference": _number(difference.mean),
-                "interval": _number(difference.interval),
-                "verdict": difference.verdict,
-                "from": f"the first {self.compared}",
-            }
+            paired = {"difference": _number(difference.mean), "interval": _number(difference.interval)}
+            record["paired"] = {**paired, "verdict": difference.verdict, "from": f"the first {self.compared}"}
         return record
 
     def save(self, folder: Path, about: dict[str, Any], title: str) -> None:
