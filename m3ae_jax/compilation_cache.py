@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 _DAYS = 30
-"""So long after it was written a file is removed; what is still in use is then compiled anew."""
+"""Days after which a file is removed; a program still in use is then compiled anew."""
 
 
 def use() -> None:
-    """Sets it up, for this process and those it starts; call before jax is imported.
+    """Sets the cache up, for this process and those it starts; call before jax is imported.
 
     A folder that cannot be made, or that others may write to, is not used.
     """

@@ -141,13 +141,13 @@ def _stderr_held_back() -> Iterator[None]:
 
 
 def table(rows: list[tuple[str, object]]) -> str:
-    """Aligned ``name  value`` lines."""
+    """Formats rows as aligned ``name  value`` lines."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def duration(seconds: float) -> str:
-    """``3h12m``, ``4m05s`` or ``12s``."""
+    """Formats seconds as ``3h12m``, ``4m05s`` or ``12s``."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

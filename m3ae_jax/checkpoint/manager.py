@@ -268,7 +268,7 @@ class _Lost(Exception):
 
 
 def _trouble(error: BaseException) -> str:
-    """What the storage said; raises `error` again if it did not come from there."""
+    """The storage's error message; raises `error` again if it did not come from there."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -281,7 +281,7 @@ def _trouble(error: BaseException) -> str:
 
 
 def _on_first_process(decide: Callable[[], int | None]) -> int | None:
-    """What process 0 decided, on every process; a `UserError` likewise."""
+    """Returns on every process what process 0 decided; a `UserError` of it is raised on all."""
     if jax.process_count() == 1:
         return decide()
     answer, refusal = _NONE, None

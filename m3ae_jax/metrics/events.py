@@ -25,7 +25,7 @@ class Events(logging.Handler):
     def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
         super().__init__(logging.WARNING)
         self._path = workdir / "events.jsonl" if enabled else None
-        self.step: int | None = None  # of the events that do not say
+        self.step: int | None = None  # of the events that are added without one
 
     def add(self, kind: str, text: str, step: int | None = None) -> None:
         """Writes one event.
@@ -46,6 +46,6 @@ class Events(logging.Handler):
             log.debug("%s: %s", self._path, error.strerror)  # a warning would come back here
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Of the `logging.Handler`: a warning or an error becomes an event, of the kind that its `extra` says."""
+        """Writes a warning or an error of the log as an event, of the kind that its `extra` names."""
         fields = record.__dict__
         self.add(fields.get("kind", "warning"), fields.get("brief") or record.getMessage(), fields.get("step"))

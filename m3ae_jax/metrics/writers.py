@@ -128,7 +128,7 @@ def read_rows(workdir: Path, until: int | None = None) -> list[dict[str, float]]
 
 
 def read_every_step(workdir: Path, step: int) -> dict[str, float] | None:
-    """What ``every_step.jsonl`` has of one step, the last time that it was done; None if it has nothing."""
+    """The metrics of one step in ``every_step.jsonl``, from the last time that it was done; None if there are none."""
     values = None
     for row in read_lines(workdir / EVERY_STEP):
         place = step - row.pop("step", 0)

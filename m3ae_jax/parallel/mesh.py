@@ -116,12 +116,12 @@ def activations_on(mesh: Mesh, rules: Rules = RULES) -> contextlib.AbstractConte
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples are split over ``data`` and ``fsdp``."""
+    """The sharding of a batch: examples are split over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts examples are split."""
+    """The number of parts into which a batch's examples are split."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
@@ -129,7 +129,7 @@ def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
     """Refuses a batch that cannot be cut into equal parts for each device and micro-batch.
 
     Raises:
-        UserError: as said.
+        UserError: the batch size is not divisible.
     """
     parts = batch_parts(mesh)
     if config.batch_size % (parts * config.micro_batches):
@@ -140,7 +140,7 @@ def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -186,7 +186,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
-    """As `put_batch`, of a batch that every process has whole."""
+    """Places a batch that every process has whole, as `put_batch` does."""
     rows = local_rows(mesh, jax.tree.leaves(batch)[0].shape[0])
     return put_batch(jax.tree.map(lambda x: x[rows], batch), mesh)
 

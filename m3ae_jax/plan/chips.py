@@ -57,17 +57,17 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """Its chip."""
+        """The figures of its chip."""
         return CHIPS[self.generation]
 
     @property
     def chips(self) -> int:
-        """In all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """As JAX counts them: a chip of every generation here is one device."""
+        """The number of JAX's devices: a chip of every generation here is one device."""
         return self.chips
 
     def __str__(self) -> str:

@@ -132,7 +132,7 @@ class Program:
                     yield times, instruction, computation
 
     def collectives(self) -> list[Collective]:
-        """Each kind over each network, the most bytes first."""
+        """The collectives of each kind over each network, the most bytes first."""
         counts: collections.Counter[tuple[str, bool]] = collections.Counter()
         total: dict[tuple[str, bool], float] = collections.defaultdict(float)
         seen: set[str] = set()
@@ -162,7 +162,7 @@ class Program:
         return sum(times * self._moved(instruction, inside) for times, instruction, inside in self._executed())
 
     def cycles(self) -> int:
-        """Of the chip's core, per step, by the compiler's own cost model; none for collectives and custom kernels."""
+        """Cycles of a chip's core per step, by the compiler's cost model; none for collectives and custom kernels."""
         return sum(
             times * int(match[1])
             for times, instruction, _ in self._executed()

@@ -106,14 +106,13 @@ def collect(rows: Iterable[Mapping[str, object]]) -> dict[str, Series]:
                 points[name].append((step, float(value)))
     series = {}
     for name, pairs in points.items():
-        values = np.array([value for _, value in pairs])
-        values[~np.isfinite(values)] = math.nan
-        series[name] = Series(np.array([step for step, _ in pairs]), values)
+        steps, values = map(np.array, zip(*pairs, strict=True))
+        series[name] = Series(steps, np.where(np.isfinite(values), values, math.nan))
     return series
 
 
 def short(value: float) -> str:
-    """A number in about four digits."""
+    """Formats a number in about four digits."""
     if not math.isfinite(value):
         return "not finite"
     return _formatted(value, 4)
@@ -129,7 +128,7 @@ def chart(
     log_from: float = math.inf,
     from_zero: bool = False,
 ) -> Html:
-    """Lines over the step.
+    """Draws lines over the step.
 
     Args:
         title: above.
@@ -161,7 +160,7 @@ def chart(
 
 
 def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
-    """Areas upon each other over the step.
+    """Draws areas stacked on each other over the step.
 
     Args:
         title: above.
@@ -186,12 +185,12 @@ def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
 
 
 def bar(share: float) -> Html:
-    """A bar as long as a share, 0 to 1, of six times the letters' size."""
+    """Draws a bar whose length is a share, 0 to 1, of six times the letters' size."""
     return page.element("span", class_="bar", style=f"--key:var(--c1);width:{6 * min(max(share, 0), 1):.2f}em")
 
 
 def thinned(series: Series, most: int = _POINTS) -> Series:
-    """The finite points, or the least and the greatest of each of `most / 2` stretches, so that peaks stay."""
+    """Returns the finite points, or the least and the greatest of each of `most / 2` stretches, so that peaks stay."""
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
     if len(values) <= most:
@@ -280,7 +279,7 @@ def _curve(line: Line, x: _Axis, y: _Axis) -> Iterator[Html]:
 
 
 def _marks(x: _Axis, steps: np.ndarray, shape: str, height: float) -> Html:
-    # Of those that would lie upon each other, one.
+    # Marks that would lie upon each other are drawn once.
     places = np.unique(np.round(x.at(steps)).astype(int))
     return _stroke("".join(f"M{place} {height}{shape}" for place in places), "var(--bad)")
 

@@ -34,7 +34,7 @@ class Html(str):
 
 
 def escape(value: object) -> Html:
-    """Any value as text of a page; control characters and changes of direction show as escapes."""
+    """Turns any value into text of a page; control characters and changes of direction show as escapes."""
     if isinstance(value, Html):
         return value
     text = str(value).encode("utf-8", "replace").decode("utf-8")
@@ -43,7 +43,7 @@ def escape(value: object) -> Html:
 
 
 def join(parts: Iterable[object], separator: str = "") -> Html:
-    """Parts one after the other."""
+    """Joins parts one after the other."""
     return Html(escape(separator).join(escape(part) for part in parts))
 
 
@@ -69,7 +69,7 @@ def note(*parts: object) -> Html:
 
 
 def data(text: object) -> Html:
-    """Words from a data set within other text: whatever their direction, they turn nothing around them."""
+    """Words from a data set within other text: a change of direction in them affects nothing around them."""
     return element("bdi", text)
 
 
@@ -102,7 +102,7 @@ def facts(pairs: Iterable[tuple[object, object]]) -> Html:
 
 
 def alert(*parts: object) -> Html:
-    """A box that nobody overlooks."""
+    """A highlighted box for what went wrong."""
     return element("p", *parts, class_="alert bad")
 
 
@@ -130,7 +130,7 @@ def _cell(value: object) -> Html:
 
 
 def figure(picture: bytes | Figure, alt: str, caption: object = "") -> Html:
-    """A picture.
+    """A picture with its description.
 
     Args:
         picture: the bytes of a PNG or a JPEG, or a matplotlib figure.

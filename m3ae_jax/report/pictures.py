@@ -40,7 +40,7 @@ UNITS = {
     "image_loss": "squared error per pixel value",
     "text_loss": "nats per word",
 }
-"""Of the losses, by term."""
+"""The units of the losses, by term."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """One example, before and after.
+    """One example, before and after reconstruction.
 
     Attributes:
         original: `[H, W, 3] uint8`, or None (as the next two) in an example without a picture.
@@ -237,7 +237,7 @@ def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Im
 
 
 def class_maps(maps: Sequence[ClassMap], classes: Sequence[str], title: str) -> np.ndarray:
-    """Draws examples in the plane, a panel a map, coloured by class alike in all.
+    """Draws examples in the plane, a panel a map, with the same colour for a class in all of them.
 
     Args:
         maps: side by side.
@@ -482,7 +482,7 @@ def _scale(width: int) -> _Flow:
 
 
 def _legend(rows: Sequence[Reconstruction], width: int) -> _Flow:
-    """What the colours mean, each said in its own; only those that occur."""
+    """What the colours mean, each written in its own; only those that occur."""
     meanings = {
         _PLAIN: "visible word",
         _RIGHT: "hidden, predicted right",

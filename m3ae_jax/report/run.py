@@ -253,7 +253,7 @@ def _total(run: Run) -> int | None:
 
 
 def _worked(run: Run) -> float:
-    """Seconds from each start to the last sign of it; the time between two starts does not count."""
+    """Seconds from each start to the last event after it; the time between two starts does not count."""
     moments = [(event.time, event.kind) for event in run.events if event.time]
     if run.heard_of:
         moments.append((run.heard_of, ""))

@@ -14,7 +14,7 @@ from m3ae_jax.sweep.grid import Axis, Overrides, Run
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a run takes.
+    """The cost of a run.
 
     Attributes:
         steps: of training.

@@ -35,7 +35,7 @@ class Axis:
 
     @property
     def name(self) -> str:
-        """Its fields, shortened: ``text_mask_ratio``."""
+        """The names of its fields without their groups: ``text_mask_ratio``."""
         return ":".join(field.rpartition(".")[2] for field in self.fields)
 
     def overrides(self, value: tuple[str, ...]) -> Overrides:
@@ -59,13 +59,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder: ``text_mask_ratio=0.5,seed=42``."""
+        """The name of its folder: ``text_mask_ratio=0.5,seed=42``."""
         parts = [f"{name}={value}" for name, value in self.values.items()] + [f"seed={self.seed}"]
         return _UNSAFE.sub("+", ",".join(parts))
 
 
 def parse_grid(texts: Sequence[str], config: ConfigDict) -> tuple[Axis, ...]:
-    """The axes, each value checked against the config's field.
+    """Parses the axes, each value checked against the config's field.
 
     Args:
         texts: as the command line has them.
@@ -116,7 +116,9 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def make_runs(axes: Sequence[Axis], config: ConfigDict, seeds: int) -> list[Run]:
-    """All points with all seeds, a seed's points together: a sweep that is stopped early can be compared.
+    """Makes the runs of all points with all seeds.
+
+    A seed's points follow each other, so that a sweep that is stopped early can be compared.
 
     Args:
         axes: of the grid.

@@ -148,7 +148,7 @@ class Results:
         return "\n".join(lines[1:])
 
     def record(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Everything as one object for JSON."""
         return {
             **about,
             "runs": [

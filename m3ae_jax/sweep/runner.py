@@ -60,7 +60,7 @@ class _Started:
 
 
 def run_all(jobs: Sequence[Job], parallel: int = 1) -> list[Job]:
-    """Runs what is not done.
+    """Runs the jobs that are not done.
 
     Args:
         jobs: in the order in which they are started.
@@ -118,7 +118,7 @@ def _start(job: Job, cores: list[int]) -> subprocess.Popen[bytes]:
 
 
 def _ending_with_parent() -> list[str]:
-    """What goes before a run's command: a killed sweep takes its runs along, or the next would find them at work.
+    """What goes before a run's command: a killed sweep ends its runs too, or the next one would start them twice.
 
     By util-linux's program, as code between fork and exec may hang beside JAX's threads.
     """
