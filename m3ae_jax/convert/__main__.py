@@ -11,16 +11,15 @@ A run's folder that was made so is used as any other: by `m3ae_jax.load`, --mode
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from m3ae_jax import console
+import m3ae_jax.console as console
 
 console.quiet_environment()
 
 from absl import flags  # noqa: E402
 
-from m3ae_jax import command_line  # noqa: E402
+import m3ae_jax.command_line as command_line  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 
 _FROM = flags.DEFINE_string("from", None, "A file or folder of another project; with --to a run.", required=True)
@@ -36,17 +35,14 @@ _overrides: list[tuple[str, str]] = []
 def _main(argv: list[str]) -> None:
     del argv
     console.start_logging()
-    try:
-        if bool(_TO.value) == bool(_WORKDIR.value) or bool(_TO.value) != bool(_OUTPUT.value):
-            raise UserError("give --workdir to convert into a run, or --to and --output to write one for others")
-        _export() if _TO.value else _import()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if bool(_TO.value) == bool(_WORKDIR.value) or bool(_TO.value) != bool(_OUTPUT.value):
+        raise UserError("give --workdir to convert into a run, or --to and --output to write one for others")
+    _export() if _TO.value else _import()
 
 
 def _import() -> None:
-    from m3ae_jax.convert import check, convert
+    import m3ae_jax.convert.check as check
+    import m3ae_jax.convert.convert as convert
 
     converted = convert.import_weights(Path(_FROM.value).expanduser(), _FORMAT.value, _overrides)
     print(converted.report.text())
@@ -60,8 +56,8 @@ def _import() -> None:
 
 
 def _export() -> None:
-    from m3ae_jax import inference
-    from m3ae_jax.convert import convert
+    import m3ae_jax.convert.convert as convert
+    import m3ae_jax.inference as inference
 
     stored = inference.read(_FROM.value)
     output = Path(_OUTPUT.value).expanduser()

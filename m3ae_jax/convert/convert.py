@@ -14,13 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from m3ae_jax import config as config_lib
-from m3ae_jax import inference
+import m3ae_jax.config as config_lib
+import m3ae_jax.inference as inference
 from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint.manager import Checkpoints
-from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, timm, torch_file, vitmae
-from m3ae_jax.convert.formats import Foreign, Format
-from m3ae_jax.convert.keymap import Report, draw, fill
+from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
+from m3ae_jax.convert.formats import Foreign, Format, set_sizes
+from m3ae_jax.convert.keymap import Names, Report, draw, fill
 from m3ae_jax.data.order import ORDER_VERSION
 from m3ae_jax.data.pipeline import grid
 from m3ae_jax.data.text import load_tokenizer
@@ -31,15 +31,13 @@ from m3ae_jax.train.step import STATE_VERSION, TrainState
 
 FORMATS: dict[str, Format] = {
     "m3ae": m3ae.FORMAT,
-    "mae": mae.FORMAT,
+    "mae": mae.MAE,
     "vitmae": vitmae.FORMAT,
-    "timm": timm.FORMAT,
+    "timm": mae.TIMM,
     "safetensors": own.FORMAT,
 }
-_TYPES = {stack: f"image_{stack}_type_embedding" for stack in ("encoder", "decoder")}
-_LEARNED = "image_position_embedding"
-_DECODER = ("decoder", "image_output", "text_output", "image_mask", "text_mask", "image_decoder", "text_decoder")
-"""How the names of our parameters begin that only the decoder has."""
+_TYPES = {stack: tree.path("type", stack=stack, modality="image") for stack in ("encoder", "decoder")}
+_LEARNED = tree.path("positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +98,25 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     if name not in FORMATS:
         raise UserError(one_of("--format", name, FORMATS))
     kind, report = FORMATS[name], Report()
+    names = kind.names
     foreign = kind.read(path)
     config = config_lib.default()
     config.model.heads = config.model.decoder_heads = 0
+    if names.layers:
+        set_sizes(config, foreign.arrays, names)
     kind.describe(foreign, config, report)
     tables = {
-        stack: positions.read(key, foreign.arrays[key]) for stack, key in kind.tables.items() if key in foreign.arrays
+        stack: positions.read(key, foreign.arrays[key]) for stack, key in names.tables.items() if key in foreign.arrays
     }
     _set_positions(config, tables)
     config_lib.apply_overrides(config, overrides or [])
-    resolved = _resolve(config, name)
-    objective = build(resolved, _vocabulary(resolved, foreign))
+    resolved = _resolve(config, names)
+    objective = build(resolved, _vocabulary(resolved, foreign, names))
     key = jax.random.key(resolved.seed)
     shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
     flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
-    arrays = {key: value for key, value in foreign.arrays.items() if key not in kind.tables.values()}
-    fill(kind.key_map(resolved, flat), arrays, flat, report)
+    arrays = {key: value for key, value in foreign.arrays.items() if key not in names.tables.values()}
+    fill(names.key_map(resolved.model.output_head_depth, flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
     if report.missing:
@@ -131,22 +132,21 @@ def _set_positions(config: ConfigDict, tables: Mapping[str, positions.Table]) ->
     config.model.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
 
 
-def _resolve(config: ConfigDict, name: str) -> ConfigDict:
-    for field, what in (("heads", "encoder"), ("decoder_heads", "decoder")):
-        has_decoder = name != "timm"
-        if not config.model[field] and (what == "encoder" or has_decoder):
-            width = config.model.width if what == "encoder" else config.model.decoder_width
+def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
+    for stack in names.blocks:
+        if not tree.size(config, stack, "heads"):
             raise UserError(
-                f"the weights do not tell how many attention heads the {what} ({width} wide) has: give "
-                f"--config.model.{field}=N"
+                f"the weights do not tell how many attention heads the {stack} ({tree.size(config, stack, 'width')} "
+                f"wide) has: give --config.model.{tree.field(stack, 'heads')}=N"
             )
     config.model.decoder_heads = config.model.decoder_heads or config_lib.default().model.decoder_heads
     return config_lib.resolve(config)
 
 
-def _vocabulary(config: ConfigDict, foreign: Foreign) -> int:
+def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
     """Words of the model; a tokenizer that is named must have as many."""
-    table = foreign.arrays.get("text_embedding/embedding")
+    path = names.layers.get("text") if names.layers else tree.path("text")
+    table = foreign.arrays.get(path or "")
     if table is None:
         return 0
     if config.data.tokenizer:
@@ -163,20 +163,19 @@ def _fold(
     flat: dict[str, np.ndarray], tables: Mapping[str, positions.Table], config: ConfigDict, report: Report
 ) -> None:
     """Brings what their tables hold beside the fixed embeddings into parameters of ours."""
-    side = grid(config)[0]
-    done = []
+    side, filled = grid(config)[0], []
     for stack, table in tables.items():
         if stack == "decoder" and (np.any(table.cls) or table.learned is not None):
             raise UserError("the decoder's position embeddings are learned; here they are fixed sin-cos")
         if np.any(table.cls):
-            flat["cls_token"] += table.cls
-            report.notes.append("CLS position: added to cls_token")
+            flat[tree.path("cls")] += table.cls
+            report.notes.append(f"CLS position: added to {tree.path('cls')}")
         if _TYPES[stack] in flat:
             flat[_TYPES[stack]][...] = table.offset
-            done.append(_TYPES[stack])
+            filled.append(_TYPES[stack])
         if stack == "encoder" and table.learned is not None:
             flat[_LEARNED][...] = positions.resize(table.learned, side)
-            done.append(_LEARNED)
+            filled.append(_LEARNED)
         if table.side != side:
             how = "interpolated" if table.learned is not None else "recomputed"
             report.notes.append(
@@ -189,7 +188,7 @@ def _fold(
         report.notes.append(f"type embedding: {offset}: model.use_type_embedding={config.model.use_type_embedding}")
         if not any(np.any(table.cls) for table in tables.values()):
             report.notes.append("CLS position: zeros, as here")
-    report.missing = [path for path in report.missing if path not in done]
+    report.missing = [path for path in report.missing if path not in filled]
 
 
 def _check(report: Report, kind: Format, name: str) -> None:
@@ -201,13 +200,12 @@ def _check(report: Report, kind: Format, name: str) -> None:
             f"the file has parameters that the model of format {name} has no place for: {', '.join(unknown[:5])}{more}"
         )
     report.unused = [f"{key} ({kind.why_beside(key)})" for key in report.unused]
-    encoder = [path for path in report.missing if not path.startswith(_DECODER)]
+    encoder = [path for path in report.missing if not path.startswith(tree.DECODER)]
     if encoder:
         raise UserError(f"the file lacks what the encoder needs: {', '.join(encoder[:5])}")
-    whole = not any(ours.startswith("decoder/") for _, ours, _ in report.matched)
-    if report.missing and not whole:
-        raise UserError(f"the file has a part of the decoder alone, it lacks {', '.join(report.missing[:5])}")
     if report.missing:
+        if any(ours.startswith(tree.DECODER_STACK) for _, ours, _ in report.matched):
+            raise UserError(f"the file has a part of the decoder alone, it lacks {', '.join(report.missing[:5])}")
         report.notes.append("the file has no decoder: ours is freshly drawn, so reconstructions mean nothing yet")
 
 
@@ -261,9 +259,9 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     _check_expressible(kind, config, format, encoder_only)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
     if encoder_only:
-        flat = {name: leaf for name, leaf in flat.items() if not name.startswith(_DECODER)}
-    arrays, report = draw(kind.key_map(config, flat), flat)
-    tabled = _write_tables(arrays, kind, flat, config, report)
+        flat = {name: leaf for name, leaf in flat.items() if not name.startswith(tree.DECODER)}
+    arrays, report = draw(kind.names.key_map(config.model.output_head_depth, flat), flat)
+    tabled = _write_tables(arrays, kind.names, flat, config, report)
     report.unused = [name for name in report.unused if name not in tabled]
     kind.write(path, arrays, config, report)
     return report
@@ -272,13 +270,14 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
 def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only: bool) -> None:
     if config.objective != "m3ae":
         raise UserError(f"objective={config.objective!r}: only models of the objective m3ae can be converted")
-    if kind.image_only and "image" not in config.data.modalities:
+    image_only, has_decoder = "text" not in kind.names.modalities, "decoder" in kind.names.blocks
+    if image_only and "image" not in config.data.modalities:
         raise UserError(f"--to={name} is of pictures, the model was trained on text alone")
-    if kind.image_only and name != "timm" and config.model.output_head_depth:
+    if image_only and has_decoder and config.model.output_head_depth:
         raise UserError(f"model.output_head_depth={config.model.output_head_depth}: --to={name} has one linear layer")
-    if name == "m3ae" and config.model.image_positions == "learned":
-        raise UserError("model.image_positions='learned': --to=m3ae has fixed positions alone")
-    if config.model.decoder_attention != "self" and not encoder_only and name not in ("timm", "safetensors"):
+    if kind.names.layers and not kind.names.tables and config.model.image_positions == "learned":
+        raise UserError(f"model.image_positions='learned': --to={name} has fixed positions alone")
+    if config.model.decoder_attention != "self" and not encoder_only and has_decoder:
         raise UserError(
             f"model.decoder_attention={config.model.decoder_attention!r}: --to={name} has no such decoder; "
             "--encoder_only leaves it out"
@@ -286,16 +285,17 @@ def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only
 
 
 def _write_tables(
-    arrays: dict[str, np.ndarray], kind: Format, flat: Mapping[str, np.ndarray], config: ConfigDict, report: Report
+    arrays: dict[str, np.ndarray], names: Names, flat: Mapping[str, np.ndarray], config: ConfigDict, report: Report
 ) -> set[str]:
     """Adds their position tables; returns which of our parameters are in them."""
     used = set()
-    for stack, key in kind.tables.items():
-        width = config.model.width if stack == "encoder" else config.model.decoder_width
-        if stack == "decoder" and "decoder_embed.weight" not in arrays and "decoder.decoder_embed.weight" not in arrays:
+    for stack, key in names.tables.items():
+        if stack == "decoder" and names.kernel("projection") not in arrays:
             continue
         learned = flat.get(_LEARNED) if stack == "encoder" else None
-        arrays[key] = positions.write(width, grid(config)[0], flat.get(_TYPES[stack]), learned)
+        arrays[key] = positions.write(
+            tree.size(config, stack, "width"), grid(config)[0], flat.get(_TYPES[stack]), learned
+        )
         used |= {_TYPES[stack], _LEARNED}
         if _TYPES[stack] in flat:
             report.notes.append(f"type embedding ({stack}): added to {key}")

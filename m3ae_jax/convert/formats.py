@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.config import SIZES
-from m3ae_jax.convert.keymap import KeyMap, Report
+from m3ae_jax.convert.keymap import FLAX, Names, Report
+from m3ae_jax.convert.positions import read as read_table
 from m3ae_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,6 +35,13 @@ class Foreign:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class Arithmetic(NamedTuple):
+    """What a project's code computes between its matrix products: which GELU, and the epsilon of LayerNorm."""
+
+    activation: str = ERF
+    epsilon: float = 1e-6
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """One format, both ways.
@@ -40,27 +49,42 @@ class Format:
     Attributes:
         about: for people.
         read: of a file or folder.
-        describe: sets the fields of a config that the weights tell, notes what differs from ours. Heads that it
-            cannot tell are left 0.
-        key_map: of a config and our parameters.
+        describe: sets the fields of a config that the weights and the facts tell, beside the sizes; notes what differs
+            from ours. Heads that cannot be told are left 0.
         write: arrays to a file or folder; the report gets notes of what the format cannot say.
-        tables: names of their position embeddings, by stack.
+        names: what the project calls its layers.
+        arithmetic: what the project's code computes, by the file's facts.
         beside: (pattern, why) of parameters that no output here depends on.
-        image_only: whether it holds no text.
     """
 
     about: str
     read: Callable[[Path], Foreign]
     describe: Callable[[Foreign, ConfigDict, Report], None]
-    key_map: Callable[[ConfigDict, Mapping[str, np.ndarray]], KeyMap]
     write: Callable[[Path, dict[str, np.ndarray], ConfigDict, Report], None]
-    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: Names
+    arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda facts: Arithmetic()
     beside: tuple[tuple[str, str], ...] = ()
-    image_only: bool = False
 
     def why_beside(self, name: str) -> str:
         """Why a parameter of theirs does not matter; "" if it may."""
         return next((why for pattern, why in self.beside if re.fullmatch(pattern, name)), "")
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Within it whatever a file's damage raises becomes one line.
+
+    Raises:
+        UserError: the file cannot be read, or is not a whole one of its kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # every kind: what parses a file trusts its numbers
+        raise UserError(f"{path} is not a whole {kind}: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def blocks(arrays: Mapping[str, np.ndarray], pattern: str) -> int:
@@ -80,24 +104,49 @@ def need(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return arrays[name]
 
 
-def set_encoder(config: ConfigDict, width: int, depth: int, hidden: int) -> None:
-    """Sets the encoder's shape; its heads only if the width is one of the known sizes'."""
-    known = {size: (w, h) for size, (w, _, h) in SIZES.items()}
-    size = next((size for size, (w, _) in known.items() if w == width), "")
+def add_biases(arrays: dict[str, np.ndarray], *layers: str) -> bool:
+    """Gives layers of PyTorch whose names end so a bias of zeros where they have none; whether any had none."""
+    ends = tuple(f"{layer}.weight" for layer in layers)
+    zeros = {
+        n.removesuffix("weight") + "bias": np.zeros(len(x), np.float32) for n, x in arrays.items() if n.endswith(ends)
+    }
+    lacking = zeros.keys() - arrays.keys()
+    arrays.update({name: zeros[name] for name in lacking})
+    return bool(lacking)
+
+
+def set_sizes(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names) -> None:
+    """Sets the shapes of both stacks by those of their layers; heads only of the known widths.
+
+    The encoder's are those of `config.SIZES`, the decoder's that of MAE and M3AE, 512 wide with 16 heads.
+
+    Raises:
+        UserError: the file has no encoder.
+    """
+    fc1 = need(arrays, names.kernel("fc1"))
+    width, hidden = fc1.shape if names.kinds is FLAX else fc1.shape[::-1]
+    size, heads = next(((size, h) for size, (w, _, h) in SIZES.items() if w == width), (config.model.size, 0))
     ratio = hidden / width
     while int(width * ratio) < hidden:  # as the model counts it
         ratio = float(np.nextafter(ratio, np.inf))
-    config.model.update(width=width, depth=depth, heads=known[size][1] if size else 0, mlp_ratio=ratio)
-    config.model.size = size or config.model.size
+    depth = blocks(arrays, names.blocks["encoder"])
+    config.model.update(size=size, width=width, depth=depth, heads=heads, mlp_ratio=ratio)
+    projection = arrays.get(names.kernel("projection"))
+    if projection is not None:
+        width = projection.shape[1 if names.kinds is FLAX else 0]
+        depth = blocks(arrays, names.blocks["decoder"])
+        config.model.update(decoder_width=width, decoder_depth=depth, decoder_heads=16 if width == 512 else 0)
 
 
-def set_decoder(config: ConfigDict, width: int, depth: int) -> None:
-    """Sets the decoder's shape; its heads only if it is MAE's and M3AE's, 512 wide with 16."""
-    config.model.update(decoder_width=width, decoder_depth=depth, decoder_heads=16 if width == 512 else 0)
+def set_pictures(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names, report: Report) -> None:
+    """What all image models of PyTorch share: a convolution `[D, 3, p, p]` over a square of patches.
 
-
-def set_pictures(config: ConfigDict, kernel: np.ndarray, side: int, report: Report) -> None:
-    """What all image models of PyTorch share: a convolution `[D, 3, p, p]` over `side` * `side` patches."""
+    Raises:
+        UserError: the file's are of another shape.
+    """
+    table = names.tables["encoder"]
+    side = read_table(table, need(arrays, table)).side
+    kernel = need(arrays, names.kernel("image"))
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise UserError(f"its patch embedding is {list(kernel.shape)}; [width, 3, side, side] is needed")
     patch = kernel.shape[2]
@@ -107,9 +156,9 @@ def set_pictures(config: ConfigDict, kernel: np.ndarray, side: int, report: Repo
     report.notes.append("pixels: normalised by ImageNet's mean and deviation")
 
 
-def note_expressed(config: ConfigDict, report: Report, name: str, *, activation: str, epsilon: float) -> None:
+def note_expressed(config: ConfigDict, report: Report, name: str, arithmetic: Arithmetic) -> None:
     """Notes where `name`'s code computes something else than this model."""
-    m = config.model
+    m, (activation, epsilon) = config.model, arithmetic
     if m.activation != activation:
         report.notes.append(f"DIFFERS: {name} computes GELU as {activation}, this model as {m.activation}")
     if not np.isclose(m.layer_norm_epsilon, epsilon, rtol=1e-3):

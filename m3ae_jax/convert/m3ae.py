@@ -11,64 +11,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from m3ae_jax.config import CC12M_MEAN, CC12M_STD
 from m3ae_jax.convert import formats, unpickle
-from m3ae_jax.convert.formats import IMAGENET_MEAN, IMAGENET_STD, TANH, Foreign, Format, need
-from m3ae_jax.convert.keymap import FLAX_FROM_HEADS, FLAX_LINEAR, FLAX_NORM, KeyMap, Part, Report
+from m3ae_jax.convert.formats import IMAGENET_MEAN, IMAGENET_STD, TANH, Arithmetic, Foreign, Format
+from m3ae_jax.convert.keymap import FLAX, Names, Report
 from m3ae_jax.errors import UserError
 
-_STACK = (
-    Part("{stack}/Block_{n}/LayerNorm_0", "{stack}/blocks/norm_attention", FLAX_NORM),
-    Part("{stack}/Block_{n}/Attention_0/Dense_0", "{stack}/blocks/attention/qkv", FLAX_LINEAR),
-    Part("{stack}/Block_{n}/Attention_0/Dense_1", "{stack}/blocks/attention/out", FLAX_FROM_HEADS),
-    Part("{stack}/Block_{n}/LayerNorm_1", "{stack}/blocks/norm_mlp", FLAX_NORM),
-    Part("{stack}/Block_{n}/TransformerMLP_0/fc1", "{stack}/blocks/mlp_in", FLAX_LINEAR),
-    Part("{stack}/Block_{n}/TransformerMLP_0/fc2", "{stack}/blocks/mlp_out", FLAX_LINEAR),
-    Part("{stack}/LayerNorm_0", "{stack}/norm", FLAX_NORM),
-)
-_MODALITY = (
-    Part("encoder_{modality}_type_embedding", "{modality}_encoder_type_embedding"),
-    Part("decoder_{modality}_type_embedding", "{modality}_decoder_type_embedding"),
-    Part("{modality}_mask_embedding", "{modality}_mask_embedding"),
-)
-_REST = (
-    Part("cls_token", "cls_token"),
-    Part("image_embedding", "image_embedding", FLAX_LINEAR),
-    Part("text_embedding/embedding", "text_embedding/embedding"),
-    Part("decoder_input_projection", "decoder_projection", FLAX_LINEAR),
+NAMES = Names(
+    {
+        "cls": "cls_token",
+        "image": "image_embedding",
+        "text": "text_embedding/embedding",
+        "type": "{stack}_{modality}_type_embedding",
+        "norm1": "{block}/LayerNorm_0",
+        "qkv": "{block}/Attention_0/Dense_0",
+        "proj": "{block}/Attention_0/Dense_1",
+        "norm2": "{block}/LayerNorm_1",
+        "fc1": "{block}/TransformerMLP_0/fc1",
+        "fc2": "{block}/TransformerMLP_0/fc2",
+        "encoder_norm": "encoder/LayerNorm_0",
+        "projection": "decoder_input_projection",
+        "mask": "{modality}_mask_embedding",
+        "decoder_norm": "decoder/LayerNorm_0",
+        "head": "decoder_{modality}_output/Dense_{depth}",
+        "head_hidden": "decoder_{modality}_output/Dense_{k}",
+        "head_norm": "decoder_{modality}_output/LayerNorm_{k}",
+    },
+    blocks={stack: stack + "/Block_{n}" for stack in ("encoder", "decoder")},
+    kinds=FLAX,
+    modalities=("image", "text"),
 )
 _NORMALIZATIONS = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "cc12m": (CC12M_MEAN, CC12M_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-
-
-def _named(part: Part, **names: str) -> Part:
-    def put(text: str) -> str:
-        for name, value in names.items():
-            text = text.replace("{" + name + "}", value)
-        return text
-
-    return part._replace(theirs=put(part.theirs), ours=put(part.ours))
-
-
-def key_map(config: ConfigDict, ours: Mapping[str, np.ndarray]) -> KeyMap:
-    """Theirs to ours."""
-    del ours
-    depth = config.model.output_head_depth
-    heads = [Part("decoder_{modality}_output/Dense_" + str(depth), "{modality}_output/output", FLAX_LINEAR)]
-    for k in range(depth):
-        heads.append(Part(f"decoder_{{modality}}_output/Dense_{k}", f"{{modality}}_output/hidden_{k}", FLAX_LINEAR))
-    for k in range(depth + 1 if depth else 0):
-        heads.append(Part(f"decoder_{{modality}}_output/LayerNorm_{k}", f"{{modality}}_output/norm_{k}", FLAX_NORM))
-    return (
-        *_REST,
-        *(_named(part, stack=stack) for stack in ("encoder", "decoder") for part in _STACK),
-        *(_named(part, modality=m) for m in ("image", "text") for part in (*_MODALITY, *heads)),
-    )
+_ARITHMETIC = Arithmetic(TANH, 1e-6)
 
 
 def read(path: Path) -> Foreign:
@@ -78,11 +59,8 @@ def read(path: Path) -> Foreign:
         UserError: it holds no such parameters.
     """
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return _without_prefix({name: stored[name] for name in stored.files}, {})
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read as .npz: {error}") from None
+        with formats.reading(path, ".npz"), np.load(path, allow_pickle=False) as stored:
+            return _without_prefix(dict(stored), {})
     root = unpickle.fields(unpickle.load(path)) or {}
     state = unpickle.fields(root.get("state")) or root
     variant = unpickle.fields(root.get("variant")) or {}
@@ -100,13 +78,8 @@ def _without_prefix(arrays: dict[str, np.ndarray], facts: Mapping[str, Any]) -> 
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what shapes and, in a full checkpoint, its flags tell."""
+    """Sets what the names and, in a full checkpoint, its flags tell."""
     arrays, facts, m = foreign.arrays, foreign.facts, config.model
-    fc1 = need(arrays, "encoder/Block_0/TransformerMLP_0/fc1/kernel")
-    formats.set_encoder(config, fc1.shape[0], formats.blocks(arrays, "encoder/Block_{n}/"), fc1.shape[1])
-    if "decoder_input_projection/kernel" in arrays:
-        width = arrays["decoder_input_projection/kernel"].shape[1]
-        formats.set_decoder(config, width, formats.blocks(arrays, "decoder/Block_{n}/"))
     if not facts.get("m3ae.model_type", facts.get("mae.model_type", True)):  # else the sizes' table counts, as there
         group = "m3ae." if "m3ae.num_heads" in facts else "mae."
         m.heads, m.decoder_heads = int(facts[group + "num_heads"]), int(facts[group + "dec_num_heads"])
@@ -114,7 +87,7 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     m.use_type_embedding = any(name.endswith("type_embedding") for name in arrays)
     heads = [formats.blocks(arrays, f"decoder_{x}_output/Dense_{{n}}/") for x in config.data.modalities]
     m.output_head_depth = max(0, max(heads, default=1) - 1)
-    m.activation, m.layer_norm_epsilon = TANH, 1e-6
+    m.activation, m.layer_norm_epsilon = _ARITHMETIC
     if "image_embedding/kernel" in arrays:
         config.data.patch_size = round((arrays["image_embedding/kernel"].shape[0] / 3) ** 0.5)
     config.data.image_size = int(facts.get("data.image_size", config.data.image_size))
@@ -134,27 +107,21 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
 
 def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """The parameters alone, in plain nested dicts: ``{'params': {...}}``, pickled; or an ``.npz``."""
-    formats.note_expressed(config, report, "M3AE", activation=TANH, epsilon=1e-6)
+    formats.note_expressed(config, report, "M3AE", _ARITHMETIC)
     if config.loss.normalize_patches:
         report.notes.append("DIFFERS: M3AE's pixels are not normalised by patch, this model's are")
     if path.suffix == ".npz":
         np.savez(path, allow_pickle=False, **{f"params/{name}": value for name, value in arrays.items()})
         return
-    tree: dict[str, Any] = {}
-    for name, value in arrays.items():
-        *groups, leaf = name.split("/")
-        inside = tree
-        for group in groups:
-            inside = inside.setdefault(group, {})
-        inside[leaf] = value
-    path.write_bytes(pickle.dumps({"params": tree}, protocol=4))
+    path.write_bytes(pickle.dumps({"params": unflatten_dict(arrays, sep="/")}, protocol=4))
 
 
 FORMAT = Format(
-    about="M3AE's own checkpoint or parameters: FILE.pkl, FILE.npz",
-    read=read,
-    describe=describe,
-    key_map=key_map,
-    write=write,
+    "M3AE's own checkpoint or parameters: FILE.pkl, FILE.npz",
+    read,
+    describe,
+    write,
+    NAMES,
+    arithmetic=lambda facts: _ARITHMETIC,
     beside=((r"outside/.*", "of its classifier"),),
 )

@@ -1,59 +1,43 @@
-"""facebookresearch/mae: ``.pth`` (``{"model": state dict}``), or the same parameters as safetensors."""
+"""facebookresearch/mae, and the ViT of timm, which is its encoder.
+
+Both are ``.pth`` files (``{"model": state dict}``), or the same parameters as safetensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.convert import formats, safetensors, torch_file
-from m3ae_jax.convert.formats import ERF, Foreign, Format, need
-from m3ae_jax.convert.keymap import (
-    TORCH_FROM_HEADS,
-    TORCH_LINEAR,
-    TORCH_NORM,
-    TORCH_PATCHES,
-    KeyMap,
-    Part,
-    Report,
+from m3ae_jax.convert.formats import ERF, Arithmetic, Foreign, Format
+from m3ae_jax.convert.keymap import Names, Report
+
+_ENCODER = {
+    "cls": "cls_token",
+    "image": "patch_embed.proj",
+    "norm1": "{block}.norm1",
+    "qkv": "{block}.attn.qkv",
+    "proj": "{block}.attn.proj",
+    "norm2": "{block}.norm2",
+    "fc1": "{block}.mlp.fc1",
+    "fc2": "{block}.mlp.fc2",
+    "encoder_norm": "norm",
+}
+_NAMES = Names(
+    {
+        **_ENCODER,
+        "projection": "decoder_embed",
+        "mask": "mask_token",
+        "decoder_norm": "decoder_norm",
+        "head": "decoder_pred",
+    },
+    blocks={"encoder": "blocks.{n}", "decoder": "decoder_blocks.{n}"},
+    tables={"encoder": "pos_embed", "decoder": "decoder_pos_embed"},
 )
-from m3ae_jax.convert.positions import read as read_table
-
-
-def stack(theirs: str, ours: str) -> KeyMap:
-    """Blocks as timm's ViT has them, which MAE uses too."""
-    return (
-        Part(theirs + ".{n}.norm1", f"{ours}/blocks/norm_attention", TORCH_NORM),
-        Part(theirs + ".{n}.attn.qkv", f"{ours}/blocks/attention/qkv", TORCH_LINEAR),
-        Part(theirs + ".{n}.attn.proj", f"{ours}/blocks/attention/out", TORCH_FROM_HEADS),
-        Part(theirs + ".{n}.norm2", f"{ours}/blocks/norm_mlp", TORCH_NORM),
-        Part(theirs + ".{n}.mlp.fc1", f"{ours}/blocks/mlp_in", TORCH_LINEAR),
-        Part(theirs + ".{n}.mlp.fc2", f"{ours}/blocks/mlp_out", TORCH_LINEAR),
-    )
-
-
-ENCODER: KeyMap = (
-    Part("cls_token", "cls_token"),
-    Part("patch_embed.proj", "image_embedding", TORCH_PATCHES),
-    *stack("blocks", "encoder"),
-    Part("norm", "encoder/norm", TORCH_NORM),
-)
-DECODER: KeyMap = (
-    Part("decoder_embed", "decoder_projection", TORCH_LINEAR),
-    Part("mask_token", "image_mask_embedding"),
-    *stack("decoder_blocks", "decoder"),
-    Part("decoder_norm", "decoder/norm", TORCH_NORM),
-    Part("decoder_pred", "image_output/output", TORCH_LINEAR),
-)
-CLASSIFIER = ((r"(head|fc_norm|head_drop)\..*", "of its classifier"),)
-
-
-def key_map(config: ConfigDict, ours: Mapping[str, np.ndarray]) -> KeyMap:
-    """Theirs to ours."""
-    del config, ours
-    return ENCODER + DECODER
+_TIMM_NAMES = Names(_ENCODER, blocks={"encoder": "blocks.{n}"}, tables={"encoder": "pos_embed"})
+_CLASSIFIER = ((r"(head|fc_norm|head_drop)\..*", "of its classifier"),)
 
 
 def read(path: Path) -> Foreign:
@@ -65,12 +49,7 @@ def read(path: Path) -> Foreign:
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets what the shapes tell; where the training program's arguments are saved, also the pixel loss."""
-    arrays = foreign.arrays
-    describe_encoder(arrays, config, report)
-    if "decoder_embed.weight" in arrays:
-        formats.set_decoder(
-            config, arrays["decoder_embed.weight"].shape[0], formats.blocks(arrays, "decoder_blocks.{n}.")
-        )
+    _describe_encoder(foreign, config, report)
     config.loss.normalize_patches = bool(foreign.facts.get("norm_pix_loss", False))
     config.model.image_mask_ratio = float(foreign.facts.get("mask_ratio", 0.75))
     if "norm_pix_loss" not in foreign.facts:
@@ -80,33 +59,60 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         )
 
 
-def describe_encoder(arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
-    """Of a ViT as timm names its parameters."""
-    fc1 = need(arrays, "blocks.0.mlp.fc1.weight")
-    depth = formats.blocks(arrays, "blocks.{n}.")
-    formats.set_encoder(config, fc1.shape[1], depth, fc1.shape[0])
-    side = read_table("pos_embed", need(arrays, "pos_embed")).side
-    formats.set_pictures(config, need(arrays, "patch_embed.proj.weight"), side, report)
-    config.model.activation, config.model.layer_norm_epsilon = ERF, 1e-6
+def describe_timm(foreign: Foreign, config: ConfigDict, report: Report) -> None:
+    """Sets what the shapes tell; brings into our form what can be."""
+    arrays = foreign.arrays
+    _describe_encoder(foreign, config, report)
+    for n in range(config.model.depth):
+        _fold_layer_scale(arrays, f"blocks.{n}.ls1.gamma", f"blocks.{n}.attn.proj", report)
+        _fold_layer_scale(arrays, f"blocks.{n}.ls2.gamma", f"blocks.{n}.mlp.fc2", report)
+    if formats.add_biases(arrays, ".attn.qkv"):
+        report.notes.append("query, key and value have no bias: zeros here")
+    report.notes.append("pixels: of models with another mean and deviation (timm's data_config) give data.image_mean")
+
+
+def _fold_layer_scale(arrays: dict[str, np.ndarray], gamma: str, linear: str, report: Report) -> None:
+    """A learned factor on a layer's output is a factor on its weights."""
+    if gamma not in arrays:
+        return
+    factor = arrays.pop(gamma).astype(np.float32)
+    arrays[f"{linear}.weight"] = arrays[f"{linear}.weight"] * factor[:, None]
+    arrays[f"{linear}.bias"] = arrays[f"{linear}.bias"] * factor
+    if gamma == "blocks.0.ls1.gamma":
+        report.notes.append("LayerScale is folded into the layers it scales")
+
+
+def _describe_encoder(foreign: Foreign, config: ConfigDict, report: Report) -> None:
+    formats.set_pictures(config, foreign.arrays, _TIMM_NAMES, report)
+    config.model.activation, config.model.layer_norm_epsilon = Arithmetic()
     report.notes.append("GELU by erf: model.activation=gelu; a LayerNorm epsilon of 1e-6, as here")
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """A ``.pth`` file, or ``.safetensors``."""
-    formats.note_expressed(config, report, "facebookresearch/mae", activation=ERF, epsilon=1e-6)
+    formats.note_expressed(config, report, "facebookresearch/mae", Arithmetic())
     if path.suffix == ".safetensors":
         safetensors.save(path, arrays, {"format": "pt"})
     else:
         torch_file.save(path, arrays)
 
 
-FORMAT = Format(
-    about="facebookresearch/mae: FILE.pth, or the same as FILE.safetensors",
-    read=read,
-    describe=describe,
-    key_map=key_map,
-    write=write,
-    tables={"encoder": "pos_embed", "decoder": "decoder_pos_embed"},
-    beside=CLASSIFIER,
-    image_only=True,
+def write_timm(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
+    """The encoder alone, as safetensors; its classifier is left to be trained."""
+    formats.note_expressed(config, report, "timm", Arithmetic())
+    if config.model.activation != ERF:
+        report.notes.append("make the model with act_layer='gelu_tanh', and there is no difference")
+    safetensors.save(path, arrays, {"format": "pt"})
+
+
+MAE = Format(
+    "facebookresearch/mae: FILE.pth, or the same as FILE.safetensors", read, describe, write, _NAMES, beside=_CLASSIFIER
+)
+TIMM = Format(
+    "a ViT of timm, the encoder alone: FILE.safetensors",
+    read,
+    describe_timm,
+    write_timm,
+    _TIMM_NAMES,
+    beside=_CLASSIFIER,
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax import config as config_lib
+import m3ae_jax.config as config_lib
 from m3ae_jax.convert import safetensors
 from m3ae_jax.convert.formats import Foreign, Format
-from m3ae_jax.convert.keymap import KeyMap, Part, Report
+from m3ae_jax.convert.keymap import Names, Report
 from m3ae_jax.errors import UserError
 
 METADATA = "m3ae_jax_config"
@@ -35,12 +34,6 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     report.notes.append("names, layouts and numbers are ours")
 
 
-def key_map(config: ConfigDict, ours: Mapping[str, np.ndarray]) -> KeyMap:
-    """Each parameter is itself."""
-    del config
-    return tuple(Part(name, name) for name in ours)
-
-
 def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """A ``.safetensors`` file."""
     del report
@@ -48,9 +41,5 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
 
 
 FORMAT = Format(
-    about="all parameters by our names: FILE.safetensors",
-    read=read,
-    describe=describe,
-    key_map=key_map,
-    write=write,
+    "all parameters by our names: FILE.safetensors", read, describe, write, Names(modalities=("image", "text"))
 )

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from m3ae_jax.errors import UserError
+from m3ae_jax.convert.formats import reading
 
 _DTYPES: dict[str, Any] = {
     "F64": "<f8",
@@ -31,16 +31,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         UserError: it cannot be read, or is damaged.
     """
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is empty") from None
-    try:
-        return _parse(data)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {str(error)[:200]}") from None
+    with reading(path, "safetensors file"):
+        return _parse(np.memmap(path, np.uint8, "r"))
 
 
 def _parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -50,18 +42,15 @@ def _parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header = json.loads(data[8 : 8 + length].tobytes())
     body = data[8 + length :]
     metadata = header.pop("__metadata__", {})
-    found = {}
+    arrays = {}
     for name, entry in header.items():
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
         start, end = (int(n) for n in entry["data_offsets"])
-        if (
-            not 0 <= start <= end <= len(body)
-            or end - start != math.prod(shape) * dtype.itemsize
-            or min(shape, default=0) < 0
-        ):
+        fits = end - start == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
+        if not (fits and 0 <= start <= end <= len(body)):
             raise ValueError(f"the place of {name!r} does not fit its shape")
-        found[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
-    return found, {str(key): str(value) for key, value in metadata.items()}
+        arrays[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
+    return arrays, {str(key): str(value) for key, value in metadata.items()}
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from m3ae_jax.convert import unpickle
+from m3ae_jax.convert.formats import reading
 from m3ae_jax.convert.unpickle import Global, Made
 from m3ae_jax.errors import UserError
 
@@ -39,38 +40,31 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     Raises:
         UserError: it cannot be read, is damaged, or holds no tensors.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _parse(archive)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except zipfile.BadZipFile:
-        raise UserError(
-            f"{path} is no PyTorch file of version 1.6 or later; load and save it anew with today's PyTorch"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # as in unpickle.load
-        raise UserError(f"{path} is not a whole PyTorch file: {type(error).__name__}: {str(error)[:200]}") from None
+    with reading(path, "PyTorch file"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return _parse(path, archive)
+        except zipfile.BadZipFile:
+            raise UserError(
+                f"{path} is no PyTorch file of version 1.6 or later; load and save it anew with today's PyTorch"
+            ) from None
 
 
-def _parse(archive: zipfile.ZipFile) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+def _parse(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-        raise UserError("it is compressed, which PyTorch does not do")
+        raise UserError(f"{path}: it is compressed, which PyTorch does not do")
     (name,) = (n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl"))
     folder = name.removesuffix("data.pkl")
     order = ">" if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") == b"big" else "<"
     content = archive.read(name)
     root = unpickle.fields(unpickle.read(io.BytesIO(content), len(content))) or {}
     state: Any = next((root[key] for key in ("model", "state_dict") if key in root), root)
-    found = {}
-    for key, node in (unpickle.fields(state) or {}).items():
-        tensor = _tensor(node, archive, folder, order)
-        if tensor is not None:
-            found[str(key)] = tensor
-    if not found:
-        raise UserError("it holds no state dict")
-    return found, unpickle.fields(root.get("args")) or {}
+    nodes = unpickle.fields(state) or {}
+    tensors = {str(key): _tensor(node, archive, folder, order) for key, node in nodes.items()}
+    arrays = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if not arrays:
+        raise UserError(f"{path}: it holds no state dict")
+    return arrays, unpickle.fields(root.get("args")) or {}
 
 
 def _tensor(node: Any, archive: zipfile.ZipFile, folder: str, order: str) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 import ml_dtypes
 import numpy as np
 
+from m3ae_jax.convert.formats import reading
 from m3ae_jax.errors import UserError
 
 _CORE = ("numpy._core.", "numpy.core.")  # the second until NumPy 2
@@ -55,19 +56,8 @@ class Made:
         self.function, self.arguments = function, arguments
         self.state: Any = None
         self.items: list[Any] = []
-
-    # What the unpickler does to a list, a set and a dict.
-    def extend(self, items: Any) -> None:
-        """Keeps items."""
-        self.items.extend(items)
-
-    def append(self, item: Any) -> None:
-        """Keeps an item."""
-        self.items.append(item)
-
-    def add(self, item: Any) -> None:
-        """Keeps an item."""
-        self.items.append(item)
+        # What the unpickler does to a list and a set; below, to a dict.
+        self.extend, self.append, self.add = self.items.extend, self.items.append, self.items.append
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items.append((key, value))
@@ -144,10 +134,6 @@ class _Bounded:
             raise EOFError("a length beyond the file's end")
         return self._file.read(length)
 
-    def readinto(self, into: Any) -> int:
-        into[:] = self.read(len(into))
-        return len(into)
-
 
 def load(path: Path) -> Any:
     """The content of a pickle: plain lists, dicts, numbers and texts, and `Global` and `Made` for all else.
@@ -155,13 +141,8 @@ def load(path: Path) -> Any:
     Raises:
         UserError: it cannot be read, or is no pickle.
     """
-    try:
-        with path.open("rb") as file:
-            return read(file, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # of damage every kind: the opcodes trust their operands
-        raise UserError(f"{path} is not a whole pickle: {type(error).__name__}: {str(error)[:200]}") from None
+    with reading(path, "pickle"), path.open("rb") as file:
+        return read(file, path.stat().st_size)
 
 
 def read(file: BinaryIO, size: int) -> Any:
@@ -227,11 +208,10 @@ def _dtype(node: Any) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16)
     if isinstance(code, bytes):
         code = code.decode("ascii")
-    found = np.dtype(str(code)) if str(code)[:1] in _KINDS else None
-    if found is None or found.kind not in _KINDS:
+    if str(code)[:1] not in _KINDS or (dtype := np.dtype(str(code))).kind not in _KINDS:
         raise ValueError(f"its dtype {code!r} is not of numbers")
-    order = node.state[1] if node.state else "="
-    return found.newbyteorder(">") if order == ">" else found.newbyteorder("<") if order == "<" else found
+    order: Any = node.state[1] if node.state else "="
+    return dtype.newbyteorder(order) if order in ("<", ">") else dtype
 
 
 def fields(node: Any) -> Mapping[str, Any] | None:
@@ -261,15 +241,15 @@ def arrays(node: Any) -> dict[str, np.ndarray]:
     Raises:
         UserError: too many, or nested too deep: a small pickle can name the same dict again and again.
     """
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), node)]
     for _ in range(_MOST_NODES):
         if not waiting:
-            return found
+            return result
         path, node = waiting.pop()
         leaf = None if isinstance(node, dict) else array(node)
         if leaf is not None:
-            found["/".join(path)] = leaf
+            result["/".join(path)] = leaf
         elif len(path) < 20:
             waiting.extend(((*path, str(key)), value) for key, value in (fields(node) or {}).items())
     raise UserError(f"the pickle has more than {_MOST_NODES} entries")
