@@ -61,6 +61,8 @@ ALLOWED = {
     "m3ae_jax/sweep/runner.py": ["subprocess"],  # m3ae_jax.main, without a shell, with what its command line said
 }
 IMPORTERS = {  # who imports by a name that is not written in the code; each says what names it takes
+    "m3ae_jax/benchmark/__main__.py": "one of WHAT",
+    "m3ae_jax/benchmark/peer.py": "a module of benchmark/peers",
     "m3ae_jax/config.py": "the Python file of --config",
     "m3ae_jax/data/sources/__init__.py": "data.*.source",
     "m3ae_jax/data/sources/tfds.py": "data.*.path with source=tfds",

@@ -6,23 +6,22 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Model, device, told, vocabulary_of
+from m3ae_jax.benchmark.step import Model, vocabulary_of
+from m3ae_jax.benchmark.timing import Figures, device, spread, timed
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train.step import abstract_state, init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointFigures:
+class CheckpointFigures(Figures):
     """What was measured; seconds of each round.
 
     Attributes:
@@ -51,14 +50,10 @@ class CheckpointFigures:
         return (
             f"a checkpoint of {self.state_bytes / 2**30:.2f} GiB, {self.file_bytes / 2**30:.2f} GiB on the disk "
             f"({self.folder}; {self.device}; seconds are the median of the rounds and their range):\n"
-            f"  the loop waits  {told(self.wait_seconds)} s\n"
-            f"  saved after     {told(self.save_seconds)} s, {written:,.0f} MB/s\n"
-            f"  restored in     {told(self.restore_seconds)} s, {read:,.0f} MB/s, files just written"
+            f"  the loop waits  {spread(self.wait_seconds)} s\n"
+            f"  saved after     {spread(self.save_seconds)} s, {written:,.0f} MB/s\n"
+            f"  restored in     {spread(self.restore_seconds)} s, {read:,.0f} MB/s, files just written"
         )
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
 
 
 def measure(config: ConfigDict, repeats: int) -> CheckpointFigures:
@@ -81,22 +76,17 @@ def measure(config: ConfigDict, repeats: int) -> CheckpointFigures:
         with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
             for step in range(1, repeats + 1):
                 state = dataclasses.replace(state, step=jnp.int32(step))
-                begin = time.perf_counter()
-                checkpoints.save(state, {"config": config.to_dict()}, {})
-                waits.append(time.perf_counter() - begin)
-                checkpoints.wait()
-                saves.append(time.perf_counter() - begin)
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
+                with timed(saves):
+                    with timed(waits):
+                        checkpoints.save(state, {"config": config.to_dict()}, {})
+                    checkpoints.wait()
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         for _ in range(repeats):
-            with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:  # as a new run would
-                begin = time.perf_counter()
+            with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints, timed(restores):  # as a new run would
                 jax.block_until_ready(checkpoints.restore(repeats, abstract))
-                restores.append(time.perf_counter() - begin)
-        where = str(Path(folder).parent)
     return CheckpointFigures(
         device=device(),
-        folder=where,
+        folder=str(Path(folder).parent),
         state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
         file_bytes=size,
         wait_seconds=waits,

@@ -8,7 +8,6 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import device, told
+from m3ae_jax.benchmark.timing import Figures, device, spread, timed
 from m3ae_jax.errors import UserError
 from m3ae_jax.metrics.writers import read_rows
 from m3ae_jax.parallel.mesh import put_batch
@@ -30,7 +29,7 @@ _STEPS = 30  # of a round
 
 
 @dataclasses.dataclass(frozen=True)
-class EndToEndFigures:
+class EndToEndFigures(Figures):
     """What was measured; seconds of each round.
 
     Attributes:
@@ -62,22 +61,16 @@ class EndToEndFigures:
             + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
             for name, parts in self.start.items()
         ]
-        return "\n".join(
-            [
-                f"training with data, {self.batch_size} examples a step, {self.data} ({self.device}; seconds are the "
-                "median of the rounds and their range):",
-                f"  with its data   {told(self.step_seconds)} s a step, {self.batch_size / step:,.1f} examples/s",
-                f"  ready batches   {told(self.ready_seconds)} s a step, {self.batch_size / ready:,.1f} examples/s",
-                f"  ratio           {ready / step:.2f} x the examples/s of ready batches",
-                f"  waits           {self.wait_share:.0%} of the time for data; "
-                f"{self.host_seconds * 1e6:,.0f} us of host time a step",
-                *starts,
-            ]
-        )
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
+        lines = [
+            f"training with data, {self.batch_size} examples a step, {self.data} ({self.device}; seconds are the "
+            "median of the rounds and their range):",
+            f"  with its data   {spread(self.step_seconds)} s a step, {self.batch_size / step:,.1f} examples/s",
+            f"  ready batches   {spread(self.ready_seconds)} s a step, {self.batch_size / ready:,.1f} examples/s",
+            f"  ratio           {ready / step:.2f} x the examples/s of ready batches",
+            f"  waits           {self.wait_share:.0%} of the time for data; "
+            f"{self.host_seconds * 1e6:,.0f} us of host time a step",
+        ]
+        return "\n".join([*lines, *starts])
 
 
 def measure(
@@ -98,36 +91,32 @@ def measure(
     setup = prepare(config)
     step, state = setup.train_step(), setup.init_state()
     with_data, ready = list[float](), list[float]()
-    waited = host = 0.0
+    waits, host = list[float](), list[float]()
     with contextlib.closing(_endless(setup)) as batches:
         batch = put_batch(next(batches), setup.mesh)
-        state, figures = step(state, batch)
+        state, metrics = step(state, batch)
         for _ in range(repeats):
-            state, figures = step(state, batch)
-            jax.block_until_ready(figures)
-            begin = time.perf_counter()
-            for _ in range(steps):
-                state, figures = step(state, batch)
-            jax.block_until_ready(figures)
-            ready.append((time.perf_counter() - begin) / steps)
-            begin = time.perf_counter()
-            for _ in range(steps):
-                before = time.perf_counter()
-                read = next(batches)
-                got = time.perf_counter()
-                state, figures = step(state, put_batch(read, setup.mesh))
-                host += time.perf_counter() - got
-                waited += got - before
-            jax.block_until_ready(figures)
-            with_data.append((time.perf_counter() - begin) / steps)
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            with timed(ready):
+                for _ in range(steps):
+                    state, metrics = step(state, batch)
+                jax.block_until_ready(metrics)
+            with timed(with_data):
+                for _ in range(steps):
+                    with timed(waits):
+                        read = next(batches)
+                    with timed(host):
+                        state, metrics = step(state, put_batch(read, setup.mesh))
+                jax.block_until_ready(metrics)
     return EndToEndFigures(
         device=device(),
         batch_size=config.batch_size,
         data=", ".join(setup.train_data.names) or f"{config.data.train.source} {config.data.train.path}".strip(),
-        step_seconds=with_data,
-        ready_seconds=ready,
-        host_seconds=host / (repeats * steps),
-        wait_share=waited / (sum(with_data) * steps),
+        step_seconds=[seconds / steps for seconds in with_data],
+        ready_seconds=[seconds / steps for seconds in ready],
+        host_seconds=statistics.mean(host),
+        wait_share=sum(waits) / sum(with_data),
         start=starts,
     )
 
@@ -139,7 +128,7 @@ def _endless(setup: Setup) -> Generator[Any, None, None]:
 
 def _starts(path: str, overrides: Overrides) -> dict[str, dict[str, float]]:
     """Of two new processes that do one step, without and with what the first has compiled."""
-    found = {}
+    starts = {}
     short = (("duration", "1 steps"), ("evals", ""), ("eval.every", "1000 steps"))
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
@@ -154,5 +143,5 @@ def _starts(path: str, overrides: Overrides) -> dict[str, dict[str, float]]:
                 last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
                 raise UserError(f"m3ae_jax.main with this config ended with {done.returncode}: {''.join(last)}")
             row = next(row for row in read_rows(workdir) if "start/imports" in row)
-            found[name] = {k.removeprefix("start/"): v for k, v in row.items() if k.startswith("start/")}
-    return found
+            starts[name] = {k.removeprefix("start/"): v for k, v in row.items() if k.startswith("start/")}
+    return starts

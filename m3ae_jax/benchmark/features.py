@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import statistics
 import time
-from typing import Any
 
-import jax
 import numpy as np
 
-from m3ae_jax.evals import knn, linear
+import m3ae_jax.evals.knn as knn
+import m3ae_jax.evals.linear as linear
+from m3ae_jax.benchmark.timing import Figures, cores, device, spread, timed
 
 _EXAMPLES, _WIDTH, _CLASSES = 10_000, 768, (15, 100)
 
@@ -40,7 +38,7 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesFigures:
+class FeaturesFigures(Figures):
     """What was measured, of `examples` training and as many test features of `width` numbers."""
 
     examples: int
@@ -56,20 +54,13 @@ class FeaturesFigures:
             f"({self.cores} cores; {self.device}), seconds:"
         ]
         for t in self.timings:
+            neighbours, probe, cpu = (spread(s, ".1f") for s in (t.knn_seconds, t.probe_seconds, t.cpu_seconds))
             lines.append(
-                f"  {t.classes:3d} classes   kNN (k = {', '.join(map(str, knn.NEIGHBORS))}) {_told(t.knn_seconds)}, "
-                f"accuracy {t.knn_accuracy:.3f}   probe {_told(t.probe_seconds)}, accuracy {t.probe_accuracy:.3f} "
-                f"(l2 {t.l2:g})   CPU seconds of both {_told(t.cpu_seconds)}"
+                f"  {t.classes:3d} classes   kNN (k = {', '.join(map(str, knn.NEIGHBORS))}) {neighbours}, "
+                f"accuracy {t.knn_accuracy:.3f}   probe {probe}, accuracy {t.probe_accuracy:.3f} "
+                f"(l2 {t.l2:g})   CPU seconds of both {cpu}"
             )
         return "\n".join(lines)
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
-
-
-def _told(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
 
 
 def measure(repeats: int, examples: int = _EXAMPLES, width: int = _WIDTH) -> FeaturesFigures:
@@ -77,28 +68,24 @@ def measure(repeats: int, examples: int = _EXAMPLES, width: int = _WIDTH) -> Fea
 
     Args:
         repeats: of each measurement.
-        examples: to fit on, and as many to ask of.
+        examples: to fit on, and as many to classify.
         width: of the features.
     """
     timings = []
     for classes in _CLASSES:
         x, y = synthetic(examples, width, classes, seed=0)
         queries, truth = synthetic(examples, width, classes, seed=1)
-        neighbours, probes, computing = [], [], []
+        knn_seconds, probe_seconds, cpu_seconds = list[float](), list[float](), list[float]()
         counts = [k for k in knn.NEIGHBORS if k <= examples]
         for _ in range(repeats):
-            begin, computed = time.perf_counter(), time.process_time()
-            guesses = knn.classify(x, y, queries, counts)
-            middle = time.perf_counter()
-            probe = linear.swept(x, y, classes)
-            neighbours.append(middle - begin)
-            probes.append(time.perf_counter() - middle)
-            computing.append(time.process_time() - computed)
-        right = float((guesses[counts[-1]] == truth).mean())
-        found = probe.accuracy(queries, truth)
-        timings.append(Timing(classes, neighbours, probes, computing, right, found, probe.l2))
-    cores = len(os.sched_getaffinity(0))
-    return FeaturesFigures(examples, width, cores, f"{jax.device_count()} {jax.devices()[0].device_kind}", timings)
+            with timed(cpu_seconds, time.process_time):
+                with timed(knn_seconds):
+                    guesses = knn.classify(x, y, queries, counts)
+                with timed(probe_seconds):
+                    probe = linear.swept(x, y, classes)
+        knn_accuracy, probe_accuracy = float((guesses[counts[-1]] == truth).mean()), probe.accuracy(queries, truth)
+        timings.append(Timing(classes, knn_seconds, probe_seconds, cpu_seconds, knn_accuracy, probe_accuracy, probe.l2))
+    return FeaturesFigures(examples, width, cores(), device(), timings)
 
 
 def synthetic(examples: int, width: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import statistics
-import time
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Runner, device
+from m3ae_jax.benchmark.step import Runner
+from m3ae_jax.benchmark.timing import Figures, device, timed
 from m3ae_jax.train.watchdog import Watchdog
 
 _STEPS = 50
@@ -38,7 +38,7 @@ class Side:
 
 
 @dataclasses.dataclass(frozen=True)
-class GuardFigures:
+class GuardFigures(Figures):
     """What was measured: `sides` holds ``without`` and ``with``."""
 
     sides: dict[str, Side]
@@ -60,10 +60,6 @@ class GuardFigures:
             f"  calls to the host   {a.calls_to_the_host} -> {b.calls_to_the_host}"
         )
 
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
-
 
 class _Runner(Runner):
     """One side's compiled step, and what the loop does beside it."""
@@ -71,29 +67,28 @@ class _Runner(Runner):
     def __init__(self, config: ConfigDict, spike: float | None) -> None:
         super().__init__(config, spike)
         self._watchdog = Watchdog(600.0, 3600.0) if spike is not None else None
-        self._kept: collections.deque[Any] = collections.deque(maxlen=_STEPS)
+        self._cached: collections.deque[Any] = collections.deque(maxlen=_STEPS)
 
-    def cost(self) -> tuple[float, float, int]:
-        """Operations, bytes, and calls to the host."""
-        counted: Any = self.compiled.cost_analysis()
+    def side(self, host: list[float], whole: list[float]) -> Side:
+        """Of seconds of the host and of whole steps; operations, bytes and calls are the compiler's."""
+        cost: Any = self.compiled.cost_analysis()
         text = self.compiled.as_text()
-        return counted["flops"], counted["bytes accessed"], sum(f" {call}" in text for call in _CALLS_TO_THE_HOST)
+        calls = sum(f" {call}" in text for call in _CALLS_TO_THE_HOST)
+        return Side(cost["flops"], cost["bytes accessed"], statistics.median(host), statistics.median(whole), calls)
 
-    def round(self, steps: int) -> tuple[list[float], float]:
-        """Host seconds of each step, and seconds of all of them to the end."""
-        host = []
-        begin = time.perf_counter()
-        for number in range(steps):
-            before = time.perf_counter()
-            figures = self.start()
-            if self._watchdog:
-                self._watchdog.started(number, figures["loss"])
-                self._kept.append({name: figures[name] for name in ("loss", "gradient_norm", "skipped")})
-            host.append(time.perf_counter() - before)
-            jax.block_until_ready(figures)
-            if self._watchdog:
-                self._watchdog.look()
-        return host, time.perf_counter() - begin
+    def round(self, steps: int, host: list[float], whole: list[float]) -> None:
+        """Appends host seconds of each step, and seconds a step of all of them to the end."""
+        with timed(round_seconds := list[float]()):
+            for number in range(steps):
+                with timed(host):
+                    metrics = self.start()
+                    if self._watchdog:
+                        self._watchdog.started(number, metrics["loss"])
+                        self._cached.append({name: metrics[name] for name in ("loss", "gradient_norm", "skipped")})
+                jax.block_until_ready(metrics)
+                if self._watchdog:
+                    self._watchdog.look()
+        whole.append(round_seconds[0] / steps)
 
 
 def measure(config: ConfigDict, repeats: int, steps: int = _STEPS) -> GuardFigures:
@@ -105,16 +100,11 @@ def measure(config: ConfigDict, repeats: int, steps: int = _STEPS) -> GuardFigur
         steps: of a round.
     """
     runners = {"without": _Runner(config, None), "with": _Runner(config, config.anomaly.spike)}
-    host: dict[str, list[float]] = {name: [] for name in runners}
-    whole: dict[str, list[float]] = {name: [] for name in runners}
-    for repeat in range(repeats + 1):
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
+    for runner in runners.values():
+        runner.round(steps, [], [])  # to warm up
+    for _ in range(repeats):
         for name, runner in runners.items():
-            of_steps, seconds = runner.round(steps)
-            if repeat:  # the first is to warm up
-                host[name] += of_steps
-                whole[name].append(seconds / steps)
-    sides = {}
-    for name, runner in runners.items():
-        flops, accessed, calls = runner.cost()
-        sides[name] = Side(flops, accessed, statistics.median(host[name]), statistics.median(whole[name]), calls)
+            runner.round(steps, *seconds[name])
+    sides = {name: runner.side(*seconds[name]) for name, runner in runners.items()}
     return GuardFigures(sides, steps, device())

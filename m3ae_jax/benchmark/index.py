@@ -8,10 +8,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
+from m3ae_jax.benchmark.timing import Figures
 from m3ae_jax.data.pipeline import Batches, Feed, Group, token_slots, train_view
 from m3ae_jax.data.sources.text_lines import TextSource
 from m3ae_jax.data.text import load_tokenizer
@@ -22,7 +22,7 @@ _BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexFigures:
+class IndexFigures(Figures):
     """What was measured.
 
     Attributes:
@@ -30,7 +30,7 @@ class IndexFigures:
         index_seconds: of opening it for the first time.
         reopen_seconds: of opening it with its index there.
         index_bytes: more resident memory after the first opening.
-        position: of the run, where its first batch was asked for.
+        position: of the run, where its first batch was requested.
         first_batch_seconds: from building the pipeline to the batch.
         pipeline_bytes: more resident memory after that.
     """
@@ -51,10 +51,6 @@ class IndexFigures:
             f"position {self.position:,} after {self.first_batch_seconds:.2f} s with "
             f"{self.pipeline_bytes / 1e6:.0f} MB more"
         )
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
 
 
 def measure(config: ConfigDict, records: int = _RECORDS) -> IndexFigures:

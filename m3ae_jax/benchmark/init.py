@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Model, device, told, vocabulary_of
+from m3ae_jax.benchmark.step import Model, vocabulary_of
+from m3ae_jax.benchmark.timing import Figures, device, spread, timed
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train.progress import host_peak_bytes
 from m3ae_jax.train.step import jit_init
 
 
 @dataclasses.dataclass(frozen=True)
-class InitFigures:
+class InitFigures(Figures):
     """What was measured; seconds of each round.
 
     Attributes:
@@ -42,15 +42,11 @@ class InitFigures:
         return (
             f"a fresh state of {self.parameters:,} parameters, {self.state_bytes / 2**30:.2f} GiB ({self.device}; "
             f"seconds are the median of the rounds and their range):\n"
-            f"  tracing    {told(self.lower_seconds)} s\n"
-            f"  compiling  {told(self.compile_seconds)} s\n"
-            f"  running    {told(self.run_seconds)} s\n"
+            f"  tracing    {spread(self.lower_seconds)} s\n"
+            f"  compiling  {spread(self.compile_seconds)} s\n"
+            f"  running    {spread(self.run_seconds)} s\n"
             f"  the process had at most {self.host_peak_bytes / 2**30:.2f} GiB"
         )
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
 
 
 def measure(config: ConfigDict, repeats: int) -> InitFigures:
@@ -60,15 +56,12 @@ def measure(config: ConfigDict, repeats: int) -> InitFigures:
     state: Any = None
     for _ in range(repeats):
         state = None  # gives its memory back
-        begin = time.perf_counter()
-        lowered = jit_init(*model).lower()
-        lower.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        compiled = lowered.compile()
-        compile_.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        state = jax.block_until_ready(compiled())
-        run.append(time.perf_counter() - begin)
+        with timed(lower):
+            lowered = jit_init(*model).lower()
+        with timed(compile_):
+            compiled = lowered.compile()
+        with timed(run):
+            state = jax.block_until_ready(compiled())
     return InitFigures(
         device=device(),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),

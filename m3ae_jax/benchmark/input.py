@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import statistics
 import tarfile
 import tempfile
@@ -18,13 +17,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m3ae_jax.data import images
+import m3ae_jax.data.images as images
+from m3ae_jax.benchmark.timing import Figures, cores, timed
 from m3ae_jax.data.mixture import open_mixture
-from m3ae_jax.data.pipeline import Batches, Feed, Group, token_slots, train_view, uniform_numbers
+from m3ae_jax.data.pipeline import Batches, Feed, Group, train_view, uniform_numbers
 from m3ae_jax.data.sources.base import Record, Source
 from m3ae_jax.data.sources.webdataset import WebDatasetSource
 from m3ae_jax.data.text import Tokenizer, encode_batch, load_tokenizer
 from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import build
 
 _PICTURES = 2000
 _SIDE, _QUALITY = 256, 90
@@ -36,7 +37,7 @@ _SECONDS = 5.0  # of a repetition of the whole, at least
 
 
 @dataclasses.dataclass(frozen=True)
-class InputFigures:
+class InputFigures(Figures):
     """What was measured.
 
     Attributes:
@@ -64,20 +65,19 @@ class InputFigures:
             for name, seconds in self.stages.items()
         ]
         bound = max(self.stages, key=self.stages.__getitem__)
-        return "\n".join(
-            [
-                f"input pipeline, {self.data}, {self.cores} cores:",
-                f"  {self.rate:,.0f} examples a second ({min(self.rates):,.0f} to {max(self.rates):,.0f}), "
-                f"{self.rate / self.cores:,.0f} a core; bound by: {bound}",
-                "each stage alone, on one core:",
-                *rows,
-                f"  {'sum':38} {total * 1e3:7.3f} ms      {1 / total:10,.0f} a second and core",
-            ]
-        )
+        lines = [
+            f"input pipeline, {self.data}, {self.cores} cores:",
+            f"  {self.rate:,.0f} examples a second ({min(self.rates):,.0f} to {max(self.rates):,.0f}), "
+            f"{self.rate / self.cores:,.0f} a core; bound by: {bound}",
+            "each stage alone, on one core:",
+            *rows,
+            f"  {'sum':38} {total * 1e3:7.3f} ms      {1 / total:10,.0f} a second and core",
+        ]
+        return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
         """For programs."""
-        return {**dataclasses.asdict(self), "rate": self.rate}
+        return {**super().record(), "rate": self.rate}
 
 
 def measure(config: ConfigDict, *, own_data: bool = False, repeats: int = 3) -> InputFigures:
@@ -100,15 +100,13 @@ def measure(config: ConfigDict, *, own_data: bool = False, repeats: int = 3) -> 
             what = f"{_PICTURES} JPEGs of {_SIDE} px and {size / 1e3:.1f} kB"
         if own_data or config.data.tokenizer:
             tokenizer = load_tokenizer(config.data.tokenizer or "scenes")
-        slots = token_slots(config)
-        ratios = {"image": config.model.image_mask_ratio, "text": config.model.text_mask_ratio}
-        groups = tuple(Group(m, m, slots[m], ratios[m]) for m in config.data.modalities if m in source.modalities)
+        groups = tuple(g for g in build(config, tokenizer.vocab_size).groups if g.modality in source.modalities)
         if not groups:
             raise UserError("the data hold none of data.modalities")
         stages = _stages(config, source, tokenizer, groups)
         rates = [_rate(config, feed, tokenizer, groups) for _ in range(repeats)]
     what += f", to {config.data.image_size} px and at most {config.data.max_text_tokens} tokens"
-    return InputFigures(what, len(os.sched_getaffinity(0)), rates, stages)
+    return InputFigures(what, cores(), rates, stages)
 
 
 def _rate(config: ConfigDict, feed: Feed, tokenizer: Tokenizer, groups: tuple[Group, ...]) -> float:
@@ -131,11 +129,10 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
     seconds: dict[str, float] = {}
 
     def clock(name: str, work: Callable[[], object], examples: int) -> None:
-        rounds = []
+        rounds: list[float] = []
         for _ in range(3):
-            begin = time.process_time()
-            work()
-            rounds.append(time.process_time() - begin)
+            with timed(rounds, time.process_time):
+                work()
         seconds[name] = max(min(rounds) / examples, 1e-9)
 
     modalities = {group.modality for group in groups}
@@ -146,12 +143,11 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
         whole = [record for record in records if _size(record)]
         crops = [images.Crop(uniform_numbers(1, i, 5), tuple(data.crop_scale)) for i in range(len(whole))]
         clock("decode", lambda: [images.open_picture(r["image"]).load() for r in whole], len(whole))
-        pictures = [images.load(r["image"], data.image_size, c) for r, c in zip(whole, crops, strict=True)]
 
-        def load() -> None:
-            for record, crop in zip(whole, crops, strict=True):
-                images.load(record["image"], data.image_size, crop)
+        def load() -> list[np.ndarray]:
+            return [images.load(r["image"], data.image_size, c) for r, c in zip(whole, crops, strict=True)]
 
+        pictures = load()
         clock("crop and resize", load, len(whole))
         seconds["crop and resize"] = max(seconds["crop and resize"] - seconds["decode"], 1e-9)
         clock("patch", lambda: [images.patchify(p[None], data.patch_size) for p in pictures], len(whole))
@@ -193,10 +189,8 @@ def _size(record: Record) -> tuple[int, int] | None:
 def _made(folder: Path) -> tuple[WebDatasetSource, float]:
     """Pictures of soft colours and grain, about as large as photographs, and captions of common words."""
     rng = np.random.default_rng(0)
-    words = [
-        "".join(chr(ord("a") + int(c)) for c in rng.integers(0, 26, rng.integers(2, 9)))
-        for _ in range(_CAPTIONS_VOCABULARY)
-    ]
+    letters = [rng.integers(ord("a"), ord("z") + 1, rng.integers(2, 9)) for _ in range(_CAPTIONS_VOCABULARY)]
+    words = ["".join(map(chr, word)) for word in letters]
     total = 0
     with tarfile.open(folder / "made.tar", "w") as tar:
         for number in range(_PICTURES):

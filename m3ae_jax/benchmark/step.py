@@ -6,28 +6,22 @@ No tensorflow is needed. Legend: ``B`` examples.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.m3ae_reference import M3AEReference
-from m3ae_jax.benchmark.vit_mae import ViTMAE
+import m3ae_jax.benchmark.peer as peers
+from m3ae_jax.benchmark.timing import Figures, Rounds, compute_dtype, cores, in_turns, spread, timed
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.pipeline import Group
 from m3ae_jax.data.text import load_tokenizer
-from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.objectives.base import Batch, Objective, abstract_batches, build
-from m3ae_jax.objectives.m3ae import autoencoder_options
 from m3ae_jax.parallel.mesh import Rules, batch_parts, make_mesh, mesh_rules, put_whole_batch
 from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.train.optimizer import optimizer, schedule
@@ -37,30 +31,6 @@ from m3ae_jax.train.step import abstract_state, init_state, jit_train_step
 
 CAPTION_TOKENS = 25.0
 """Mean length of the captions: CC12M's, about."""
-
-
-class Other(Protocol):
-    """A program to compare with: what it is, steps of it, and the most that the device held where that is told."""
-
-    name: str
-
-    def run(self, steps: int) -> None:
-        """Runs steps to their end."""
-
-    def peak_bytes(self) -> int | None:
-        """Of the device."""
-
-
-AGAINST: dict[str, Callable[[ConfigDict, float], Other]] = {
-    "vit_mae": lambda config, caption_tokens: ViTMAE(config, jax.default_backend() == "gpu"),
-    "m3ae": M3AEReference,
-    "m3ae_256": functools.partial(M3AEReference, text_tokens=256),
-}
-"""Programs to compare with, by the name that ``--against`` takes; m3ae at its text length 64."""
-
-_ROUND_SECONDS = 2.0  # about what a round takes
-_MOST_STEPS = 50  # of a round
-_FLOAT32_SIDE, _ACCELERATOR_SIDE = 3072, 8192  # of the matrices whose product is the peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +55,11 @@ class Timed:
     def text(self) -> str:
         """For people."""
         peak = "" if self.peak_bytes is None else f", at most {self.peak_bytes / 2**30:.2f} GiB of device memory"
-        return f"{told(self.seconds)} s, {self.examples_per_second:,.2f} examples/s{peak}"
+        return f"{spread(self.seconds)} s, {self.examples_per_second:,.2f} examples/s{peak}"
 
 
 @dataclasses.dataclass(frozen=True)
-class StepFigures:
+class StepFigures(Figures):
     """What was measured.
 
     Attributes:
@@ -167,17 +137,7 @@ class StepFigures:
 
     def record(self) -> dict[str, Any]:
         """For programs."""
-        return {**dataclasses.asdict(self), "mfu": self.mfu}
-
-
-def device() -> str:
-    """How many of which."""
-    return f"{jax.device_count()} {jax.devices()[0].device_kind}"
-
-
-def told(seconds: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(seconds):.4g} ({min(seconds):.4g} to {max(seconds):.4g})"
+        return {**super().record(), "mfu": self.mfu}
 
 
 class Model(NamedTuple):
@@ -210,23 +170,21 @@ class Runner:
         self.vocabulary = vocabulary_of(config)
         self.mesh = make_mesh(config)
         model = Model.of(config, self.vocabulary, self.mesh)
-        abstract = abstract_state(*model)
-        step = jit_train_step(
-            model.objective, model.chain, config.seed, config.micro_batches, abstract, self.mesh, (), spike
-        )
+        objective, chain, abstract = model.objective, model.chain, abstract_state(*model)
+        step = jit_train_step(objective, chain, config.seed, config.micro_batches, abstract, self.mesh, (), spike)
         self._state = init_state(*model)
-        self.batch = ready_batch(config, model.objective, batch_parts(self.mesh), self.vocabulary, caption_tokens)
+        self.batch = ready_batch(config, objective, batch_parts(self.mesh), self.vocabulary, caption_tokens)
         self._batch = put_whole_batch(self.batch, self.mesh)
-        begin = time.perf_counter()
-        lowered = step.lower(self._state, self._batch)
-        self.lower_seconds = time.perf_counter() - begin
-        self.compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - begin - self.lower_seconds
+        with timed(seconds := list[float]()):
+            lowered = step.lower(self._state, self._batch)
+        with timed(seconds):
+            self.compiled = lowered.compile()
+        self.lower_seconds, self.compile_seconds = seconds
 
     def start(self) -> dict[str, jax.Array]:
-        """Hands one step to the device; what it says."""
-        self._state, figures = self.compiled(self._state, self._batch)
-        return figures
+        """Hands one step to the device; its metrics."""
+        self._state, metrics = self.compiled(self._state, self._batch)
+        return metrics
 
     def run(self, steps: int) -> None:
         """Runs steps to their end."""
@@ -250,22 +208,24 @@ def ready_batch(config: ConfigDict, objective: Objective, unit: int, vocabulary:
         objective: what the batch is for.
         unit: divides the rows of every part of a mixture.
         vocabulary: token ids.
-        caption_tokens: mean length of a caption; lengths are Poisson's, within 1 and what the config keeps.
+        caption_tokens: mean length of a caption; lengths are Poisson's, within 1 and what the config allows.
     """
-    rng = np.random.default_rng(0)
-
-    def filled(shapes: dict[str, Any]) -> Batch:
-        groups = {
-            group.name: _masked(group, shapes["groups"][group.name], rng, vocabulary, caption_tokens)
-            for group in objective.groups
-            if group.name in shapes["groups"]
-        }
-        return {"groups": groups, "example": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["example"])}
-
     shapes = abstract_batches(config, objective, config.batch_size, unit)
-    if "parts" in shapes:
-        return {"parts": {name: filled(part) for name, part in shapes["parts"].items()}}
-    return filled(shapes)
+    if "parts" not in shapes:
+        return noise(objective.groups, shapes, vocabulary, caption_tokens)
+    parts = shapes["parts"].items()
+    return {"parts": {name: noise(objective.groups, part, vocabulary, caption_tokens) for name, part in parts}}
+
+
+def noise(groups: Iterable[Group], shapes: Mapping[str, Any], vocabulary: int, caption_tokens: float) -> Batch:
+    """A batch of the shapes of `abstract_batch`, masked as its groups say; otherwise as `ready_batch`."""
+    rng = np.random.default_rng(0)
+    masked = {
+        group.name: _masked(group, shapes["groups"][group.name], rng, vocabulary, caption_tokens)
+        for group in groups
+        if group.name in shapes["groups"]
+    }
+    return {"groups": masked, "example": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["example"])}
 
 
 def _masked(
@@ -276,14 +236,12 @@ def _masked(
     if group.modality == "text":
         length = np.clip(rng.poisson(caption_tokens, examples), 1, group.tokens)
     hidden = hidden_count(length, group.mask_ratio)
+    parts = {"visible": (np.zeros_like(length), length - hidden), "target": (length - hidden, hidden)}
     # Real tokens in a random order, then padding.
     draws = rng.random((examples, group.tokens)) + (np.arange(group.tokens) >= length[:, None])
     order = np.argsort(draws, axis=1).astype(np.int32)
     sets = {}
-    for name, first, count in (
-        ("visible", np.zeros_like(length), length - hidden),
-        ("target", length - hidden, hidden),
-    ):
+    for name, (first, count) in parts.items():
         slots = np.arange(shapes[name]["valid"].shape[1])
         valid = slots < count[:, None]
         place = np.minimum(first[:, None] + slots, group.tokens - 1)
@@ -301,37 +259,16 @@ def padding(batch: Batch) -> dict[str, float]:
     """Share of the ``encoder``'s and ``decoder``'s slots, CLS left out, that hold no real token."""
     parts = list(batch["parts"].values()) if "parts" in batch else [batch]
     groups = [group for part in parts for group in part["groups"].values()]
-    read = {"encoder": ("visible",), "decoder": ("visible", "target")}
+    sets = {"encoder": ("visible",), "decoder": ("visible", "target")}
     return {
         name: 1 - float(np.concatenate([g[kind]["valid"].ravel() for g in groups for kind in kinds]).mean())
-        for name, kinds in read.items()
+        for name, kinds in sets.items()
     }
 
 
 def tokens(batch: Batch) -> int:
     """Real tokens of a batch."""
     return sum(int(leaf.sum()) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if path[-1].key == "valid")
-
-
-def matmul(dtype: Any) -> Callable[[], float]:
-    """A function that measures the operations per second of one large matrix product on one device."""
-    on_cpu = jax.default_backend() == "cpu"
-    side, times = (_FLOAT32_SIDE, 1) if on_cpu else (_ACCELERATOR_SIDE, 20)
-    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
-    # Scaled, so that a chain of products neither grows nor vanishes.
-    # Unrolled, for within a loop XLA's CPU back end gives a product one core.
-    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (y @ x) * side**-0.5, x, unroll=times))
-    jax.block_until_ready(chain(a))
-
-    def measured() -> float:
-        seconds = []
-        for _ in range(4):  # the first after a step is slower: the fastest is the peak
-            begin = time.perf_counter()
-            jax.block_until_ready(chain(a))
-            seconds.append(time.perf_counter() - begin)
-        return 2.0 * side**3 * times / min(seconds)
-
-    return measured
 
 
 def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TOKENS, against: str = "") -> StepFigures:
@@ -341,36 +278,25 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         config: resolved.
         repeats: rounds of each.
         caption_tokens: as of `ready_batch`.
-        against: a name of `AGAINST`; "": nothing.
+        against: one of `peer.names`; "": nothing.
 
     Raises:
         UserError: the other program cannot run this config, or is not installed.
     """
-    if against and against not in AGAINST:
-        raise UserError(one_of("--against", against, AGAINST))
-    other = AGAINST[against](config, caption_tokens) if against else None
-    if other:
-        _check_alike(config, against)
+    other = peers.build(against, config, caption_tokens, make_mesh(config).size) if against else None
     runner = Runner(config, config.anomaly.spike, caption_tokens)
-    dtype = autoencoder_options(config, 0).encoder.dtype
-    peak = matmul(dtype)
-    ours = Rounds(runner.run)
-    theirs = Rounds(other.run) if other else None
-    peaks = []
-    for _ in range(repeats):
-        ours.one()
-        if theirs:
-            theirs.one()
-        peaks.append(peak())
+    dtype = compute_dtype(config)
+    ours, *theirs = [Rounds(program.run) for program in (runner, other) if program]
+    peaks = in_turns([ours, *theirs], repeats, dtype)
     analysis: Any = runner.compiled.memory_analysis()
     batch_size, devices = config.batch_size, runner.mesh.size
     stats = jax.devices()[0].memory_stats() or {}
     step = Timed.of(ours.seconds, batch_size, stats.get("peak_bytes_in_use"))
     return StepFigures(
         device=f"{devices} {jax.devices()[0].device_kind}",
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         batch_size=batch_size,
-        compute_dtype=jnp.dtype(dtype).name,
+        compute_dtype=dtype.name,
         vocabulary=runner.vocabulary,
         step=step,
         flops_per_example=flops_per_example(config, runner.vocabulary),
@@ -383,42 +309,6 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         temporary_bytes=analysis.temp_size_in_bytes,
         argument_bytes=analysis.argument_size_in_bytes,
         host_peak_bytes=host_peak_bytes(),
-        against=Timed.of(theirs.seconds, batch_size, other.peak_bytes()) if theirs and other else None,
+        against=Timed.of(theirs[0].seconds, batch_size, other.peak_bytes()) if other else None,
         against_name=other.name if other else "",
     )
-
-
-def _check_alike(config: ConfigDict, against: str) -> None:
-    """Refuses what the other programs do not compute.
-
-    Raises:
-        UserError: as said.
-    """
-    devices = make_mesh(config).size
-    if devices > 1:
-        raise UserError(f"--against={against} on {devices} devices: the other program runs on one")
-    if config.objective != "m3ae":
-        raise UserError(f"--against={against} with objective={config.objective!r}: it computes what m3ae does")
-    if config.data.mixture:
-        raise UserError(f"--against={against} with data.mixture: the other program has one source")
-
-
-class Rounds:
-    """Seconds a step of each round, of as many steps as its first one says.
-
-    Before each round a step is not timed: the system may have taken back memory that the program will ask for again.
-    """
-
-    def __init__(self, run: Callable[[int], None]) -> None:
-        self._run, self.seconds = run, list[float]()
-        run(1)
-        begin = time.perf_counter()
-        run(1)
-        self._steps = int(np.clip(_ROUND_SECONDS / (time.perf_counter() - begin), 1, _MOST_STEPS))
-
-    def one(self) -> None:
-        """Runs a round."""
-        self._run(1)
-        begin = time.perf_counter()
-        self._run(self._steps)
-        self.seconds.append((time.perf_counter() - begin) / self._steps)

@@ -1,10 +1,12 @@
 """The benchmarks run, small, and say what they measured; no figure is judged."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,16 +22,21 @@ from m3ae_jax.benchmark import (
     index,
     init,
     input,
-    m3ae_reference,
+    peer,
     step,
+    timing,
 )
-from m3ae_jax.benchmark.m3ae_reference import M3AEReference
+from m3ae_jax.benchmark.peers import m3ae, m3ae_256
 from m3ae_jax.config import apply_overrides, default, load, resolve
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.plan.flops import matmul_flops
+
+BENCHMARK = Path(timing.__file__).parent
+OBJECTIVES = ("m3ae", "mae", "mamo", "simla", "fourm")
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def config():
@@ -59,9 +66,9 @@ def test_the_index_benchmark_goes_on_at_nine_tenths():
 def test_the_features_benchmark_times_both_classifiers():
     figures = features.measure(repeats=2, examples=120, width=8)
     assert [t.classes for t in figures.timings] == [15, 100]
-    for timing in figures.timings:
-        assert len(timing.knn_seconds) == len(timing.probe_seconds) == 2 and min(timing.knn_seconds) > 0
-        assert 1 / timing.classes < timing.probe_accuracy < 0.9  # to be learnt, and not without mistakes
+    for t in figures.timings:
+        assert len(t.knn_seconds) == len(t.probe_seconds) == 2 and min(t.knn_seconds) > 0
+        assert 1 / t.classes < t.probe_accuracy < 0.9  # to be learnt, and not without mistakes
     assert "120 training and 120 test features of 8 numbers" in figures.text()
     assert json.loads(json.dumps(figures.record()))["timings"][1]["classes"] == 100
 
@@ -115,8 +122,8 @@ def test_two_runs_are_compared_figure_by_figure(tmp_path):
 
 @pytest.mark.slow
 def test_the_step_benchmark_measures_without_tensorflow(monkeypatch):
-    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
+    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_FLOAT32_SIDE", 64)
     figures = step.measure(small(), repeats=2, caption_tokens=6.0)
     assert len(figures.step.seconds) == len(figures.matmul_flops_per_second) == 2 and min(figures.step.seconds) > 0
     assert figures.step.examples_per_second == pytest.approx(8 / np.median(figures.step.seconds))
@@ -126,7 +133,8 @@ def test_the_step_benchmark_measures_without_tensorflow(monkeypatch):
     twice = step.Timed.of([2 * s for s in figures.step.seconds], 8, None)
     beside = dataclasses.replace(figures, against=twice, against_name="other")
     assert "2.00 x its examples/s" in beside.text()
-    program = "import sys; sys.modules['tensorflow'] = None; from m3ae_jax.benchmark import step, vit_mae, compare"
+    program = "import sys; sys.modules['tensorflow'] = None; from m3ae_jax.benchmark import step, compare"
+    program += "; from m3ae_jax.benchmark.peers import m3ae, vit_mae"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -139,6 +147,62 @@ def test_the_other_program_is_of_pictures_alone():
         step.measure(small(), repeats=1, against="vit_mae")
 
 
+def test_a_peer_is_refused_what_it_does_not_compute():
+    for change, match in (
+        ({"objective": "mine:Objective"}, r"--against=m3ae_256 with objective='mine:Objective': it computes what m3ae"),
+        ({"data.modalities": ("image",)}, r"--against=m3ae_256 with data\.modalities=\('image',\)"),
+    ):
+        c = small()
+        c.update_from_flattened_dict(change)
+        with pytest.raises(UserError, match=match):
+            peer.build("m3ae_256", c, 25.0, devices=1)
+
+
+def named(tree):
+    """Names and texts in a module's code, docstrings left out."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", [])
+        if isinstance(body, list) and isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS):
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.alias):
+            yield from (node.name, node.asname or "")
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ClassDef | FUNCTIONS):
+            yield node.name
+
+
+def objectives_in(source):
+    names = (name.lower().replace("m3ae_jax", "") for name in named(ast.parse(source)))
+    return [name for name in names if any(objective in name for objective in OBJECTIVES)]
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARK.glob("*.py")), ids=lambda path: path.name)
+def test_only_peers_name_an_objective(path):
+    assert not objectives_in(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x = 'm3ae'", "from m3ae_jax.objectives.m3ae import f", "import simla", "x.vit_mae", "class Mamo: pass"],
+)
+def test_the_check_of_names_sees_them(source):
+    assert objectives_in(source)
+    assert not objectives_in('"""Of M3AE."""\nimport m3ae_jax.config as c\nx = "m3ae_jax.data"  # as MAE')
+
+
+def test_the_command_lists_the_peers():
+    assert peer.names() == ["m3ae", "m3ae_256", "vit_mae"]
+    command = [sys.executable, "-m", "m3ae_jax.benchmark", "--what=step", "--against=mae"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--against='mae' is not one of m3ae, m3ae_256, vit_mae" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("size", "tokens", "gigaflops"),
     [("small", 64, 58.3), ("small", 256, 118.7), ("base", 64, 84.2), ("base", 256, 163.4)],
@@ -147,7 +211,7 @@ def test_the_m3ae_reference_asks_for_its_published_operations(size, tokens, giga
     """Closed forms of the reference's own code at 224 px, ratios 0.75, 30,522 words; GFLOP of three forward passes."""
     c = load(f"configs/{size}.py")
     c.data.image_size, c.batch_size = 224, 1
-    reference = M3AEReference(resolve(c), 25.0, text_tokens=tokens)
+    reference = {64: m3ae, 256: m3ae_256}[tokens].Step(resolve(c), 25.0)
     params = jax.eval_shape(reference.init)
     flops = 3 * matmul_flops(reference.loss, params, jax.random.key(0), reference.batch)
     assert flops / 1e9 == pytest.approx(gigaflops, rel=0.002)
@@ -155,9 +219,9 @@ def test_the_m3ae_reference_asks_for_its_published_operations(size, tokens, giga
 
 @pytest.mark.slow
 def test_the_m3ae_reference_trains_beside_ours(monkeypatch):
-    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
-    monkeypatch.setattr(m3ae_reference, "BERT_VOCABULARY", 50)
+    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_FLOAT32_SIDE", 64)
+    monkeypatch.setattr(m3ae, "BERT_VOCABULARY", 50)
     monkeypatch.setattr(step, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     figures = step.measure(small(), repeats=2, caption_tokens=6.0, against="m3ae")
     assert len(figures.against.seconds) == 2 and "text length 64" in figures.text()
@@ -204,8 +268,8 @@ def test_making_saving_and_restoring_a_state_are_timed():
 
 @pytest.mark.slow
 def test_encoding_is_timed_by_batch_size(monkeypatch):
-    monkeypatch.setattr(step, "_FLOAT32_SIDE", 64)
-    monkeypatch.setattr(step, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_FLOAT32_SIDE", 64)
+    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
     c = small()
     figures = encode.measure(c, repeats=2, sizes=(1, 4))
     assert [rate.batch_size for rate in figures.rates] == [1, 4] and figures.tokens == 16 + 16

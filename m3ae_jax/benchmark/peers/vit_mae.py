@@ -7,34 +7,31 @@ bfloat16. Its pictures are normalised beforehand; this project's step does that 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from m3ae_jax.benchmark.peer import Needs
+from m3ae_jax.benchmark.timing import compute_dtype, cores
+from m3ae_jax.convert.vitmae import architecture
 from m3ae_jax.errors import UserError
-from m3ae_jax.objectives.m3ae import autoencoder_options
 
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 
 
-class ViTMAE:
-    """A model and its optimizer, on the GPU if there is one for JAX.
-
-    Args:
-        config: resolved; of pictures alone.
-        on_gpu: whether it runs there.
+class Step:
+    """A model and its optimizer, on the GPU if there is one for JAX; see `peer.Peer`.
 
     Raises:
-        UserError: the config is of other modalities, or PyTorch or transformers is missing.
+        UserError: PyTorch or transformers is missing.
     """
 
-    def __init__(self, config: ConfigDict, on_gpu: bool) -> None:
-        if tuple(config.data.modalities) != ("image",):
-            raise UserError(
-                f"--against=vit_mae with data.modalities={tuple(config.data.modalities)!r}: it knows pictures alone; "
-                "take configs/mae_base.py, or --config.data.modalities=image"
-            )
+    needs = Needs("m3ae", ("image",), "pictures alone; take configs/mae_base.py, or --config.data.modalities=image")
+
+    def __init__(self, config: ConfigDict, caption_tokens: float) -> None:
+        del caption_tokens
+        on_gpu = jax.default_backend() == "gpu"
         try:
             torch: Any = importlib.import_module("torch")
             transformers: Any = importlib.import_module("transformers")
@@ -42,34 +39,18 @@ class ViTMAE:
             raise UserError(
                 f"--against=vit_mae needs PyTorch and transformers ({error}): pip install -e '.[parity]'"
             ) from None
-        model, data = config.model, config.data
         self._torch, self._device = torch, "cuda" if on_gpu else "cpu"
-        self._bfloat16 = autoencoder_options(config, 0).encoder.dtype == "bfloat16"
+        self._bfloat16 = compute_dtype(config) == "bfloat16"
         self.name = f"transformers {transformers.__version__}' ViTMAE, torch {torch.__version__}" + (
             ", compiled" if on_gpu else ""
         )
         torch.manual_seed(config.seed)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         if on_gpu:
             torch.set_float32_matmul_precision("high")
-        of = transformers.ViTMAEConfig(
-            hidden_size=model.width,
-            num_hidden_layers=model.depth,
-            num_attention_heads=model.heads,
-            intermediate_size=int(model.width * model.mlp_ratio),
-            hidden_act=_ACTIVATIONS[model.activation],
-            layer_norm_eps=model.layer_norm_epsilon,
-            image_size=data.image_size,
-            patch_size=data.patch_size,
-            decoder_hidden_size=model.decoder_width,
-            decoder_num_hidden_layers=model.decoder_depth,
-            decoder_num_attention_heads=model.decoder_heads,
-            decoder_intermediate_size=int(model.decoder_width * model.mlp_ratio),
-            mask_ratio=model.image_mask_ratio,
-            norm_pix_loss=config.loss.normalize_patches,
-            attn_implementation="sdpa",
-        )
-        self._model: Any = transformers.ViTMAEForPreTraining(of).to(self._device).train()
+        sizes = architecture(config) | {"hidden_act": _ACTIVATIONS[config.model.activation]}
+        settings = transformers.ViTMAEConfig(**sizes, attn_implementation="sdpa")
+        self._model: Any = transformers.ViTMAEForPreTraining(settings).to(self._device).train()
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
             lr=1e-4,
@@ -77,7 +58,7 @@ class ViTMAE:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        shape = (config.batch_size, 3, data.image_size, data.image_size)
+        shape = (config.batch_size, 3, config.data.image_size, config.data.image_size)
         self._pictures = torch.randn(shape, device=self._device)
         self._loss = torch.compile(self._compute) if on_gpu else self._compute
 

@@ -1,0 +1,1 @@
+"""Training steps of other programs, one a module; see ``benchmark/peer.py``."""
