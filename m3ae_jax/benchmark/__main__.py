@@ -37,18 +37,10 @@ import m3ae_jax.config as config_lib  # noqa: E402
 from m3ae_jax.benchmark import compare, peer  # noqa: E402
 from m3ae_jax.errors import UserError, one_of  # noqa: E402
 
-WHAT = {
-    "step": "configs/tiny.py",
-    "end_to_end": "configs/tiny.py",
-    "init": "configs/tiny.py",
-    "checkpoint": "configs/tiny.py",
-    "encode": "configs/tiny.py",
-    "input": "configs/base.py",
-    "index": "configs/base.py",
-    "guard": "configs/tiny.py",
-    "features": "configs/base.py",
-}
-"""What can be measured, and of which config unless one is named."""
+_SMALL = ("step", "end_to_end", "init", "checkpoint", "encode", "guard")
+_LARGE = ("input", "index", "features")
+WHAT = dict.fromkeys(_SMALL, "configs/tiny.py") | dict.fromkeys(_LARGE, "configs/base.py")
+"""What can be measured, a module of this folder each, and of which config unless one is named."""
 
 _WITH_TENSORFLOW = ("end_to_end", "input", "index")
 

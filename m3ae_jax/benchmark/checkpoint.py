@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Model, vocabulary_of
+from m3ae_jax.benchmark.step import Model
 from m3ae_jax.benchmark.timing import Figures, device, spread, timed
 from m3ae_jax.checkpoint.manager import Checkpoints
-from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train.step import abstract_state, init_state
 
 
@@ -44,9 +43,8 @@ class CheckpointFigures(Figures):
 
     def text(self) -> str:
         """For people."""
-        written, read = (
-            self.file_bytes / statistics.median(seconds) / 1e6 for seconds in (self.save_seconds, self.restore_seconds)
-        )
+        megabytes = self.file_bytes / 1e6
+        written, read = (megabytes / statistics.median(s) for s in (self.save_seconds, self.restore_seconds))
         return (
             f"a checkpoint of {self.state_bytes / 2**30:.2f} GiB, {self.file_bytes / 2**30:.2f} GiB on the disk "
             f"({self.folder}; {self.device}; seconds are the median of the rounds and their range):\n"
@@ -63,7 +61,7 @@ def measure(config: ConfigDict, repeats: int) -> CheckpointFigures:
         config: resolved.
         repeats: saves, each of which is restored.
     """
-    model = Model.of(config, vocabulary_of(config), make_mesh(config))
+    model = Model.of(config)
     state, abstract = init_state(*model), abstract_state(*model)
     # A fresh state's moments are zeros, which are compressed to nothing.
     moments = {

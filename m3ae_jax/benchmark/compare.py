@@ -53,13 +53,10 @@ def table(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _flat(record: Any, name: str = "") -> Iterator[tuple[str, float | str]]:
-    if isinstance(record, Mapping):
-        for key, value in record.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(record, list) and record and all(isinstance(x, (int, float)) for x in record):
+    if isinstance(record, list) and record and all(isinstance(x, (int, float)) for x in record):
         yield name, statistics.median(record)
-    elif isinstance(record, list):
-        for place, value in enumerate(record):
-            yield from _flat(value, f"{name}.{place}")
+    elif isinstance(record, (Mapping, list)):
+        for key, value in record.items() if isinstance(record, Mapping) else enumerate(record):
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
     elif isinstance(record, (int, float, str)):
         yield name, record

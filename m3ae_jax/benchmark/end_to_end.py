@@ -131,14 +131,11 @@ def _starts(path: str, overrides: Overrides) -> dict[str, dict[str, float]]:
     starts = {}
     short = (("duration", "1 steps"), ("evals", ""), ("eval.every", "1000 steps"))
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-        }
+        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_ENABLE_COMPILATION_CACHE": "true"}
         for name in ("cold", "cached"):
             workdir = Path(folder) / name
             command = python_command(path, workdir, (*overrides, *short))
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
                 raise UserError(f"m3ae_jax.main with this config ended with {done.returncode}: {''.join(last)}")

@@ -22,7 +22,7 @@ class Timing:
         classes: how many.
         knn_seconds: of all queries, each repeat.
         probe_seconds: of choosing the penalty and fitting, each repeat; the first with compiling.
-        cpu_seconds: of both together and all cores, each repeat: what a machine with other work on it tells.
+        cpu_seconds: of both together and all cores, each repeat: a measure on a machine with other work, too.
         knn_accuracy: of the most neighbours.
         probe_accuracy: on examples that were not fitted.
         l2: the penalty that was chosen.

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax.benchmark.step import Model, vocabulary_of
+from m3ae_jax.benchmark.step import Model
 from m3ae_jax.benchmark.timing import Figures, device, spread, timed
-from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train.progress import host_peak_bytes
 from m3ae_jax.train.step import jit_init
 
@@ -51,7 +50,7 @@ class InitFigures(Figures):
 
 def measure(config: ConfigDict, repeats: int) -> InitFigures:
     """Makes the state of a resolved config `repeats` times, each time from nothing."""
-    model = Model.of(config, vocabulary_of(config), make_mesh(config))
+    model = Model.of(config)
     lower, compile_, run = list[float](), list[float](), list[float]()
     state: Any = None
     for _ in range(repeats):

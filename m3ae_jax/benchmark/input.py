@@ -75,10 +75,6 @@ class InputFigures(Figures):
         ]
         return "\n".join(lines)
 
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return {**super().record(), "rate": self.rate}
-
 
 def measure(config: ConfigDict, *, own_data: bool = False, repeats: int = 3) -> InputFigures:
     """Measures the pipeline of a resolved config, its sizes and modalities.

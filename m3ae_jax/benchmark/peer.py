@@ -68,7 +68,7 @@ def build(name: str, config: ConfigDict, caption_tokens: float, devices: int) ->
         devices: on which this project's own step runs.
 
     Raises:
-        UserError: there is no such peer, it is not installed, or it computes something else than this config says.
+        UserError: there is no such peer, it is not installed, or it does not compute this config's step.
     """
     if name not in names():
         raise UserError(one_of("--against", name, names()))

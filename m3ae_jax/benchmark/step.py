@@ -40,7 +40,7 @@ class Timed:
     Attributes:
         seconds: a step, of each round.
         examples_per_second: by the median round.
-        peak_bytes: the most that the device held; None where it does not say (a CPU).
+        peak_bytes: the most that the device held; None where that is unknown (a CPU).
     """
 
     seconds: list[float]
@@ -79,7 +79,7 @@ class StepFigures(Figures):
         temporary_bytes: that the compiled step takes on a device beside its arguments.
         argument_bytes: parameters, optimizer state and batch, on a device.
         host_peak_bytes: the most that the process held.
-        against: the other program, timed in turns with `step`; None: none was asked for.
+        against: the other program, timed in turns with `step`; None: without one.
         against_name: what it is.
     """
 
@@ -129,15 +129,9 @@ class StepFigures(Figures):
             lines.append(f"  vocabulary        {self.vocabulary:,}")
         if self.against is not None:
             ratio = self.step.examples_per_second / self.against.examples_per_second
-            lines += [
-                f"  {self.against_name}: {self.against.text()}",
-                f"  ratio             {ratio:.2f} x its examples/s",
-            ]
+            lines.append(f"  {self.against_name}: {self.against.text()}")
+            lines.append(f"  ratio             {ratio:.2f} x its examples/s")
         return "\n".join(lines)
-
-    def record(self) -> dict[str, Any]:
-        """For programs."""
-        return {**super().record(), "mfu": self.mfu}
 
 
 class Model(NamedTuple):
@@ -150,10 +144,11 @@ class Model(NamedTuple):
     rules: Rules
 
     @staticmethod
-    def of(config: ConfigDict, vocabulary: int, mesh: Mesh) -> Model:
-        """A resolved config's."""
+    def of(config: ConfigDict) -> Model:
+        """A resolved config's, on all devices."""
+        objective = build(config, vocabulary_of(config))
         chain = optimizer(config, schedule(config, 1000, config.batch_size))
-        return Model(build(config, vocabulary), chain, mesh, config.seed, mesh_rules(config))
+        return Model(objective, chain, make_mesh(config), config.seed, mesh_rules(config))
 
 
 class Runner:
@@ -168,10 +163,11 @@ class Runner:
 
     def __init__(self, config: ConfigDict, spike: float | None, caption_tokens: float = CAPTION_TOKENS) -> None:
         self.vocabulary = vocabulary_of(config)
-        self.mesh = make_mesh(config)
-        model = Model.of(config, self.vocabulary, self.mesh)
-        objective, chain, abstract = model.objective, model.chain, abstract_state(*model)
-        step = jit_train_step(objective, chain, config.seed, config.micro_batches, abstract, self.mesh, (), spike)
+        model = Model.of(config)
+        objective, chain, self.mesh, seed, _ = model
+        step = jit_train_step(
+            objective, chain, seed, config.micro_batches, abstract_state(*model), self.mesh, (), spike
+        )
         self._state = init_state(*model)
         self.batch = ready_batch(config, objective, batch_parts(self.mesh), self.vocabulary, caption_tokens)
         self._batch = put_whole_batch(self.batch, self.mesh)
@@ -201,7 +197,7 @@ def vocabulary_of(config: ConfigDict) -> int:
 
 
 def ready_batch(config: ConfigDict, objective: Objective, unit: int, vocabulary: int, caption_tokens: float) -> Batch:
-    """A batch of noise, masked as the config says.
+    """A batch of noise, masked by the config's ratios.
 
     Args:
         config: resolved.
@@ -218,7 +214,7 @@ def ready_batch(config: ConfigDict, objective: Objective, unit: int, vocabulary:
 
 
 def noise(groups: Iterable[Group], shapes: Mapping[str, Any], vocabulary: int, caption_tokens: float) -> Batch:
-    """A batch of the shapes of `abstract_batch`, masked as its groups say; otherwise as `ready_batch`."""
+    """A batch of the shapes of `abstract_batch`, masked by the ratios of its groups; otherwise as `ready_batch`."""
     rng = np.random.default_rng(0)
     masked = {
         group.name: _masked(group, shapes["groups"][group.name], rng, vocabulary, caption_tokens)

@@ -29,8 +29,9 @@ class Figures:
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
+        """For programs: the fields, and the properties that follow from them."""
+        properties = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in properties}
 
 
 def device() -> str:
@@ -65,7 +66,7 @@ def timed(seconds: list[float], clock: Callable[[], float] = time.perf_counter) 
 class Rounds:
     """Seconds a step of each round, of as many steps as its first one suggests.
 
-    Before each round a step is not timed: the system may have taken back memory that the program will ask for again.
+    Before each round a step is not timed: the system may have taken back memory that the program will need again.
     """
 
     def __init__(self, run: Callable[[int], None]) -> None:

@@ -23,7 +23,7 @@ import m3ae_jax.command_line as command_line  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 
 _FROM = flags.DEFINE_string("from", None, "A file or folder of another project; with --to a run.", required=True)
-_FORMAT = flags.DEFINE_string("format", "", "What --from is, if it cannot be told by its looks.")
+_FORMAT = flags.DEFINE_string("format", "", "What --from is, if it cannot be detected.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder to make.")
 _TO = flags.DEFINE_string("to", "", "Writes a run for m3ae, mae, vitmae, timm or as safetensors.")
 _OUTPUT = flags.DEFINE_string("output", "", "With --to: the file or folder to write.")

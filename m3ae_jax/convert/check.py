@@ -16,7 +16,7 @@ from scipy.special import erf
 
 from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import TANH, Format
-from m3ae_jax.convert.keymap import FLAX
+from m3ae_jax.convert.keymap import FLAX, Arrays
 from m3ae_jax.convert.tree import size
 from m3ae_jax.data.images import patchify
 from m3ae_jax.data.order import hidden_count
@@ -120,7 +120,7 @@ class _Theirs:
         embedded = np.einsum("nhiwjc,dcij->nhwd", cells, self._a[name + self._weight])
         return embedded.reshape(len(value), side * side, -1) + self._a[name + self._bias]
 
-    def encode(self, inputs: dict[str, np.ndarray], visible: dict[str, np.ndarray]) -> np.ndarray:
+    def encode(self, inputs: Arrays, visible: Arrays) -> np.ndarray:
         """CLS and the visible tokens, `[N, 1 + V, D]`."""
         parts = []
         for m, value in inputs.items():
@@ -133,9 +133,7 @@ class _Theirs:
             cls = cls + (table[:, :1] if table.shape[1] > count else 0.0)
         return self._stack("encoder", np.concatenate([cls, *parts], axis=1))
 
-    def decode(
-        self, encoded: np.ndarray, visible: dict[str, np.ndarray], sizes: dict[str, int]
-    ) -> dict[str, np.ndarray]:
+    def decode(self, encoded: np.ndarray, visible: Arrays, sizes: dict[str, int]) -> Arrays:
         """Predictions at all positions, ``{modality: [N, L, ...]}``."""
         x = self._linear("projection", encoded)
         parts, start = [x[:, :1]], 1
@@ -199,12 +197,7 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def _ours(
-    converted: Converted,
-    inputs: dict[str, np.ndarray],
-    visible: dict[str, np.ndarray],
-    hidden: dict[str, np.ndarray],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _ours(converted: Converted, inputs: Arrays, visible: Arrays, hidden: Arrays) -> tuple[np.ndarray, Arrays]:
     config = converted.config.copy_and_resolve_references()
     config.model.compute_dtype = "float32"
     objective = build(config, vocabulary(converted.params))

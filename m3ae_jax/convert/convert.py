@@ -36,6 +36,9 @@ FORMATS: dict[str, Format] = {
     "timm": mae.TIMM,
     "safetensors": own.FORMAT,
 }
+Tables = Mapping[str, positions.Table]
+"""Another project's tables of positions, by stack."""
+
 _TYPES = {stack: tree.path("type", stack=stack, modality="image") for stack in ("encoder", "decoder")}
 _LEARNED = tree.path("positions")
 
@@ -87,7 +90,7 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     Args:
         path: a file, or a folder.
         format: one of `FORMATS`; "": as the file looks.
-        overrides: config fields that the weights do not tell, as of the command line.
+        overrides: config fields that do not follow from the weights, as of the command line.
 
     Raises:
         UserError: the file is damaged, of another format, or its model cannot be expressed here.
@@ -105,17 +108,17 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     if names.layers:
         set_sizes(config, foreign.arrays, names)
     kind.describe(foreign, config, report)
-    tables = {
-        stack: positions.read(key, foreign.arrays[key]) for stack, key in names.tables.items() if key in foreign.arrays
-    }
-    _set_positions(config, tables)
+    arrays = dict(foreign.arrays)
+    tables = {stack: positions.read(key, arrays.pop(key)) for stack, key in names.tables.items() if key in arrays}
+    if tables:
+        config.model.use_type_embedding = any(np.any(table.offset) for table in tables.values())
+        config.model.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
     config_lib.apply_overrides(config, overrides or [])
     resolved = _resolve(config, names)
     objective = build(resolved, _vocabulary(resolved, foreign, names))
     key = jax.random.key(resolved.seed)
     shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
     flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
-    arrays = {key: value for key, value in foreign.arrays.items() if key not in names.tables.values()}
     fill(names.key_map(resolved.model.output_head_depth, flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
@@ -123,13 +126,6 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
         fresh = flatten_dict(nn.unbox(jax.jit(objective.init)(key)), sep="/")
         flat |= {name: np.asarray(fresh[name]) for name in report.missing}
     return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign)
-
-
-def _set_positions(config: ConfigDict, tables: Mapping[str, positions.Table]) -> None:
-    if not tables:
-        return
-    config.model.use_type_embedding = any(np.any(table.offset) for table in tables.values())
-    config.model.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
 
 
 def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
@@ -159,9 +155,7 @@ def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
     return len(table)
 
 
-def _fold(
-    flat: dict[str, np.ndarray], tables: Mapping[str, positions.Table], config: ConfigDict, report: Report
-) -> None:
+def _fold(flat: dict[str, np.ndarray], tables: Tables, config: ConfigDict, report: Report) -> None:
     """Brings what their tables hold beside the fixed embeddings into parameters of ours."""
     side, filled = grid(config)[0], []
     for stack, table in tables.items():

@@ -28,7 +28,7 @@ class Foreign:
 
     Attributes:
         arrays: by their names.
-        facts: what the file says of the model besides.
+        facts: what else the file holds about the model.
     """
 
     arrays: dict[str, np.ndarray]
@@ -49,9 +49,9 @@ class Format:
     Attributes:
         about: for people.
         read: of a file or folder.
-        describe: sets the fields of a config that the weights and the facts tell, beside the sizes; notes what differs
-            from ours. Heads that cannot be told are left 0.
-        write: arrays to a file or folder; the report gets notes of what the format cannot say.
+        describe: sets the fields of a config that follow from the weights and the facts, beside the sizes; notes what
+            differs from ours. Heads that are unknown are left 0.
+        write: arrays to a file or folder; the report gets notes of what the format cannot express.
         names: what the project calls its layers.
         arithmetic: what the project's code computes, by the file's facts.
         beside: (pattern, why) of parameters that no output here depends on.

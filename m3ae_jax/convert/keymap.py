@@ -1,6 +1,6 @@
 """Key maps: which of another project's parameters is which of ours, and how it lies in memory.
 
-A project's `Names` say what it calls the layers of `tree.LAYERS`; from these follows the map, a list of `Line`s.
+A project's `Names` give its names of the layers of `tree.LAYERS`; from these follows the map, a list of `Line`s.
 ``{n}`` in their name is the number of a block, an index into the leading axis of ours, where the blocks are stacked.
 """
 
@@ -59,6 +59,8 @@ FLAX: Kinds = {
     "from_heads": (("/kernel", "/kernel", _COLUMNS), ("/bias", "/bias", _SAME)),
     "patches": _FLAX_LINEAR,
 }
+"""How Flax stores layers: names with slashes, matrices as the product takes them."""
+
 TORCH: Kinds = {
     "plain": _PLAIN,
     "norm": ((".weight", "/scale", _SAME), (".bias", "/bias", _SAME)),
@@ -66,7 +68,10 @@ TORCH: Kinds = {
     "from_heads": ((".weight", "/kernel", _COLUMNS_T), (".bias", "/bias", _SAME)),
     "patches": ((".weight", "/kernel", _CONVOLUTION), (".bias", "/bias", _SAME)),
 }
+"""How PyTorch stores layers: names with dots, matrices transposed."""
+
 QKV = ("query", "key", "value")
+"""Names and order of the three where a project has them apart."""
 
 
 class Line(NamedTuple):

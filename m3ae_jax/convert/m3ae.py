@@ -78,7 +78,7 @@ def _without_prefix(arrays: dict[str, np.ndarray], facts: Mapping[str, Any]) -> 
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what the names and, in a full checkpoint, its flags tell."""
+    """Sets what follows from the names and, in a full checkpoint, from its flags."""
     arrays, facts, m = foreign.arrays, foreign.facts, config.model
     if not facts.get("m3ae.model_type", facts.get("mae.model_type", True)):  # else the sizes' table counts, as there
         group = "m3ae." if "m3ae.num_heads" in facts else "mae."
@@ -92,8 +92,8 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         config.data.patch_size = round((arrays["image_embedding/kernel"].shape[0] / 3) ** 0.5)
     config.data.image_size = int(facts.get("data.image_size", config.data.image_size))
     config.data.max_text_tokens = int(facts.get("data.tokenizer_max_length", config.data.max_text_tokens))
-    mean, std = _NORMALIZATIONS[str(facts.get("data.image_normalization", "cc12m"))]
-    config.data.image_mean, config.data.image_std = mean, std
+    normalization = str(facts.get("data.image_normalization", "cc12m"))
+    config.data.image_mean, config.data.image_std = _NORMALIZATIONS[normalization]
     for x in ("image", "text"):
         m[f"{x}_mask_ratio"] = float(facts.get(f"m3ae.{x}_mask_ratio", m[f"{x}_mask_ratio"]))
     report.notes += [

@@ -48,7 +48,7 @@ def read(path: Path) -> Foreign:
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what the shapes tell; where the training program's arguments are saved, also the pixel loss."""
+    """Sets what follows from the shapes and, where the training program's arguments are saved, the pixel loss."""
     _describe_encoder(foreign, config, report)
     config.loss.normalize_patches = bool(foreign.facts.get("norm_pix_loss", False))
     config.model.image_mask_ratio = float(foreign.facts.get("mask_ratio", 0.75))
@@ -60,7 +60,7 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
 
 
 def describe_timm(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what the shapes tell; brings into our form what can be."""
+    """Sets what follows from the shapes; folds LayerScale and missing biases into what our layers have."""
     arrays = foreign.arrays
     _describe_encoder(foreign, config, report)
     for n in range(config.model.depth):

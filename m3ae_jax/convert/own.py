@@ -18,14 +18,14 @@ METADATA = "m3ae_jax_config"
 
 def read(path: Path) -> Foreign:
     """A ``.safetensors`` file of `write`."""
-    arrays, metadata = safetensors.load(path)
-    if METADATA not in metadata:
+    foreign = Foreign(*safetensors.load(path))
+    if METADATA not in foreign.facts:
         raise UserError(f"{path} has no {METADATA} in its metadata: it was not written by this program")
-    return Foreign(arrays, metadata)
+    return foreign
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what the stored config says of the model and its inputs; not where its data were."""
+    """Sets the model and its inputs as in the stored config; not where its data were."""
     stored = config_lib.from_json(foreign.facts[METADATA])
     config.model.update(stored.model)
     config.loss.update(stored.loss)

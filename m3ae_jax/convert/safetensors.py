@@ -32,25 +32,22 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         UserError: it cannot be read, or is damaged.
     """
     with reading(path, "safetensors file"):
-        return _parse(np.memmap(path, np.uint8, "r"))
-
-
-def _parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or length > min(_MOST_HEADER, len(data) - 8):
-        raise ValueError("its header is longer than the file")
-    header = json.loads(data[8 : 8 + length].tobytes())
-    body = data[8 + length :]
-    metadata = header.pop("__metadata__", {})
-    arrays = {}
-    for name, entry in header.items():
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
-        start, end = (int(n) for n in entry["data_offsets"])
-        fits = end - start == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
-        if not (fits and 0 <= start <= end <= len(body)):
-            raise ValueError(f"the place of {name!r} does not fit its shape")
-        arrays[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
-    return arrays, {str(key): str(value) for key, value in metadata.items()}
+        data = np.memmap(path, np.uint8, "r")
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        if len(data) < 8 or length > min(_MOST_HEADER, len(data) - 8):
+            raise ValueError("its header is longer than the file")
+        header = json.loads(data[8 : 8 + length].tobytes())
+        body = data[8 + length :]
+        metadata = header.pop("__metadata__", {})
+        arrays = {}
+        for name, entry in header.items():
+            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
+            start, end = (int(n) for n in entry["data_offsets"])
+            fits = end - start == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
+            if not (fits and 0 <= start <= end <= len(body)):
+                raise ValueError(f"the place of {name!r} does not fit its shape")
+            arrays[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
+        return arrays, {str(key): str(value) for key, value in metadata.items()}
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -84,8 +84,7 @@ def _tensor(node: Any, archive: zipfile.ZipFile, folder: str, order: str) -> np.
     inside = min((offset, *shape, *strides)) >= 0 and last < max(len(numbers), 1)
     if not inside or math.prod(shape) > len(numbers):
         raise ValueError("a tensor reaches beyond its storage")
-    view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, [s * dtype.itemsize for s in strides])
-    return view.copy()
+    return np.lib.stride_tricks.as_strided(numbers[offset:], shape, [s * dtype.itemsize for s in strides]).copy()
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -44,6 +44,8 @@ LAYERS = {
     "head_hidden": Layer("{modality}_output/hidden_{k}", "linear"),
     "head_norm": Layer("{modality}_output/norm_{k}", "norm"),
 }
+"""Our layers by role."""
+
 DECODER = ("decoder", "image_output", "text_output", "image_mask", "text_mask", "image_decoder", "text_decoder")
 """How the paths of the parameters begin that only the decoder has."""
 
@@ -60,10 +62,10 @@ def path(role: str, **fields: str | int) -> str:
 
 
 def field(stack: str, name: str) -> str:
-    """The field of ``config.model`` that says a stack's ``width``, ``depth`` or ``heads``."""
+    """The field of ``config.model`` of a stack's ``width``, ``depth`` or ``heads``."""
     return name if stack == "encoder" else f"decoder_{name}"
 
 
 def size(config: ConfigDict, stack: str, name: str) -> Any:
-    """What that field says."""
+    """The value of that field."""
     return config.model[field(stack, name)]

@@ -1,7 +1,7 @@
 """Reads the arrays of a pickle without running any of it.
 
 A pickle is a program: it names functions and classes, which an ordinary unpickler imports and calls. This one imports
-nothing and calls nothing. What the pickle names becomes a `Global`, what it would make by a call a `Made`, which keep
+nothing and calls nothing. What the pickle names becomes a `Global`, what it would make by a call a `Made`, which hold
 names and arguments; of these `array` builds what it knows to be a NumPy array, from numbers alone. So the optimizer,
 closures and code in an M3AE checkpoint are read over, and those in a hostile file too.
 """
@@ -21,7 +21,6 @@ import numpy as np
 from m3ae_jax.convert.formats import reading
 from m3ae_jax.errors import UserError
 
-_CORE = ("numpy._core.", "numpy.core.")  # the second until NumPy 2
 _JAX_ARRAY = {
     "jax._src.array._reconstruct_array",
     # jax 0.3, of the M3AE release's time, and before
@@ -123,7 +122,7 @@ class _Inert(pickle._Unpickler):
 
 
 class _Bounded:
-    """A file of which no more can be asked than it holds: a length in a pickle is the writer's word."""
+    """A file of which no more can be read than it holds: a length in a pickle is the writer's word."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
@@ -165,7 +164,7 @@ def array(node: Any) -> np.ndarray | None:
 
 
 def _array(node: Made) -> np.ndarray | None:
-    name = _modern(node.name)
+    name = node.name.replace("numpy.core.", "numpy._core.")  # the first until NumPy 2
     if name in _JAX_ARRAY:
         rebuild, arguments, state = node.arguments[:3]
         inner = Made(rebuild, arguments)
@@ -183,11 +182,6 @@ def _array(node: Made) -> np.ndarray | None:
         dtype, raw = node.arguments
         return _from_bytes(raw, dtype, (), "C")
     return None
-
-
-def _modern(name: str) -> str:
-    old = _CORE[1]
-    return _CORE[0] + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _from_bytes(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
@@ -215,7 +209,7 @@ def _dtype(node: Any) -> np.dtype:
 
 
 def fields(node: Any) -> Mapping[str, Any] | None:
-    """What a node holds by name: a dict, or the dict in which a class instance keeps its fields; None if neither."""
+    """What a node holds by name: a dict, or the dict in which a class instance has its fields; None if neither."""
     if isinstance(node, dict):
         return node
     if not isinstance(node, Made):

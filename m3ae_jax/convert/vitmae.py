@@ -82,7 +82,7 @@ def read(path: Path) -> Foreign:
 
 
 def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
-    """What ``config.json`` says, by transformers' defaults.
+    """By ``config.json``, and where it lacks a field by transformers' defaults.
 
     Raises:
         UserError: its activation is none of `ACTIVATIONS`.
@@ -94,7 +94,7 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
-    """Sets what ``config.json`` says."""
+    """Sets the model as in ``config.json``."""
     arrays, facts, m = foreign.arrays, foreign.facts, config.model
     m.heads = int(facts.get("num_attention_heads", 12))  # the defaults are transformers'
     if "decoder.decoder_embed.weight" in arrays:

@@ -133,7 +133,7 @@ def test_there_and_back_is_the_identity(parity: Path, tmp_path: Path, variant: s
         assert all(np.array_equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_what_the_weights_do_not_tell_is_asked(parity: Path) -> None:
+def test_heads_of_unknown_number_are_requested(parity: Path) -> None:
     file = parity / "m3ae_params.pkl"
     with pytest.raises(UserError, match=r"encoder \(64 wide\) has: give --config.model.heads=N"):
         convert.import_weights(file)

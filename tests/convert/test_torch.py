@@ -21,8 +21,8 @@ WIDTH, DEPTH, HEADS, PATCH, SIDE = 32, 2, 4, 8, 4
 DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = 16, 1, 2
 IMAGE = PATCH * SIDE
 HEADS_GIVEN = [("model.heads", str(HEADS)), ("model.decoder_heads", str(DECODER_HEADS))]
-KEPT = np.array([3, 0, 9, 14])
-HIDDEN = np.setdiff1d(np.arange(SIDE * SIDE), KEPT)
+VISIBLE = np.array([3, 0, 9, 14])
+HIDDEN = np.setdiff1d(np.arange(SIDE * SIDE), VISIBLE)
 
 
 class Block(torch.nn.Module):
@@ -61,10 +61,10 @@ class ViT(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(Block(WIDTH, HEADS, **block) for _ in range(DEPTH))
         self.norm = torch.nn.LayerNorm(WIDTH, eps=1e-6)
 
-    def encode(self, pixels: Any, kept: np.ndarray) -> Any:
+    def encode(self, pixels: Any, visible: np.ndarray) -> Any:
         x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), 1, -1)
-        x = torch.cat([cls, x[:, kept]], dim=1)
+        x = torch.cat([cls, x[:, visible]], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -82,10 +82,10 @@ class MAE(ViT):
         self.decoder_norm = torch.nn.LayerNorm(DECODER_WIDTH, eps=1e-6)
         self.decoder_pred = torch.nn.Linear(DECODER_WIDTH, 3 * PATCH**2)
 
-    def forward(self, pixels: Any, kept: np.ndarray) -> Any:
-        x = self.decoder_embed(self.encode(pixels, kept))
+    def forward(self, pixels: Any, visible: np.ndarray) -> Any:
+        x = self.decoder_embed(self.encode(pixels, visible))
         tokens = self.mask_token.repeat(len(x), SIDE * SIDE, 1)
-        tokens[:, kept] = x[:, 1:]
+        tokens[:, visible] = x[:, 1:]
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -128,7 +128,7 @@ def pixels() -> np.ndarray:
 
 def of_torch(model: Any, pixels: np.ndarray, method: str = "__call__") -> np.ndarray:
     with torch.no_grad():
-        return getattr(model, method)(torch.from_numpy(pixels).permute(0, 3, 1, 2), KEPT).numpy()
+        return getattr(model, method)(torch.from_numpy(pixels).permute(0, 3, 1, 2), VISIBLE).numpy()
 
 
 def batch_of(pixels: np.ndarray) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def batch_of(pixels: np.ndarray) -> dict[str, Any]:
         position = np.broadcast_to(at.astype(np.int32), (len(pixels), len(at)))
         return {"value": patches[:, at], "position": position, "valid": np.ones(position.shape, bool)}
 
-    return {"groups": {"image": {"visible": tokens(KEPT), "target": tokens(HIDDEN)}}}
+    return {"groups": {"image": {"visible": tokens(VISIBLE), "target": tokens(HIDDEN)}}}
 
 
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:
@@ -186,12 +186,12 @@ def test_a_pth_file_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
 
     args = argparse.Namespace(norm_pix_loss=True)
     torch.save({"model": tensors, "args": args, "epoch": 3}, tmp_path / "x.pth")
-    found, facts = torch_file.load(tmp_path / "x.pth")
+    arrays, facts = torch_file.load(tmp_path / "x.pth")
     assert facts["norm_pix_loss"] is True
-    assert found.keys() == tensors.keys()
+    assert arrays.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].shape == tuple(tensor.shape)
-        assert np.array_equal(found[name].astype(np.float64), tensor.detach().double().numpy()), name
+        assert arrays[name].shape == tuple(tensor.shape)
+        assert np.array_equal(arrays[name].astype(np.float64), tensor.detach().double().numpy()), name
 
 
 def test_a_hostile_pth_file_runs_nothing(tmp_path: Path) -> None:
@@ -222,8 +222,8 @@ def test_safetensors_as_its_own_package_reads_and_writes_it(tmp_path: Path) -> N
     safetensors.save(tmp_path / "ours", arrays, {"k": "v"})
     same(package.load_file(tmp_path / "ours"), arrays)
     package.save_file(arrays, tmp_path / "theirs", {"k": "v"})
-    found, metadata = safetensors.load(tmp_path / "theirs")
-    same(found, arrays)
+    loaded, metadata = safetensors.load(tmp_path / "theirs")
+    same(loaded, arrays)
     assert metadata == {"k": "v"}
 
 
@@ -301,7 +301,7 @@ def test_type_embeddings_go_into_the_tables_and_back(mae: Any, pixels: np.ndarra
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.params, converted.params)
 
 
-def test_what_a_format_cannot_say_is_told(mae: Any, tmp_path: Path) -> None:
+def test_what_a_format_cannot_express_is_noted(mae: Any, tmp_path: Path) -> None:
     torch.save(mae.state_dict(), tmp_path / "mae.pth")
     converted = convert.import_weights(tmp_path / "mae.pth", overrides=HEADS_GIVEN)
     converted.config.model.update(activation="gelu_tanh", layer_norm_epsilon=1e-5)
@@ -378,9 +378,9 @@ def vitmae() -> Any:
 
 
 def of_vitmae(model: Any, pixels: np.ndarray) -> np.ndarray:
-    """Its predictions `[N, L, P]`; the noise keeps the patches of `KEPT`."""
+    """Its predictions `[N, L, P]`; the noise leaves the patches of `VISIBLE` visible."""
     noise = np.full((len(pixels), SIDE * SIDE), 0.9, np.float32)
-    noise[:, KEPT] = [0.1, 0.2, 0.3, 0.4]
+    noise[:, VISIBLE] = [0.1, 0.2, 0.3, 0.4]
     with torch.no_grad():
         return model(torch.from_numpy(pixels).permute(0, 3, 1, 2), noise=torch.from_numpy(noise)).logits.numpy()
 

@@ -39,9 +39,9 @@ def read(data: bytes) -> Any:
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_of_every_protocol(name: str, protocol: int) -> None:
     value = ARRAYS[name]
-    found = unpickle.arrays(read(pickle.dumps({"params": {"x": value}}, protocol)))
-    assert list(found) == ["params/x"]
-    got, want = found["params/x"], np.asarray(value)
+    arrays = unpickle.arrays(read(pickle.dumps({"params": {"x": value}}, protocol)))
+    assert list(arrays) == ["params/x"]
+    got, want = arrays["params/x"], np.asarray(value)
     assert got.shape == want.shape and got.dtype == want.dtype
     assert np.array_equal(got, want)
 

@@ -39,8 +39,7 @@ class Step:
         text_tokens = self.text_tokens
         self.name = f"the M3AE reference's step at text length {text_tokens}, float32"
         data = config.data
-        module = _Model(config, text_tokens)
-        self.loss = _loss(module, config.loss.text_weight)
+        self._module, self._text_weight = _Model(config, text_tokens), config.loss.text_weight
         side, patch, size = data.image_size // data.patch_size, 3 * data.patch_size**2, config.batch_size
         rng = np.random.default_rng(0)
         length = np.clip(rng.poisson(caption_tokens, size), 1, min(data.max_text_tokens, text_tokens))
@@ -51,12 +50,27 @@ class Step:
                 "padding": np.arange(text_tokens) >= length[:, None],
             }
         )
-        self._module = module
 
     def init(self) -> Any:
         """Its parameters."""
         rngs = {"params": jax.random.key(0), "noise": jax.random.key(1)}
         return jax.jit(lambda batch: self._module.init(rngs, **batch)["params"])(self.batch)
+
+    def loss(self, params: Any, noise: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Its loss of a batch, and the share of hidden words that it has right."""
+        outputs: Any = self._module.apply({"params": params}, rngs={"noise": noise}, **batch)
+        pixels, logits, image_hidden, text_hidden = outputs
+        image = batch["image"]
+        centred = image - image.mean(-1, keepdims=True)
+        target = centred / jnp.sqrt(image.var(-1, keepdims=True) + 1e-6)
+        error = jnp.mean(jnp.square(target - pixels), -1)
+        image_loss = jnp.mean(jnp.where(image_hidden, error, 0.0).sum(-1) / image_hidden.sum(-1))
+        targets = text_hidden & ~batch["padding"]
+        words = optax.softmax_cross_entropy_with_integer_labels(logits, batch["text"])
+        count = jnp.maximum(targets.sum(-1), 1e-5)
+        text_loss = jnp.mean(jnp.where(targets, words, 0.0).sum(-1) / count)
+        correct = targets & (jnp.argmax(logits, -1) == batch["text"])
+        return image_loss + self._text_weight * text_loss, jnp.mean(correct.sum(-1) / count)
 
     @functools.cached_property
     def _state(self) -> list[Any]:
@@ -80,25 +94,6 @@ class Step:
     def peak_bytes(self) -> int | None:
         """Not known apart from this project's own, which runs on the same device."""
         return None
-
-
-def _loss(module: _Model, text_weight: float) -> Any:
-    def loss(params: Any, noise: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
-        outputs: Any = module.apply({"params": params}, rngs={"noise": noise}, **batch)
-        pixels, logits, image_hidden, text_hidden = outputs
-        image = batch["image"]
-        centred = image - image.mean(-1, keepdims=True)
-        target = centred / jnp.sqrt(image.var(-1, keepdims=True) + 1e-6)
-        error = jnp.mean(jnp.square(target - pixels), -1)
-        image_loss = jnp.mean(jnp.where(image_hidden, error, 0.0).sum(-1) / image_hidden.sum(-1))
-        targets = text_hidden & ~batch["padding"]
-        words = optax.softmax_cross_entropy_with_integer_labels(logits, batch["text"])
-        count = jnp.maximum(targets.sum(-1), 1e-5)
-        text_loss = jnp.mean(jnp.where(targets, words, 0.0).sum(-1) / count)
-        correct = targets & (jnp.argmax(logits, -1) == batch["text"])
-        return image_loss + text_weight * text_loss, jnp.mean(correct.sum(-1) / count)
-
-    return loss
 
 
 class _Model(nn.Module):

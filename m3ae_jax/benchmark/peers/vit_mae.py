@@ -41,9 +41,8 @@ class Step:
             ) from None
         self._torch, self._device = torch, "cuda" if on_gpu else "cpu"
         self._bfloat16 = compute_dtype(config) == "bfloat16"
-        self.name = f"transformers {transformers.__version__}' ViTMAE, torch {torch.__version__}" + (
-            ", compiled" if on_gpu else ""
-        )
+        compiled = ", compiled" if on_gpu else ""
+        self.name = f"transformers {transformers.__version__}' ViTMAE, torch {torch.__version__}{compiled}"
         torch.manual_seed(config.seed)
         torch.set_num_threads(cores())
         if on_gpu:
