@@ -1,7 +1,7 @@
 r"""A small M3AE for sweeps: the paper's claims on the built-in scenes, in minutes a run on a CPU.
 
     python -m m3ae_jax.sweep --config=configs/claims.py --workdir=runs/claims_ratio \
-        --grid="config.model.text_mask_ratio=0.15,0.5,0.75,0.9" --equal_flops=text_mask_ratio --eval=probe
+        --grid="config.m3ae.text_mask_ratio=0.15,0.5,0.75,0.9" --equal_flops=text_mask_ratio --eval=probe
 
 The probe tells the 56 combinations of colour and shape of a scene's object from its picture alone.
 Hardware: two CPU cores, 3 to 7 minutes a run, two at a time. Result: docs/claims.md.
@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
     c.batch_size = 64
     c.duration = "1400 steps"
     c.model.width, c.model.depth, c.model.heads = 96, 3, 3
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 1, 2
-    c.model.unroll = True  # faster on a CPU
-    c.model.image_mask_ratio = 0.5
-    c.model.text_mask_ratio = 0.75
+    c.m3ae.decoder_width, c.m3ae.decoder_depth, c.m3ae.decoder_heads = 64, 1, 2
+    c.compute.unroll = True  # faster on a CPU
+    c.m3ae.image_mask_ratio = 0.5
+    c.m3ae.text_mask_ratio = 0.75
     c.optimizer.learning_rate = 8e-3
     c.optimizer.warmup = "100 steps"
     c.data.train.source = c.data.val.source = "scenes"

@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     c.batch_size = 64
     c.duration = "1200 steps"
     c.model.width, c.model.depth, c.model.heads = 128, 4, 4
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 2, 2
-    c.model.unroll = True  # faster on a CPU
-    c.model.image_mask_ratio = 0.5
-    c.model.text_mask_ratio = 0.5
-    c.loss.text_weight = 1.0
+    c.m3ae.decoder_width, c.m3ae.decoder_depth, c.m3ae.decoder_heads = 64, 2, 2
+    c.compute.unroll = True  # faster on a CPU
+    c.m3ae.image_mask_ratio = 0.5
+    c.m3ae.text_mask_ratio = 0.5
+    c.m3ae.text_weight = 1.0
     c.optimizer.learning_rate = 4e-3
     c.optimizer.warmup = "200 steps"
     for name, modalities, weight in (("pairs", (), 2.0), ("texts", ("text",), 1.0), ("pictures", ("image",), 1.0)):

@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     c.batch_size = 64
     c.duration = "1200 steps"
     c.model.width, c.model.depth, c.model.heads = 128, 4, 4
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 64, 2, 2
-    c.model.unroll = True  # faster on a CPU
-    c.model.image_mask_ratio = 0.25  # a shape is told by its whole outline
-    c.model.text_mask_ratio = 0.5
-    c.loss.image_weight = 2.0  # or the words' larger loss hides the pictures'
-    c.loss.text_weight = 1.0
+    c.m3ae.decoder_width, c.m3ae.decoder_depth, c.m3ae.decoder_heads = 64, 2, 2
+    c.compute.unroll = True  # faster on a CPU
+    c.m3ae.image_mask_ratio = 0.25  # a shape is told by its whole outline
+    c.m3ae.text_mask_ratio = 0.5
+    c.m3ae.image_weight = 2.0  # or the words' larger loss hides the pictures'
+    c.m3ae.text_weight = 1.0
     c.optimizer.learning_rate = 4e-3
     c.optimizer.warmup = "200 steps"
     c.data.train.source = c.data.val.source = "scenes"

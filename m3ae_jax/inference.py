@@ -5,11 +5,11 @@ Needs no TensorFlow. Legend: ``N`` examples, ``L`` patches, ``T`` text tokens, `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m3ae_jax import config as config_lib
+import m3ae_jax.config as config_lib
+import m3ae_jax.data.images as image_lib
 from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
-from m3ae_jax.data import images as image_lib
-from m3ae_jax.data.order import hidden_count, token_budget
-from m3ae_jax.data.pipeline import grid, token_slots
 from m3ae_jax.data.text import Tokenizer, encode_batch, load_tokenizer
+from m3ae_jax.data.tokens import Group, group_of, patch_grid
 from m3ae_jax.errors import UserError
-from m3ae_jax.objectives.base import build
-from m3ae_jax.objectives.m3ae import denormalize_pixels, normalize_pixels, patch_statistics
+from m3ae_jax.objectives.base import Encodes, Restores, build
 
 BATCH_SIZES = (1, 8, 64)
 """What the model is compiled for; other numbers of examples are cut and filled up to these."""
@@ -80,12 +78,14 @@ class Stored:
         params: nested dicts of NumPy arrays.
         step: of training.
         tokenizer: its fingerprint; "" without text.
+        vocabulary: its number of ids; 0 without text.
     """
 
     config: ConfigDict
     params: dict[str, Any]
     step: int
     tokenizer: str
+    vocabulary: int
 
 
 def read(checkpoint: str, *, objective: str = "") -> Stored:
@@ -99,20 +99,15 @@ def read(checkpoint: str, *, objective: str = "") -> Stored:
         UserError: no whole checkpoint there, or it names code that was not allowed.
     """
     folder, step = find(checkpoint)
-    checkpoints = Checkpoints(folder, keep=1, read_only=True)
-    meta = checkpoints.meta(step)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(folder, keep=1, read_only=True)) as checkpoints:
+        meta = checkpoints.meta(step)
     config = config_lib.resolve(config_lib.from_json(json.dumps(meta["config"])))
     if ":" in config.objective and config.objective != objective:
         raise UserError(
             f"{checkpoint} names code to import: objective={config.objective!r}; if you trust it, give objective= so"
         )
-    return Stored(config, load_params(str(folder / str(step))), step, str(meta.get("tokenizer", "")))
-
-
-def vocabulary(params: Mapping[str, Any]) -> int:
-    """Words of a model; 0 without text."""
-    return params["text_embedding"]["embedding"].shape[0] if "text_embedding" in params else 0
+    vocabulary = max((modality["vocabulary"] for modality in meta["modalities"]), default=0)
+    return Stored(config, load_params(str(folder / str(step))), step, str(meta.get("tokenizer", "")), vocabulary)
 
 
 def load(checkpoint: str, *, tokenizer: str = "", objective: str = "") -> Model:
@@ -143,15 +138,14 @@ class Model:
 
     def __init__(self, stored: Stored) -> None:
         self.config, self.step = stored.config, stored.step
-        self.config.model.update(attention="xla", remat="none")  # for one device, and no gradient
-        self.modalities = tuple(self.config.data.modalities)
-        self._fingerprint = stored.tokenizer
-        self._vocabulary = vocabulary(stored.params)
-        self._objective = build(self.config, self._vocabulary)
+        self._stored = dataclasses.replace(stored, params={})  # those on the device are enough
+        self.config.compute.update(attention="xla", remat="none")  # for one device, and no gradient
+        self._objective = build(self.config, stored.vocabulary)
         self._params = jax.device_put(stored.params, jax.devices()[0])
-        self._slots = token_slots(self.config)
-        self._encode = jax.jit(self._objective.encode)
-        self._reconstruct = jax.jit(self._objective.reconstruct)
+        self._compiled: dict[str, Any] = {}
+        views = {m: self._objective.view((m,)) for m in self.config.data.modalities}  # none of what it does not know
+        self._views = {m: group_of(groups, m) for m, groups in views.items() if groups}
+        self.modalities = tuple(self._views)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -165,12 +159,12 @@ class Model:
         path = self.config.data.tokenizer
         if not path:
             raise UserError("the checkpoint names no tokenizer: give load(..., tokenizer=FILE)")
-        found = load_tokenizer(path)
-        if found.vocab_size != self._vocabulary:
-            raise UserError(f"tokenizer={path!r} has {found.vocab_size} words, the model {self._vocabulary}")
-        if self._fingerprint and found.fingerprint != self._fingerprint:
+        tokenizer, words, fingerprint = load_tokenizer(path), self._stored.vocabulary, self._stored.tokenizer
+        if tokenizer.vocab_size != words:
+            raise UserError(f"tokenizer={path!r} has {tokenizer.vocab_size} words, the model {words}")
+        if fingerprint and tokenizer.fingerprint != fingerprint:
             raise UserError(f"tokenizer={path!r} is another one than the model was trained with")
-        return found
+        return tokenizer
 
     def encode(self, images: Sequence[Picture] | None = None, texts: Sequence[str] | None = None) -> Features:
         """Features of pictures, of texts, or of pairs of both; nothing is hidden.
@@ -182,11 +176,12 @@ class Model:
         Raises:
             UserError: neither is given, their numbers differ, or the model was not trained on one of them.
         """
+        encode = self._method("encode", Encodes)
         tokens = self._tokens(images, texts)
-        visible = {m: {"visible": _all_of(value, real)} for m, (value, real) in tokens.items()}
-        found = self._run(self._encode, visible)
+        encoded = self._run(encode, {self._views[m].name: _masked(self._views[m], pair) for m, pair in tokens.items()})
+        features = {m: encoded.tokens[self._views[m].name] for m in tokens}
         real = tokens["text"][1] if "text" in tokens else None
-        return Features(found["cls"], found.get("image"), found.get("text"), real)
+        return Features(encoded.pooled["cls"], features.get("image"), features.get("text"), real)
 
     def reconstruct(
         self,
@@ -196,7 +191,7 @@ class Model:
         text_mask_ratio: float | None = None,
         seed: int = 0,
     ) -> Reconstruction:
-        """Hides a random part of each example and asks the model for it.
+        """Hides a random part of each example and lets the model restore it.
 
         Args:
             images: as of `encode`.
@@ -208,32 +203,45 @@ class Model:
         Raises:
             UserError: as `encode`; a ratio is not between 0 and 1.
         """
+        restore = self._method("restore", Restores)
         tokens = self._tokens(images, texts)
         ratios = {"image": image_mask_ratio, "text": text_mask_ratio}
         rng = np.random.default_rng(seed)
-        groups, hidden = {}, {}
-        for m, (value, real) in tokens.items():
-            asked = ratios[m]
-            ratio = float(self.config.model[f"{m}_mask_ratio"]) if asked is None else float(asked)
-            if not 0.0 <= ratio <= 1.0:
-                raise UserError(f"{m}_mask_ratio={asked!r} is not between 0 and 1")
-            hidden[m] = _draw(rng, real, ratio)
-            slots = token_budget(real.shape[1], ratio)
-            groups[m] = {
-                "visible": _take(value, real & ~hidden[m], slots[0]),
-                "target": _take(value, hidden[m], slots[1]),
-            }
-        guesses = self._run(self._reconstruct, groups)
+        groups = {}
+        for m, pair in tokens.items():
+            view = self._hidden(m, ratios[m])
+            groups[view.name] = _masked(view, pair, rng)
+        restored = self._run(restore, groups)
         result: dict[str, Any] = {}
-        if "image" in tokens:
-            result["images"] = self._paint(tokens["image"][0], groups["image"]["target"], guesses["image"])
-            result["image_hidden"] = hidden["image"]
-        if "text" in tokens:
-            ids = _put(tokens["text"][0], groups["text"]["target"], np.argmax(guesses["text"], axis=-1))
-            result["tokens"], result["text_hidden"] = ids, hidden["text"]
-            rows = zip(ids, tokens["text"][1], strict=True)
-            result["texts"] = [self.tokenizer.decode(row[real]) for row, real in rows]
+        for m, (value, real) in tokens.items():
+            name = self._views[m].name
+            target = groups[name]["target"]
+            hidden = _put(np.zeros_like(real), target, target["valid"])
+            filled = _put(value, target, restored[name].value)
+            if m == "image":
+                size = self.config.data.patch_size
+                result["images"] = image_lib.unpatchify(filled, size, patch_grid(self.config))
+                result["image_hidden"] = hidden
+            else:
+                result["tokens"], result["text_hidden"] = filled, hidden
+                result["texts"] = [self.tokenizer.decode(row[of]) for row, of in zip(filled, real, strict=True)]
         return Reconstruction(**result)
+
+    def _method(self, name: str, protocol: Any) -> Any:
+        """A method of the objective, compiled once."""
+        if not isinstance(self._objective, protocol):
+            raise UserError(f"this model was trained by {self.config.objective!r}, which cannot {name}")
+        if name not in self._compiled:
+            self._compiled[name] = jax.jit(getattr(self._objective, name))
+        return self._compiled[name]
+
+    def _hidden(self, modality: str, ratio: float | None) -> Group:
+        """The view of a modality of which a share is hidden; None: as much as in training."""
+        if ratio is None:
+            return group_of(self._objective.groups, modality)
+        if not 0.0 <= ratio <= 1.0:
+            raise UserError(f"{modality}_mask_ratio={ratio!r} is not between 0 and 1")
+        return group_of(self._objective.view((modality,), {modality: float(ratio)}), modality)
 
     def _tokens(
         self, images: Sequence[Picture] | None, texts: Sequence[str] | None
@@ -246,45 +254,37 @@ class Model:
         for m in given:
             if m not in self.modalities:
                 raise UserError(f"{m}s were given, the model was trained on {' and '.join(self.modalities)} alone")
-        found = {}
+        tokens = {}
         if images is not None:
             data = self.config.data
             square = [_square(picture, data.image_size) for picture in images]
-            patches = image_lib.patchify(np.stack(square), data.patch_size) if square else _none(data, self._slots)
-            found["image"] = patches, np.ones(patches.shape[:2], bool)
+            whole = np.stack(square) if square else np.zeros((0, data.image_size, data.image_size, 3), np.uint8)
+            patches = image_lib.patchify(whole, data.patch_size)
+            tokens["image"] = patches, np.ones(patches.shape[:2], bool)
         if texts is not None:
             if isinstance(texts, str):
                 raise UserError("texts is one text; give a list of them")
-            ids, length = encode_batch(
-                self.tokenizer, [t.encode("utf-8", "replace") for t in texts], self._slots["text"]
-            )
-            found["text"] = ids, np.arange(self._slots["text"]) < length[:, None]
-        return found
+            slots = self._views["text"].modalities[0].tokens
+            ids, length = encode_batch(self.tokenizer, [t.encode("utf-8", "replace") for t in texts], slots)
+            tokens["text"] = ids, np.arange(slots) < length[:, None]
+        return tokens
 
-    def _run(self, function: Any, groups: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _run(self, function: Any, groups: Mapping[str, Any]) -> Any:
         """`function` of all examples, in batches of `BATCH_SIZES`."""
-        count = len(jax.tree.leaves(groups)[0])
-        parts = []
-        for start, stop, size in _batches(count):
-            padded = jax.tree.map(
-                lambda x, start=start, stop=stop, size=size: _fill_up(x[start:stop], size), dict(groups)
-            )
-            found = jax.device_get(function(self._params, {"groups": padded}))
-            parts.append({name: np.asarray(x, np.float32)[: stop - start] for name, x in found.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _paint(self, patches: np.ndarray, target: Mapping[str, np.ndarray], guess: np.ndarray) -> np.ndarray:
-        """Pictures `[N, S, S, 3] uint8` with the guesses in place of the target patches."""
-        if self.config.loss.normalize_patches:
-            # Only the patch's own statistics give such a guess a colour, as in MAE's pictures.
-            mean, std = patch_statistics(normalize_pixels(jnp.asarray(target["value"]), self.config))
-            guess = guess * np.asarray(std) + np.asarray(mean)
-        pixels = np.asarray(denormalize_pixels(jnp.asarray(guess), self.config))
-        return image_lib.unpatchify(_put(patches, target, pixels), self.config.data.patch_size, grid(self.config))
+        results, largest = [], BATCH_SIZES[-1]
+        for start in range(0, max(len(jax.tree.leaves(groups)[0]), 1), largest):  # of none, a batch of padding alone
+            rows = jax.tree.map(lambda x, start=start: x[start : start + largest], dict(groups))
+            count = len(jax.tree.leaves(rows)[0])
+            size = next(size for size in BATCH_SIZES if size >= count)
+            padded = jax.tree.map(lambda x, size=size: _fill_up(x, size), rows)
+            result = jax.device_get(function(self._params, {"groups": padded}))
+            results.append(jax.tree.map(lambda x, count=count: _exact(x)[:count], result))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
-def _none(data: ConfigDict, slots: Mapping[str, int]) -> np.ndarray:
-    return np.zeros((0, slots["image"], 3 * data.patch_size**2), np.uint8)
+def _exact(x: np.ndarray) -> np.ndarray:
+    """In float32, what the device has in bfloat16."""
+    return np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _square(picture: Picture, size: int) -> np.ndarray:
@@ -305,38 +305,17 @@ def _square(picture: Picture, size: int) -> np.ndarray:
     return np.asarray(image_lib.on_white(part))
 
 
-def _batches(count: int) -> Iterator[tuple[int, int, int]]:
-    """Start, end and padded size of each batch of `count` examples; one, of padding alone, of none."""
-    largest = BATCH_SIZES[-1]
-    for start, stop in itertools.pairwise([*range(0, max(count, 1), largest), max(count, 1)]):
-        stop = min(stop, count)
-        yield start, stop, next(size for size in BATCH_SIZES if size >= stop - start)
-
-
 def _fill_up(x: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
 
 
-def _all_of(value: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    position = np.broadcast_to(np.arange(real.shape[1], dtype=np.int32), real.shape)
-    return {"value": value, "position": np.where(real, position, 0), "valid": real}
-
-
-def _draw(rng: np.random.Generator, real: np.ndarray, ratio: float) -> np.ndarray:
-    """Which of the real tokens are hidden, `[N, K] bool`: of n of them ``hidden_count(n, ratio)``, at random."""
-    noise = np.where(real, rng.random(real.shape), 2.0)
-    rank = np.argsort(np.argsort(noise, axis=-1, kind="stable"), axis=-1, kind="stable")
-    return rank < hidden_count(real.sum(axis=-1, keepdims=True), ratio)
-
-
-def _take(value: np.ndarray, chosen: np.ndarray, slots: int) -> dict[str, np.ndarray]:
-    """The chosen tokens of each example, in order of position, in `slots` slots (`data.masking.take`)."""
-    position = np.argsort(~chosen, axis=-1, kind="stable")[:, :slots].astype(np.int32)
-    valid = np.arange(slots) < chosen.sum(axis=-1, keepdims=True)
-    position = np.where(valid, position, 0).astype(np.int32)
-    taken = np.take_along_axis(value, position.reshape(*position.shape, *[1] * (value.ndim - 2)), axis=1)
-    keep = valid.reshape(*valid.shape, *[1] * (value.ndim - 2))
-    return {"value": np.where(keep, taken, 0).astype(value.dtype), "position": position, "valid": valid}
+def _masked(
+    view: Group, tokens: tuple[np.ndarray, np.ndarray], rng: np.random.Generator | None = None
+) -> dict[str, Any]:
+    """Token sets of a group, of values and which of them are real; what is hidden is random."""
+    (modality,) = view.modalities
+    noise = np.zeros(tokens[1].shape) if rng is None else rng.random(tokens[1].shape)
+    return dict(view.masker(noise, {modality.name: tokens}))
 
 
 def _put(value: np.ndarray, target: Mapping[str, np.ndarray], guess: np.ndarray) -> np.ndarray:

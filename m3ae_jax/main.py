@@ -1,29 +1,35 @@
-"""The command line: ``python -m m3ae_jax.main --config=configs/tiny.py [--workdir=DIR] [--mode=train]``."""
+"""The command line: ``python -m m3ae_jax.main --config=configs/tiny.py [--workdir=DIR] [--mode=train]``.
+
+With ``--mode=eval``, ``replay`` or ``report`` and a ``--workdir`` alone the config is the one that the run saved there.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from m3ae_jax import compilation_cache, console
+import m3ae_jax.compilation_cache as compilation_cache
+import m3ae_jax.console as console
 
 console.quiet_environment()
 console.exit_on_sigterm()
 
 from absl import flags  # noqa: E402
 
-from m3ae_jax import command_line  # noqa: E402
-from m3ae_jax import config as config_lib  # noqa: E402
+import m3ae_jax.command_line as command_line  # noqa: E402
+import m3ae_jax.config as config_lib  # noqa: E402
 from m3ae_jax.errors import STOPPED, Stopped, UserError, one_of  # noqa: E402
 from m3ae_jax.parallel.supervisor import supervise  # noqa: E402
 
 MODES = ("train", "eval", "plan", "inspect_data", "replay", "report", "print_config")
+OF_A_RUN = ("eval", "replay", "report")
+"""Those that need no --config."""
 
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "A file of configs/, or a run's config.json. --config.a.b=VALUE overrides a field.",
-    required=True,
+    "A file of configs/, or a run's config.json; by default, for a run's modes, that of --workdir. "
+    "--config.a.b=VALUE overrides a field.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
@@ -56,10 +62,16 @@ _overrides: list[tuple[str, str]] = []
 def _run() -> None:
     if _MODE.value not in MODES:
         raise UserError(one_of("--mode", _MODE.value, MODES))
-    config = config_lib.load(_CONFIG.value)
+    # Both come before all that imports JAX, as making a config does: the one forks, the other sets JAX's environment.
+    if _several():
+        supervise()
+    elif _MODE.value not in ("plan", "report"):  # a plan says how long compiling takes
+        compilation_cache.use()
+    config_file = _config_file()
+    config = config_lib.load(str(config_file))
     config_lib.apply_overrides(config, _overrides)
-    config_lib.check_named_code(_CONFIG.value, config, _overrides)
-    config_file = Path(_CONFIG.value)
+    if _MODE.value != "report":  # which imports nothing that the config names
+        config_lib.check_named_code(str(config_file), config, _overrides)
     default = config_file.parent if config_file.suffix == ".json" else Path("runs") / config_file.stem
     workdir = Path(_WORKDIR.value or default).expanduser().resolve()
     if _MODE.value == "report":
@@ -67,10 +79,6 @@ def _run() -> None:
 
         print(build_run(workdir))
         return
-    if _several():
-        supervise()
-    elif _MODE.value != "plan":  # which tells how long compiling takes
-        compilation_cache.use()
     console.import_tensorflow()
     _meet()
     if _MODE.value == "print_config":
@@ -78,26 +86,38 @@ def _run() -> None:
 
         print(describe(config))
     elif _MODE.value == "plan":
-        from m3ae_jax.plan import plan
+        from m3ae_jax.plan.plan import plan
 
         plan(config, config_file.stem, workdir, _TOPOLOGY.value, _PRICE.value, search=_SEARCH.value)
     elif _MODE.value == "inspect_data":
         from m3ae_jax.doctor.inspection import inspect
 
-        asked = _TOPOLOGY.value if flags.FLAGS["topology"].present else ""
-        inspect(config, workdir, _INSPECT_EXAMPLES.value, asked)
+        topology = _TOPOLOGY.value if flags.FLAGS["topology"].present else ""
+        inspect(config, workdir, _INSPECT_EXAMPLES.value, topology)
     elif _MODE.value == "eval":
-        from m3ae_jax.evals import evaluate
+        from m3ae_jax.evals.run import evaluate
 
         evaluate(config, workdir)
     elif _MODE.value == "replay":
+        from m3ae_jax.evals.run import RunHooks
         from m3ae_jax.train.replay import replay
 
-        replay(config, workdir, _STEP.value)
+        replay(config, workdir, _STEP.value, RunHooks)
     else:
-        from m3ae_jax.train.loop import train
+        from m3ae_jax.evals.run import train_and_evaluate
 
-        train(config, workdir, tuple(_ALLOW_CONFIG_CHANGE.value))
+        train_and_evaluate(config, workdir, tuple(_ALLOW_CONFIG_CHANGE.value))
+
+
+def _config_file() -> Path:
+    if _CONFIG.value:
+        return Path(_CONFIG.value)
+    if _MODE.value in OF_A_RUN and _WORKDIR.value:
+        file = Path(_WORKDIR.value).expanduser() / "config.json"
+        if not file.is_file():
+            raise UserError(f"--workdir={_WORKDIR.value!r} holds no run: there is no config.json in it")
+        return file
+    raise UserError("--config is missing: a file of configs/ or a run's config.json (eval, replay, report: --workdir)")
 
 
 def _several() -> bool:

@@ -1,13 +1,21 @@
 """Configs: loading, overriding, checking, saving."""
 
 import glob
+import json
+import sys
+import types
+import typing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3ae_jax import config as config_lib
+import m3ae_jax.config as config_lib
+from m3ae_jax.config import schema
+from m3ae_jax.config.__main__ import markdown, meanings
+from m3ae_jax.config.fields import FieldGroup, declared, setting
+from m3ae_jax.config.schema import identifies
 from m3ae_jax.errors import UserError
 
 ALL = sorted(glob.glob("configs/*.py"))
@@ -38,14 +46,17 @@ def test_every_config_names_its_command_and_its_result(path):
 
 
 def test_the_papers_recipe(golden):
-    names = ("small", "base", "large", "huge", "giant", "mae_base")
-    golden("configs.json", {n: config_lib.resolve(config_lib.load(f"configs/{n}.py")).to_dict() for n in names})
+    names = ("small", "base", "large", "huge", "mae")
+    configs = {name: config_lib.load(f"configs/{name}.py") for name in names}
+    configs["giant"] = config_lib.load("configs/base.py")
+    configs["giant"].model.size = "giant"
+    golden("configs.json", {name: config_lib.resolve(config).to_dict() for name, config in configs.items()})
 
 
 @pytest.mark.parametrize(
     ("override", "path", "value"),
     [
-        ("--config.model.text_mask_ratio=0.9", "model.text_mask_ratio", 0.9),
+        ("--config.m3ae.text_mask_ratio=0.9", "m3ae.text_mask_ratio", 0.9),
         ("--config.batch_size=64", "batch_size", 64),
         ("--config.data.flip=false", "data.flip", False),
         ("--config.data.modalities=image", "data.modalities", ("image",)),
@@ -77,16 +88,16 @@ def test_override_with_its_value_apart():
     ("override", "parts"),
     [
         (
-            "--config.model.text_mask_ration=0.9",
-            ["model.text_mask_ration", "did you mean --config.model.text_mask_ratio"],
+            "--config.m3ae.text_mask_ration=0.9",
+            ["m3ae.text_mask_ration", "did you mean --config.m3ae.text_mask_ratio"],
         ),
-        ("--config.text_mask_ratio=0.9", ["did you mean --config.model.text_mask_ratio"]),
+        ("--config.text_mask_ratio=0.9", ["did you mean --config.m3ae.text_mask_ratio"]),
         ("--config.model=0.9", ["group", "model.width"]),
         ("--config.batch_size=many", ["batch_size", "'many'", "an integer", "4096"]),
         ("--config.batch_size=1.5", ["batch_size", "an integer"]),
         ("--config.data.flip=maybe", ["true or false"]),
         ("--config.data.crop_scale=small", ["tuple", "(0.2, 1.0)"]),
-        ("--config.model.text_mask_ratio=half", ["a number"]),
+        ("--config.m3ae.text_mask_ratio=half", ["a number"]),
         ("--config.seed", ["needs a value"]),
     ],
 )
@@ -103,9 +114,9 @@ def test_wrong_override_is_one_line_with_a_hint(override, parts):
     ("override", "parts"),
     [
         ("model.size=bse", ["model.size='bse'", "base, enormous, giant, huge, large, small", "did you mean 'base'"]),
-        ("model.text_mask_ratio=1.0", ["model.text_mask_ratio=1.0", "0.0 and 0.95"]),
-        ("model.image_mask_ratio=-0.1", ["between"]),
-        ("model.text_mask_ratio=nan", ["between"]),
+        ("m3ae.text_mask_ratio=1.0", ["m3ae.text_mask_ratio=1.0", "0.0 and 0.95"]),
+        ("m3ae.image_mask_ratio=-0.1", ["between"]),
+        ("m3ae.text_mask_ratio=nan", ["between"]),
         ("duration=10 weeks", ["duration", "steps", "epochs"]),
         ("duration=soon", ["N steps"]),
         ("duration=0 steps", ["more than 0"]),
@@ -115,8 +126,8 @@ def test_wrong_override_is_one_line_with_a_hint(override, parts):
         ("data.crop_scale=(0.9, 0.1)", ["data.crop_scale"]),
         ("data.image_std=(0.0, 1.0, 1.0)", ["data.image_std"]),
         ("model.heads=5", ["model.width=768", "model.heads=5"]),
-        ("model.compute_dtype=float16", ["bfloat16"]),
-        ("loss.text_average=batch", ["example, token"]),
+        ("compute.dtype=float16", ["bfloat16"]),
+        ("m3ae.text_average=batch", ["example, token"]),
         ("batch_size=0", ["batch_size=0"]),
     ],
 )
@@ -152,17 +163,17 @@ def test_durations_agree(amount, batch, examples):
 
 
 def test_image_only_is_mae():
-    config = config_lib.resolve(config_lib.load("configs/mae_large.py"))
+    config = config_lib.resolve(config_lib.load("configs/mae.py"))
     assert config.data.modalities == ("image",)
-    assert not config.model.use_type_embedding
+    assert not config.m3ae.use_type_embedding
 
 
 def test_a_config_file_with_a_mistake_is_told_in_one_line(tmp_path):
     file = tmp_path / "mine.py"
     for line, match in (
         (
-            "c.model.text_mask_ration = 0.9",
-            r"model\.text_mask_ration is unknown here; did you mean model\.text_mask_ratio",
+            "c.m3ae.text_mask_ration = 0.9",
+            r"m3ae\.text_mask_ration is unknown here; did you mean m3ae\.text_mask_ratio",
         ),
         ("c.batch = 3", "batch is unknown here; did you mean batch_size"),
     ):
@@ -175,3 +186,151 @@ def test_a_config_file_with_a_mistake_is_told_in_one_line(tmp_path):
     saved.write_text('{"batch_size": "many"}')
     with pytest.raises(UserError, match=r"batch_size='many' is not of type int"):
         config_lib.load(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("eval.finetune.lr", "eval.finetune.learning_rate"),
+        ("wd", "optimizer.weight_decay"),
+        ("weight_decay", "optimizer.weight_decay"),
+        ("epochs", "duration"),
+        ("steps", "duration"),
+        ("warmup", "optimizer.warmup"),
+        ("batch", "batch_size"),
+        ("bs", "batch_size"),
+        ("mask_ratio", "m3ae.image_mask_ratio"),
+        ("text_mask_ratio", "m3ae.text_mask_ratio"),
+        ("remat", "compute.remat"),
+        ("model.remat", "compute.remat"),
+        ("model.compute_dtype", "compute.dtype"),
+        ("loss.image_weight", "m3ae.image_weight"),
+        ("layers", "model.depth"),
+        ("dim", "model.width"),
+    ],
+)
+def test_usual_names_lead_to_the_field(name, field):
+    with pytest.raises(UserError, match=rf"^--config\.{name}: no such field; did you mean --config\.{field}\?"):
+        apply(f"--config.{name}=1")
+
+
+DURATIONS = [name for name, field in config_lib.fields(config_lib.default()).items() if field.duration]
+
+
+@pytest.mark.parametrize("name", DURATIONS)
+def test_a_bare_number_is_no_duration(name, tmp_path):
+    assert len(DURATIONS) >= 9
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"from m3ae_jax.config import default\ndef get_config():\n    c = default()\n    c.{name} = 10\n    return c\n"
+    )
+    config = config_lib.default()
+    *parents, last = name.split(".")
+    stored = config.to_dict()
+    group = stored
+    for parent in parents:
+        group = group[parent]
+    group[last] = 10
+    for wrong in (
+        apply(f"--config.{name}=10"),
+        config_lib.load(str(file)),
+        config_lib.from_json(json.dumps(stored)),
+    ):
+        with pytest.raises(UserError, match=rf'^{name}=\'10\': a duration is .*; did you mean "10 steps"\?$'):
+            config_lib.resolve(wrong)
+
+
+def groups():
+    every = {path: schema.imported(where) for path, where in schema.GROUPS.items()}
+    return every | schema.objective_fields("m3ae")
+
+
+@pytest.mark.parametrize(("path", "group"), groups().items())
+def test_every_declared_field_is_right_by_itself(path, group):
+    texts, hints = meanings(group), typing.get_type_hints(group)
+    for name, field in declared(group).items():
+        assert texts[name].endswith("."), f"{path}.{name} has no meaning"
+        kind, annotated = type(field.default), hints[name]
+        assert kind is (typing.get_origin(annotated) or annotated), name
+        if kind is tuple:
+            assert set(typing.get_args(annotated)) <= {field.item, ...}, name
+        assert not field.choices or kind is tuple or field.default in field.choices
+
+
+@pytest.mark.parametrize(("name", "field"), config_lib.fields(config_lib.default()).items())
+def test_every_field_survives_json_and_the_command_line(name, field):
+    value = field.default
+    config = apply(f"--config.{name}={','.join(map(str, value)) or '()' if isinstance(value, tuple) else value}")
+    for again in (config, config_lib.from_json(config_lib.to_json(config)), config_lib.resolve(config)):
+        leaf = schema.leaves(again)[name]
+        assert type(leaf) is type(value)
+        assert leaf == value or name in ("model.width", "model.depth", "model.heads")
+
+
+def test_the_page_of_all_fields_is_up_to_date():
+    assert Path("docs/config.md").read_text(encoding="utf-8") == markdown(), "run python -m m3ae_jax.config --output="
+
+
+class Mine:
+    """An objective of the user's, which is not in the package."""
+
+    name = "own"
+
+    class Fields(FieldGroup):
+        """Its fields."""
+
+        share: float = setting(0.5, low=0.0, high=1.0, aliases=("ratio",))
+        """What is shared."""
+
+
+def test_the_group_of_the_chosen_objective_alone_is_there(monkeypatch):
+    module = types.ModuleType("somewhere_else")
+    module.Mine = Mine
+    monkeypatch.setitem(sys.modules, "somewhere_else", module)
+    path = "somewhere_else:Mine"
+    # In whatever order: the objective counts first.
+    config = apply("--config.own.share=1", f"--config.objective={path}")
+    assert "m3ae" not in config and config.own.share == 1.0 and identifies("own.share", path)
+    assert config_lib.difference(config_lib.default(path), config) == [("own.share", 0.5, 1.0)]
+    with pytest.raises(UserError, match=r"did you mean --config\.own\.share"):
+        config_lib.apply_overrides(config, [("ratio", "1")])
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    again.own.share = 2
+    with pytest.raises(UserError, match=r"own\.share=2\.0 is not between 0\.0 and 1\.0"):
+        config_lib.resolve(again)
+    config_lib.apply_overrides(config, [("objective", "m3ae")])
+    assert "own" not in config and config.m3ae.text_mask_ratio == 0.75
+    # As long as its module is not imported, what is stored is taken as it is.
+    stored = config_lib.to_json(again)
+    monkeypatch.delitem(sys.modules, "somewhere_else")
+    assert config_lib.resolve(config_lib.from_json(stored)).own.share == 2
+
+
+def test_a_run_of_the_former_layout_is_refused_with_its_commit():
+    for stored in ({"loss": {"image_weight": 1.0}}, {"model": {"decoder_width": 512}}):
+        with pytest.raises(UserError, match="377e22f") as error:
+            config_lib.from_json(json.dumps(stored))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    return 1 / 0", r"line 2: ZeroDivisionError"),
+        ("    return {}", "returns a dict, not a ConfigDict"),
+        (
+            "    from m3ae_jax.config import default\n    c = default()\n"
+            "    c.objective = 'tests.objectives.toy:Toy'\n    return c",
+            r"has no group toy: start from default\('tests.objectives.toy:Toy'\)",
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(tmp_path, body, message):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def get_config():\n{body}\n")
+    with pytest.raises(UserError, match=message) as error:
+        config_lib.load(str(file))
+    assert "\n" not in str(error.value)

@@ -31,12 +31,13 @@ def make_run(folder: Path, **data: Any) -> Path:
     import jax
 
     c = config_lib.default()
-    c.model.update(width=16, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    c.model.update(width=16, depth=1, heads=2)
+    c.m3ae.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
     c.data.update(image_size=32, patch_size=8, max_text_tokens=8, tokenizer="scenes", **data)
     c = config_lib.resolve(c)
     words = load_tokenizer("scenes").vocab_size
     params = jax.device_get(nn.unbox(jax.jit(build(c, words).init)(jax.random.key(0))))
-    write_run(Converted("safetensors", c, params, Report(), Foreign({})), folder)
+    write_run(Converted("safetensors", c, params, Report(), Foreign({}), words), folder)
     return folder
 
 
@@ -79,7 +80,7 @@ def test_any_number_of_examples_is_one_of_a_few_compiled_sizes(run: Path) -> Non
     whole = model.encode(pictures(67)).cls
     for count in (1, 2, 5, 8, 9, 64, 66):
         np.testing.assert_allclose(model.encode(pictures(count)).cls, whole[:count], rtol=1e-4, atol=1e-5)
-    assert model._encode._cache_size() == len(inference.BATCH_SIZES)
+    assert model._compiled["encode"]._cache_size() == len(inference.BATCH_SIZES)
     assert model.encode([]).cls.shape == (0, 16)
 
 

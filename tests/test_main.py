@@ -15,8 +15,8 @@ TINY = [
     "--config.duration=4 steps",
     "--config.model.width=32",
     "--config.model.depth=1",
-    "--config.model.decoder_width=32",
-    "--config.model.decoder_depth=1",
+    "--config.m3ae.decoder_width=32",
+    "--config.m3ae.decoder_depth=1",
     "--config.data.scenes.image_size=32",
     "--config.data.image_size=32",
     "--config.eval.examples=8",
@@ -42,8 +42,10 @@ def main(*arguments, timeout=240):
         (["--config=configs/lage.py"], ["no such file", "did you mean configs/large.py"]),
         (["--config=configs/tiny.py", "--config.modle.size=base"], ["modle.size", "model.size"]),
         (["--config=configs/tiny.py", "--wrkdir=x"], ["wrkdir", "workdir"]),
-        (["--config=configs/tiny.py", "model.text_mask_ratio=0.9"], ["unknown argument", "--config.NAME"]),
+        (["--config=configs/tiny.py", "m3ae.text_mask_ratio=0.9"], ["unknown argument", "--config.NAME"]),
         ([], ["--config"]),
+        (["--mode=eval", "--config.evals=knn"], ["--config is missing", "--workdir"]),
+        (["--config=configs/tiny.py", "--config.log_every=10"], ['did you mean "10 steps"?']),
         (["--config=configs/tiny.py", "--config.data.modalities=image"], ["grounding", "--config.evals="]),
         (["--config=configs/tiny.py", "--mode=trian"], ["--mode='trian'", "did you mean 'train'"]),
         (["--config=configs/tiny.py", "--config.evals=groundng"], ["did you mean 'grounding'"]),
@@ -65,7 +67,7 @@ def test_a_mistake_is_one_line(arguments, parts):
 
 
 def test_print_config():
-    result = main("--config=configs/large.py", "--mode=print_config", "--config.model.text_mask_ratio=0.9")
+    result = main("--config=configs/large.py", "--mode=print_config", "--config.m3ae.text_mask_ratio=0.9")
     assert result.returncode == 0, result.stderr
     assert '"text_mask_ratio": 0.9' in result.stdout
     assert "376155194" in result.stdout
@@ -87,9 +89,9 @@ def test_train_go_on_and_repeat_from_the_saved_config(tmp_path):
     assert again.returncode == 0
     assert "nothing to train" in again.stdout
 
-    changed = main(*TINY, f"--workdir={workdir}", "--config.model.text_mask_ratio=0.25")
+    changed = main(*TINY, f"--workdir={workdir}", "--config.m3ae.text_mask_ratio=0.25")
     assert changed.returncode == 2
-    assert "model.text_mask_ratio=0.25 (the run has 0.5)" in changed.stderr
+    assert "m3ae.text_mask_ratio=0.25 (the run has 0.5)" in changed.stderr
 
     repeated = tmp_path / "repeated"
     result = main(f"--config={workdir / 'config.json'}", f"--workdir={repeated}")
@@ -105,7 +107,7 @@ def test_train_go_on_and_repeat_from_the_saved_config(tmp_path):
     assert other.returncode == 2
     assert "model.width=64 (the checkpoint has 32)" in other.stderr
 
-    evaluated = main(*TINY, f"--workdir={workdir}", "--mode=eval", "--config.evals=grounding")
+    evaluated = main(f"--workdir={workdir}", "--mode=eval", "--config.evals=grounding")  # by the run's own config
     assert evaluated.returncode == 0, evaluated.stderr
     assert "accuracy of color" in evaluated.stdout
     assert (workdir / "evals" / "grounding_4.json").exists()

@@ -1,7 +1,7 @@
 r"""Measures a part of the program on this machine.
 
     python -m m3ae_jax.benchmark --what=step
-    python -m m3ae_jax.benchmark --what=step --config=configs/mae_base.py --against=vit_mae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=step --config=configs/mae.py --against=vit_mae --config.batch_size=8
     python -m m3ae_jax.benchmark --what=step --config=configs/base.py --against=m3ae --config.batch_size=8
     python -m m3ae_jax.benchmark --what=end_to_end
     python -m m3ae_jax.benchmark --what=init --config=configs/base.py
@@ -59,6 +59,8 @@ _overrides: list[tuple[str, str]] = []
 def _main(argv: list[str]) -> None:
     del argv
     console.start_logging()
+    # Before JAX is imported, as making a config does: what is reported of compiling is of compiling.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     what = _WHAT.value
     if what not in WHAT:
         raise UserError(one_of("--what", what, WHAT))
@@ -93,7 +95,6 @@ def _measured(what: str, config: ConfigDict, path: str) -> Any:
         "caption_tokens": _CAPTION_TOKENS.value,
         "against": _AGAINST.value,
     }
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is reported of compiling is of compiling
     if _AGAINST.value:  # the other program needs room on the GPU too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if what in _WITH_TENSORFLOW:

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.benchmark.step import noise, vocabulary_of
 from m3ae_jax.benchmark.timing import Figures, Rounds, compute_dtype, device, in_turns, spread, timed
+from m3ae_jax.errors import UserError
 from m3ae_jax.inference import BATCH_SIZES
-from m3ae_jax.objectives.base import Batch, abstract_batch, build
-from m3ae_jax.plan.flops import matmul_flops
+from m3ae_jax.objectives.base import Encodes, Part, build
+from m3ae_jax.train.flops import matmul_flops
 
 _ENDLESS = 1e6  # tokens of a caption: as many as fit
 
@@ -88,29 +89,30 @@ def measure(config: ConfigDict, repeats: int, sizes: tuple[int, ...] = BATCH_SIZ
     objective = build(config, vocabulary)
     params = nn.unbox(jax.jit(objective.init)(jax.random.key(config.seed)))
     dtype = compute_dtype(config)
+    if not isinstance(objective, Encodes):
+        raise UserError(f"--what=encode: objective={config.objective!r} gives no features")
     encode = jax.jit(objective.encode)
-    whole = [dataclasses.replace(group, mask_ratio=0.0) for group in objective.groups]
+    whole = objective.view(config.data.modalities)
 
-    def batch(examples: int) -> Batch:
-        shapes = abstract_batch(whole, examples, 3 * config.data.patch_size**2)
-        return noise(whole, shapes, vocabulary, _ENDLESS)
+    def part(examples: int) -> Part:
+        return noise(whole, examples, vocabulary, _ENDLESS)
 
-    def calls(batch: Batch, count: int) -> None:
+    def calls(part: Part, count: int) -> None:
         for _ in range(count):
-            features = encode(params, batch)
+            features = encode(params, part)
         jax.block_until_ready(features)
 
     rounds, compiling = list[Rounds](), list[float]()
     for size in sizes:
-        run = functools.partial(calls, jax.device_put(batch(size)))
+        run = functools.partial(calls, jax.device_put(part(size)))
         with timed(compiling):
             run(1)
         rounds.append(Rounds(run))
     return EncodeFigures(
         device=device(),
-        tokens=sum(group.tokens for group in objective.groups),
+        tokens=sum(m.tokens for group in whole for m in group.modalities),
         compute_dtype=dtype.name,
-        flops_per_example=matmul_flops(objective.encode, params, batch(1)),
+        flops_per_example=matmul_flops(objective.encode, params, part(1)),
         matmul_flops_per_second=in_turns(rounds, repeats, dtype),
         rates=[Rate(size, r.seconds, seconds) for size, r, seconds in zip(sizes, rounds, compiling, strict=True)],
     )

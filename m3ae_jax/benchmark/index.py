@@ -12,9 +12,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from m3ae_jax.benchmark.timing import Figures
-from m3ae_jax.data.pipeline import Batches, Feed, Group, token_slots, train_view
+from m3ae_jax.data.pipeline import Batches, Feed, train_view
 from m3ae_jax.data.sources.text_lines import TextSource
 from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.tokens import restricted
+from m3ae_jax.objectives.base import build
 
 _RECORDS = 10_000_000
 _BATCH = 64
@@ -64,10 +66,11 @@ def measure(config: ConfigDict, records: int = _RECORDS) -> IndexFigures:
         begin = time.perf_counter()
         source = TextSource(str(path))
         reopen_seconds = time.perf_counter() - begin
-        groups = (Group("text", "text", token_slots(config)["text"], config.model.text_mask_ratio),)
+        tokenizer = load_tokenizer("scenes")
+        groups = restricted(build(config, tokenizer.vocab_size).groups, ("text",))
         feed, step = Feed((source,), (train_view(config, source),)), records * 9 // 10 // _BATCH
         before, begin = _resident(), time.perf_counter()
-        batches = Batches(config, groups, feed, load_tokenizer("scenes"), batch_size=_BATCH, start_step=step)
+        batches = Batches(config, groups, feed, tokenizer, batch_size=_BATCH, start_step=step)
         with contextlib.closing(iter(batches)) as iterator:
             next(iterator)
             seconds, pipeline_bytes = time.perf_counter() - begin, _resident() - before

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,10 +19,12 @@ from PIL import Image
 import m3ae_jax.data.images as images
 from m3ae_jax.benchmark.timing import Figures, cores, timed
 from m3ae_jax.data.mixture import open_mixture
-from m3ae_jax.data.pipeline import Batches, Feed, Group, train_view, uniform_numbers
+from m3ae_jax.data.order import RandomStream
+from m3ae_jax.data.pipeline import Batches, Feed, masked, train_view
 from m3ae_jax.data.sources.base import Record, Source
 from m3ae_jax.data.sources.webdataset import WebDatasetSource
 from m3ae_jax.data.text import Tokenizer, encode_batch, load_tokenizer
+from m3ae_jax.data.tokens import Group, restricted
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
 
@@ -96,7 +97,7 @@ def measure(config: ConfigDict, *, own_data: bool = False, repeats: int = 3) -> 
             what = f"{_PICTURES} JPEGs of {_SIDE} px and {size / 1e3:.1f} kB"
         if own_data or config.data.tokenizer:
             tokenizer = load_tokenizer(config.data.tokenizer or "scenes")
-        groups = tuple(g for g in build(config, tokenizer.vocab_size).groups if g.modality in source.modalities)
+        groups = restricted(build(config, tokenizer.vocab_size).groups, source.modalities)
         if not groups:
             raise UserError("the data hold none of data.modalities")
         stages = _stages(config, source, tokenizer, groups)
@@ -121,7 +122,7 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
     """Seconds an example of each stage, alone on one core: the least of three rounds."""
     indices = np.arange(_SAMPLE) % len(source)
     records = source.read(indices)
-    data, noise = config.data, sum(group.tokens for group in groups)
+    data = config.data
     seconds: dict[str, float] = {}
 
     def clock(name: str, work: Callable[[], object], examples: int) -> None:
@@ -131,13 +132,15 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
                 work()
         seconds[name] = max(min(rounds) / examples, 1e-9)
 
-    modalities = {group.modality for group in groups}
+    modalities = {m.name: m for group in groups for m in group.modalities}
+    uniform = [RandomStream(1, i).take(8) for i in range(len(records))]
     clock("read", lambda: [source.read(indices[i : i + 8]) for i in range(0, len(indices), 8)], len(indices))
-    clock("draw", lambda: [uniform_numbers(1, i, 8 + noise) for i in range(len(records))], len(records))
-    batch: dict[str, Any] = {}
+    noise = 8 + sum(m.tokens for m in modalities.values())
+    clock("draw", lambda: [RandomStream(1, i).take(noise) for i in range(len(records))], len(records))
+    tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if "image" in modalities:
         whole = [record for record in records if _size(record)]
-        crops = [images.Crop(uniform_numbers(1, i, 5), tuple(data.crop_scale)) for i in range(len(whole))]
+        crops = [images.Crop(uniform[i][:5], tuple(data.crop_scale)) for i in range(len(whole))]
         clock("decode", lambda: [images.open_picture(r["image"]).load() for r in whole], len(whole))
 
         def load() -> list[np.ndarray]:
@@ -147,23 +150,22 @@ def _stages(config: ConfigDict, source: Source, tokenizer: Tokenizer, groups: tu
         clock("crop and resize", load, len(whole))
         seconds["crop and resize"] = max(seconds["crop and resize"] - seconds["decode"], 1e-9)
         clock("patch", lambda: [images.patchify(p[None], data.patch_size) for p in pictures], len(whole))
-        batch["patches"] = images.patchify(np.stack(pictures[:_BATCH]), data.patch_size)
+        patches = images.patchify(np.stack(pictures[:_BATCH]), data.patch_size)
+        tokens["image"] = patches, np.ones(patches.shape[:2], bool)
     if "text" in modalities:
         captions = [record.get("caption", b"") for record in records]
         chunks = [captions[i : i + 8] for i in range(0, len(captions), 8)]
         clock("tokenize", lambda: [encode_batch(tokenizer, c, data.max_text_tokens) for c in chunks], len(records))
-        batch["ids"], batch["length"] = encode_batch(tokenizer, captions[:_BATCH], data.max_text_tokens)
-    size = min(len(column) for column in batch.values())
-    columns = {name: column[None, :size] for name, column in batch.items()}
-    columns["noise"] = np.stack([uniform_numbers(1, i, noise) for i in range(size)])[None]
-    for name in ("place", "position", "index"):
-        columns[name] = np.zeros((1, size), np.int64)
-    for name in ("attempt", "reason"):
-        columns[name] = np.zeros((1, size), np.int32)
-    feed = Feed((source,), (train_view(config, source),))
-    finish = Batches(config, groups, feed, tokenizer, batch_size=size).finish
-    finish(columns)
-    clock("mask and batch", lambda: [finish(columns) for _ in range(4)], 4 * size)
+        ids, length = encode_batch(tokenizer, captions[:_BATCH], data.max_text_tokens)
+        tokens["text"] = ids, np.arange(data.max_text_tokens) < length[:, None]
+    size = min(len(value) for value, _ in tokens.values())
+    tokens = {name: (value[:size], real[:size]) for name, (value, real) in tokens.items()}
+
+    def mask() -> None:
+        for group in groups:
+            masked(group, [RandomStream(1, i) for i in range(size)], tokens)
+
+    clock("mask", mask, size)
     return seconds
 
 

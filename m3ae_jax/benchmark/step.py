@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.benchmark.peer as peers
 from m3ae_jax.benchmark.timing import Figures, Rounds, compute_dtype, cores, in_turns, spread, timed
-from m3ae_jax.data.order import hidden_count
-from m3ae_jax.data.pipeline import Group
+from m3ae_jax.data.mixture import cut_mixture
+from m3ae_jax.data.order import RandomStream
+from m3ae_jax.data.pipeline import masked
 from m3ae_jax.data.text import load_tokenizer
-from m3ae_jax.objectives.base import Batch, Objective, abstract_batches, build
+from m3ae_jax.data.tokens import EXAMPLE, Group, restricted
+from m3ae_jax.objectives.base import Batch, Objective, Part, build
 from m3ae_jax.parallel.mesh import Rules, batch_parts, make_mesh, mesh_rules, put_whole_batch
-from m3ae_jax.plan.estimate import flops_per_example
+from m3ae_jax.train.flops import flops_per_example
 from m3ae_jax.train.optimizer import optimizer, schedule
 from m3ae_jax.train.progress import host_peak_bytes
 from m3ae_jax.train.setup import BERT_VOCABULARY
@@ -206,55 +208,33 @@ def ready_batch(config: ConfigDict, objective: Objective, unit: int, vocabulary:
         vocabulary: token ids.
         caption_tokens: mean length of a caption; lengths are Poisson's, within 1 and what the config allows.
     """
-    shapes = abstract_batches(config, objective, config.batch_size, unit)
-    if "parts" not in shapes:
-        return noise(objective.groups, shapes, vocabulary, caption_tokens)
-    parts = shapes["parts"].items()
-    return {"parts": {name: noise(objective.groups, part, vocabulary, caption_tokens) for name, part in parts}}
-
-
-def noise(groups: Iterable[Group], shapes: Mapping[str, Any], vocabulary: int, caption_tokens: float) -> Batch:
-    """A batch of the shapes of `abstract_batch`, masked by the ratios of its groups; otherwise as `ready_batch`."""
-    rng = np.random.default_rng(0)
-    masked = {
-        group.name: _masked(group, shapes["groups"][group.name], rng, vocabulary, caption_tokens)
-        for group in groups
-        if group.name in shapes["groups"]
+    return {
+        part.name: noise(restricted(objective.groups, part.modalities), part.size, vocabulary, caption_tokens)
+        for part in cut_mixture(config, config.batch_size, unit)
     }
-    return {"groups": masked, "example": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["example"])}
 
 
-def _masked(
-    group: Group, shapes: dict[str, Any], rng: np.random.Generator, vocabulary: int, caption_tokens: float
-) -> dict[str, dict[str, np.ndarray]]:
-    examples = shapes["visible"]["valid"].shape[0]
-    length = np.full(examples, group.tokens)
-    if group.modality == "text":
-        length = np.clip(rng.poisson(caption_tokens, examples), 1, group.tokens)
-    hidden = hidden_count(length, group.mask_ratio)
-    parts = {"visible": (np.zeros_like(length), length - hidden), "target": (length - hidden, hidden)}
-    # Real tokens in a random order, then padding.
-    draws = rng.random((examples, group.tokens)) + (np.arange(group.tokens) >= length[:, None])
-    order = np.argsort(draws, axis=1).astype(np.int32)
-    sets = {}
-    for name, (first, count) in parts.items():
-        slots = np.arange(shapes[name]["valid"].shape[1])
-        valid = slots < count[:, None]
-        place = np.minimum(first[:, None] + slots, group.tokens - 1)
-        value = shapes[name]["value"]
-        top = 256 if group.modality == "image" else vocabulary
-        sets[name] = {
-            "value": rng.integers(0, top, value.shape).astype(value.dtype),
-            "position": np.where(valid, np.take_along_axis(order, place, axis=1), 0),
-            "valid": valid,
-        }
-    return sets
+def noise(groups: Iterable[Group], rows: int, vocabulary: int, caption_tokens: float) -> Part:
+    """A part of `rows` examples, masked by its groups; otherwise as `ready_batch`."""
+    rng, tokens = np.random.default_rng(0), {}
+    groups = tuple(groups)
+    for modality in {m.name: m for group in groups for m in group.modalities}.values():
+        shape, length = (rows, modality.tokens), np.full(rows, modality.tokens)
+        if modality.features:
+            value = rng.integers(0, 256, (*shape, modality.features), np.uint8)
+        else:
+            length = np.clip(rng.poisson(caption_tokens, rows), 1, modality.tokens)
+            value = rng.integers(0, vocabulary, shape, np.int32)
+        tokens[modality.name] = value, np.arange(modality.tokens) < length[:, None]
+    streams = [RandomStream(0, row) for row in range(rows)]
+    example = {name: np.zeros((rows, *spec.shape), spec.dtype) for name, spec in EXAMPLE.items()}
+    example["valid"][:] = True
+    return {"groups": {group.name: masked(group, streams, tokens) for group in groups}, "example": example}
 
 
 def padding(batch: Batch) -> dict[str, float]:
     """Share of the ``encoder``'s and ``decoder``'s slots, CLS left out, that hold no real token."""
-    parts = list(batch["parts"].values()) if "parts" in batch else [batch]
-    groups = [group for part in parts for group in part["groups"].values()]
+    groups = [group for part in batch.values() for group in part["groups"].values()]
     sets = {"encoder": ("visible",), "decoder": ("visible", "target")}
     return {
         name: 1 - float(np.concatenate([g[kind]["valid"].ravel() for g in groups for kind in kinds]).mean())
@@ -264,7 +244,8 @@ def padding(batch: Batch) -> dict[str, float]:
 
 def tokens(batch: Batch) -> int:
     """Real tokens of a batch."""
-    return sum(int(leaf.sum()) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if path[-1].key == "valid")
+    groups = [group for part in batch.values() for group in part["groups"].values()]
+    return sum(int(tokens["valid"].sum()) for group in groups for tokens in group.values())
 
 
 def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TOKENS, against: str = "") -> StepFigures:

@@ -47,7 +47,7 @@ def cores() -> int:
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
     """Of the matrix products of a resolved config on this machine."""
     automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(automatic if config.model.compute_dtype == "auto" else config.model.compute_dtype)
+    return jnp.dtype(automatic if config.compute.dtype == "auto" else config.compute.dtype)
 
 
 def spread(seconds: list[float], form: str = ".4g") -> str:

@@ -1,0 +1,1 @@
+"""Saving, restoring, and starting from other weights."""

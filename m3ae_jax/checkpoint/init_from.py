@@ -1,8 +1,8 @@
-"""Starting a new run from the weights of another: what has the same name and shape is taken, the rest told."""
+"""Starting from the weights of other checkpoints: what has the same name and shape is taken, the rest is logged."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -11,63 +11,66 @@ import numpy as np
 from m3ae_jax.checkpoint.manager import load_params
 from m3ae_jax.errors import UserError
 
+log = logging.getLogger("m3ae_jax")
 
-@dataclasses.dataclass(frozen=True)
-class Matched:
-    """What of a checkpoint fitted, by parameter path.
 
-    Attributes:
-        taken: in both, with the same shape.
-        other_shape: in both with different shapes, as ``path: theirs -> ours``; left at their fresh values.
-        missing: only in the new model; left at their fresh values.
-        unused: only in the checkpoint.
+def load_into(tree: Any, path: str, into: str = "", source: str = "", *, complete: bool = False) -> Any:
+    """Replaces what fits in a pytree by a checkpoint's weights, leaf by leaf, keeping each leaf's sharding.
+
+    Fixed sin-cos positions are not parameters, so another resolution or caption length fits as it is. What was taken,
+    has another shape, or is missing on either side is logged.
+
+    Args:
+        tree: parameters, or other state, on its devices.
+        path: a run's folder, or one checkpoint in it.
+        into: which branch of `tree` is filled, as ``encoder``; empty: all.
+        source: which branch of the checkpoint's parameters is taken; empty: all.
+        complete: refuse a checkpoint that lacks a leaf; else the leaf stays as it is.
+
+    Raises:
+        UserError: no checkpoint there, nothing in it fits, or a leaf is missing where all are needed.
     """
+    stored = _branch(_by_path(load_params(path)), source)
+    wanted = _branch(_by_path(tree), into)
+    taken = sorted(name for name in wanted if name in stored and stored[name].shape == wanted[name].shape)
+    where = f"init_from={path}" + (f" ({into})" if into else "")
+    if not taken:
+        raise UserError(f"{where}: none of its {len(stored)} parameters has the name and shape of one here")
+    shapes = [
+        f"{name}: {stored[name].shape} -> {leaf.shape}"
+        for name, leaf in wanted.items()
+        if name in stored and name not in taken
+    ]
+    missing = [name for name in wanted if name not in stored]
+    if complete and (missing or shapes):
+        raise UserError(f"{where} does not fit: {', '.join(missing + shapes)}")
+    for kind, names in (
+        ("taken", [f"{len(taken)} parameters"]),
+        ("other shape, left fresh", shapes),
+        ("not in the checkpoint, left fresh", missing),
+        ("in the checkpoint, unused", sorted(set(stored) - set(wanted))),
+    ):
+        if names:
+            log.info("%s: %s: %s", where, kind, ", ".join(names))
 
-    taken: tuple[str, ...]
-    other_shape: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
+    def replace(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = _name(key_path)
+        branch = name.removeprefix(into + "/") if into else name
+        if (into and branch == name) or branch not in taken:
+            return leaf
+        return jax.device_put(np.asarray(stored[branch], leaf.dtype), leaf.sharding)
 
-    def lines(self) -> list[str]:
-        """For the log: a line for each kind that occurs."""
-        kinds = {
-            "taken": f"{len(self.taken)} parameters",
-            "other shape, left fresh": ", ".join(self.other_shape),
-            "not in the checkpoint, left fresh": ", ".join(self.missing),
-            "in the checkpoint, unused": ", ".join(self.unused),
-        }
-        return [f"init_from: {kind}: {what}" for kind, what in kinds.items() if what]
+    return jax.tree_util.tree_map_with_path(replace, tree)
+
+
+def _branch(by_path: dict[str, Any], branch: str) -> dict[str, Any]:
+    prefix = branch + "/" if branch else ""
+    return {name.removeprefix(prefix): leaf for name, leaf in by_path.items() if name.startswith(prefix)}
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def take_weights(params: Any, path: str) -> tuple[Any, Matched]:
-    """Replaces what fits in `params` by a checkpoint's weights, leaf by leaf, keeping each leaf's sharding.
-
-    Fixed sin-cos positions are not parameters, so another resolution or caption length fits as it is.
-
-    Raises:
-        UserError: no checkpoint at `path`, or nothing in it fits.
-    """
-    stored = _by_path(load_params(path))
-    taken, other_shape, missing = [], [], []
-
-    def replace(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        if name not in stored:
-            missing.append(name)
-        elif stored[name].shape != leaf.shape:
-            other_shape.append(f"{name}: {stored[name].shape} -> {leaf.shape}")
-        else:
-            taken.append(name)
-            return jax.device_put(np.asarray(stored[name], leaf.dtype), leaf.sharding)
-        return leaf
-
-    replaced = jax.tree_util.tree_map_with_path(replace, params)
-    if not taken:
-        raise UserError(f"init_from={path!r}: none of its {len(stored)} parameters has the name and shape of one here")
-    unused = tuple(sorted(set(stored) - set(_by_path(params))))
-    return replaced, Matched(tuple(taken), tuple(other_shape), tuple(missing), unused)
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -30,6 +30,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from m3ae_jax.checkpoint import manifest
+from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.errors import UserError
 
 log = logging.getLogger("m3ae_jax")
@@ -40,6 +41,15 @@ RETRY_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 _DAMAGED = ".damaged"
 _NONE, _REFUSED = -1, -2  # what process 0 sends to the others instead of a step
+
+
+class CheckpointFields(FieldGroup):
+    """When checkpoints are written, and how many stay."""
+
+    every: str = setting("1 epochs", duration=True, aliases=("save_every",))
+    """Time between checkpoints."""
+    keep: int = setting(2, low=1)
+    """Newest checkpoints that stay, besides the best and the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +165,15 @@ class Checkpoints:
         """The state of a step, on the shardings of `abstract` (`jax.ShapeDtypeStruct` leaves).
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: the checkpoint is damaged, or holds other arrays.
         """
         self._check(step)
+        if differences := _differences(_stored(self._folder / str(step)), abstract):
+            raise UserError(
+                f"checkpoint {self._folder / str(step)} holds another state than this config and code make: "
+                f"{manifest.summary(differences)}; go on with what made it, or start a new run from its weights with "
+                f"--config.init_from={self._folder.parent}"
+            )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=args)["state"]
 
@@ -413,11 +429,32 @@ def load_params(path: str) -> dict[str, Any]:
     _warn_without_manifests(folder)
     step = _on_first_process(lambda: _named(folder, newest if named is None else named))
     place = folder / str(step) / "state"
+    tree = _stored(place.parent)
+    params = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree["params"])}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(place).item_metadata.tree
-        params = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree["params"])}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
         restored = checkpointer.restore(
             place, args=ocp.args.PyTreeRestore(item=params, restore_args=restore_args, partial_restore=True)
         )
     return restored["params"]
+
+
+def _stored(checkpoint: Path) -> Any:
+    """Shapes and dtypes of the state that a checkpoint holds, as nested dicts and lists."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.metadata(checkpoint / "state").item_metadata.tree
+
+
+def _differences(stored: Any, wanted: Any) -> list[str]:
+    """Arrays that one of two states lacks or that have another shape, one entry an array."""
+    old, new = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if hasattr(leaf, "shape")  # orbax writes an empty node as a leaf
+        }
+        for tree in (stored, wanted)
+    )
+    lines = [f"{name} {old[name]} instead of {shape}" for name, shape in new.items() if old.get(name, shape) != shape]
+    lines += [f"{name} is missing" for name in new if name not in old]
+    return lines + [f"{name} is not expected" for name in old if name not in new]

@@ -20,10 +20,9 @@ from m3ae_jax.convert.keymap import FLAX, Arrays
 from m3ae_jax.convert.tree import size
 from m3ae_jax.data.images import patchify
 from m3ae_jax.data.order import hidden_count
-from m3ae_jax.data.pipeline import grid
-from m3ae_jax.inference import vocabulary
+from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.models.embeddings import sincos_1d, sincos_2d
-from m3ae_jax.objectives.base import build
+from m3ae_jax.objectives.m3ae import M3AE
 
 TOLERANCE = 1e-4
 """Of the norm of what theirs gives."""
@@ -105,14 +104,15 @@ class _Theirs:
         if stack in self._names.tables:
             return self._a[self._names.tables[stack]][0, -count:]
         width = size(self._config, stack, "width")
-        table = sincos_2d(width, grid(self._config)) if modality == "image" else sincos_1d(width, np.arange(count))
+        cells = patch_grid(self._config)
+        table = sincos_2d(width, cells) if modality == "image" else sincos_1d(width, np.arange(count))
         kind = self._get("type", stack=stack, modality=modality)
         return table if kind is None else table + kind[0]
 
     def _embed(self, modality: str, value: np.ndarray) -> np.ndarray:
         if modality == "text":
             return self._get("text")[value]
-        patch, side = self._config.data.patch_size, grid(self._config)[0]
+        patch, side = self._config.data.patch_size, patch_grid(self._config)[0]
         cells = value.reshape(len(value), side, patch, side, patch, 3)
         if self._names.kinds is FLAX:
             return self._linear("image", cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(value), side * side, -1))
@@ -129,7 +129,7 @@ class _Theirs:
         cls = np.broadcast_to(self._get("cls"), (len(parts[0]), 1, parts[0].shape[-1]))
         if self._names.tables:
             table = self._a[self._names.tables["encoder"]]
-            count = grid(self._config)[0] ** 2
+            count = patch_grid(self._config)[0] ** 2
             cls = cls + (table[:, :1] if table.shape[1] > count else 0.0)
         return self._stack("encoder", np.concatenate([cls, *parts], axis=1))
 
@@ -147,7 +147,7 @@ class _Theirs:
         return {m: self._head(m, x[:, end - sizes[m] : end]) for m, end in zip(sizes, ends[1:], strict=True)}
 
     def _head(self, modality: str, x: np.ndarray) -> np.ndarray:
-        depth = self._config.model.output_head_depth
+        depth = self._config.m3ae.output_head_depth
         x = self._norm("head_norm", x, modality=modality, k=0) if depth else x
         for k in range(depth):
             hidden = self._gelu(self._linear("head_hidden", x, modality=modality, k=k))
@@ -170,7 +170,7 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     if not kind.names.layers:
         return Comparison({}, "the file is our own")
     table = converted.foreign.arrays.get(kind.names.tables.get("encoder", ""))
-    patches = grid(config)[0] ** 2
+    patches = patch_grid(config)[0] ** 2
     if table is not None and table.shape[1] not in (patches, patches + 1):
         return Comparison({}, "the pictures have another size here than there")
     rng = np.random.default_rng(seed)
@@ -179,7 +179,7 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     if "image" in config.data.modalities:
         inputs["image"] = rng.standard_normal((1, side, side, 3))
     if "text" in config.data.modalities:
-        inputs["text"] = rng.integers(0, vocabulary(converted.params), (1, words))
+        inputs["text"] = rng.integers(0, converted.vocabulary, (1, words))
     sizes = {m: patches if m == "image" else words for m in inputs}
     hidden = {m: np.sort(rng.permutation(n)[: hidden_count(n, 0.75)]) for m, n in sizes.items()}
     visible = {m: np.setdiff1d(np.arange(n), hidden[m]) for m, n in sizes.items()}
@@ -199,8 +199,8 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 
 def _ours(converted: Converted, inputs: Arrays, visible: Arrays, hidden: Arrays) -> tuple[np.ndarray, Arrays]:
     config = converted.config.copy_and_resolve_references()
-    config.model.compute_dtype = "float32"
-    objective = build(config, vocabulary(converted.params))
+    config.compute.dtype = "float32"
+    objective = M3AE(config, converted.vocabulary)
 
     def tokens(m: str, positions: np.ndarray) -> dict[str, np.ndarray]:
         image = m == "image"
@@ -208,8 +208,9 @@ def _ours(converted: Converted, inputs: Arrays, visible: Arrays, hidden: Arrays)
         at = positions.astype(np.int32)[None]
         return {"value": value[:, positions], "position": at, "valid": np.ones(at.shape, bool)}
 
-    batch = {"groups": {m: {"visible": tokens(m, visible[m]), "target": tokens(m, hidden[m])} for m in inputs}}
+    part = {"groups": {m: {"visible": tokens(m, visible[m]), "target": tokens(m, hidden[m])} for m in inputs}}
     with jax.default_matmul_precision("highest"):
-        encoded = jax.device_get(jax.jit(objective.encode)(converted.params, batch))
-        predictions = jax.device_get(jax.jit(objective.reconstruct)(converted.params, batch))
-    return np.concatenate([encoded["cls"][:, None], *(encoded[m] for m in inputs)], axis=1), predictions
+        encoded = jax.device_get(jax.jit(objective.encode)(converted.params, part))
+        predictions = jax.device_get(jax.jit(objective.predict)(converted.params, part))
+    tokens_of = [encoded.tokens[m] for m in inputs]
+    return np.concatenate([encoded.pooled["cls"][:, None], *tokens_of], axis=1), predictions

@@ -22,8 +22,8 @@ from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, torch_file,
 from m3ae_jax.convert.formats import Foreign, Format, set_sizes
 from m3ae_jax.convert.keymap import Names, Report, draw, fill
 from m3ae_jax.data.order import ORDER_VERSION
-from m3ae_jax.data.pipeline import grid
 from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.tokens import modality_table, patch_grid
 from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.objectives.base import build
 from m3ae_jax.train.optimizer import optimizer
@@ -53,6 +53,7 @@ class Converted:
         params: nested dicts of NumPy arrays.
         report: what went where.
         foreign: theirs, as read.
+        vocabulary: number of token ids; 0 without text.
     """
 
     format: str
@@ -60,6 +61,7 @@ class Converted:
     params: dict[str, Any]
     report: Report
     foreign: Foreign
+    vocabulary: int
 
 
 def detect(path: Path) -> str:
@@ -104,28 +106,29 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     names = kind.names
     foreign = kind.read(path)
     config = config_lib.default()
-    config.model.heads = config.model.decoder_heads = 0
+    config.model.heads = config.m3ae.decoder_heads = 0
     if names.layers:
         set_sizes(config, foreign.arrays, names)
     kind.describe(foreign, config, report)
     arrays = dict(foreign.arrays)
     tables = {stack: positions.read(key, arrays.pop(key)) for stack, key in names.tables.items() if key in arrays}
     if tables:
-        config.model.use_type_embedding = any(np.any(table.offset) for table in tables.values())
-        config.model.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
+        config.m3ae.use_type_embedding = any(np.any(table.offset) for table in tables.values())
+        config.m3ae.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
     config_lib.apply_overrides(config, overrides or [])
     resolved = _resolve(config, names)
-    objective = build(resolved, _vocabulary(resolved, foreign, names))
+    vocabulary = _vocabulary(resolved, foreign, names)
+    objective = build(resolved, vocabulary)
     key = jax.random.key(resolved.seed)
     shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
     flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
-    fill(names.key_map(resolved.model.output_head_depth, flat), arrays, flat, report)
+    fill(names.key_map(resolved.m3ae.output_head_depth, flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
     if report.missing:
         fresh = flatten_dict(nn.unbox(jax.jit(objective.init)(key)), sep="/")
         flat |= {name: np.asarray(fresh[name]) for name in report.missing}
-    return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign)
+    return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign, vocabulary)
 
 
 def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
@@ -133,9 +136,9 @@ def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
         if not tree.size(config, stack, "heads"):
             raise UserError(
                 f"the weights do not tell how many attention heads the {stack} ({tree.size(config, stack, 'width')} "
-                f"wide) has: give --config.model.{tree.field(stack, 'heads')}=N"
+                f"wide) has: give --config.{tree.field(stack, 'heads')}=N"
             )
-    config.model.decoder_heads = config.model.decoder_heads or config_lib.default().model.decoder_heads
+    config.m3ae.decoder_heads = config.m3ae.decoder_heads or config_lib.default().m3ae.decoder_heads
     return config_lib.resolve(config)
 
 
@@ -157,7 +160,7 @@ def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
 
 def _fold(flat: dict[str, np.ndarray], tables: Tables, config: ConfigDict, report: Report) -> None:
     """Brings what their tables hold beside the fixed embeddings into parameters of ours."""
-    side, filled = grid(config)[0], []
+    side, filled = patch_grid(config)[0], []
     for stack, table in tables.items():
         if stack == "decoder" and (np.any(table.cls) or table.learned is not None):
             raise UserError("the decoder's position embeddings are learned; here they are fixed sin-cos")
@@ -177,9 +180,9 @@ def _fold(flat: dict[str, np.ndarray], tables: Tables, config: ConfigDict, repor
             )
     if tables:
         kind = "fixed sin-cos, equal to ours" if tables["encoder"].learned is None else "learned"
-        report.notes.append(f"positions (encoder): {kind}: model.image_positions={config.model.image_positions}")
-        offset = "what their tables have beside it" if config.model.use_type_embedding else "none"
-        report.notes.append(f"type embedding: {offset}: model.use_type_embedding={config.model.use_type_embedding}")
+        report.notes.append(f"positions (encoder): {kind}: m3ae.image_positions={config.m3ae.image_positions}")
+        offset = "what their tables have beside it" if config.m3ae.use_type_embedding else "none"
+        report.notes.append(f"type embedding: {offset}: m3ae.use_type_embedding={config.m3ae.use_type_embedding}")
         if not any(np.any(table.cls) for table in tables.values()):
             report.notes.append("CLS position: zeros, as here")
     report.missing = [path for path in report.missing if path not in filled]
@@ -217,15 +220,16 @@ def write_run(converted: Converted, workdir: Path) -> None:
         config.data.tokenizer = str(Path(config.data.tokenizer).expanduser().resolve())
     fingerprint = load_tokenizer(config.data.tokenizer).fingerprint if config.data.tokenizer else ""
     params = jax.tree.map(jnp.asarray, converted.params)
-    objective = build(config, inference.vocabulary(params))
     opt_state = optimizer(config, lambda step: jnp.float32(0.0)).init(params)
-    state = TrainState(jnp.int32(0), params, opt_state, objective.init_extra(params))
+    state = TrainState(jnp.int32(0), params, opt_state, {})
+    table = modality_table(config, converted.vocabulary)
     meta = {
         "state_version": STATE_VERSION,
         "order_version": ORDER_VERSION,
         "train_data": "converted",
         "tokenizer": fingerprint,
         "config": config.to_dict(),
+        "modalities": [dataclasses.asdict(modality) for modality in table.values()],
     }
     workdir.mkdir(parents=True, exist_ok=True)
     with replacing(workdir / "config.json") as file:
@@ -254,7 +258,7 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
     if encoder_only:
         flat = {name: leaf for name, leaf in flat.items() if not name.startswith(tree.DECODER)}
-    arrays, report = draw(kind.names.key_map(config.model.output_head_depth, flat), flat)
+    arrays, report = draw(kind.names.key_map(config.m3ae.output_head_depth, flat), flat)
     tabled = _write_tables(arrays, kind.names, flat, config, report)
     report.unused = [name for name in report.unused if name not in tabled]
     kind.write(path, arrays, config, report)
@@ -267,13 +271,13 @@ def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only
     image_only, has_decoder = "text" not in kind.names.modalities, "decoder" in kind.names.blocks
     if image_only and "image" not in config.data.modalities:
         raise UserError(f"--to={name} is of pictures, the model was trained on text alone")
-    if image_only and has_decoder and config.model.output_head_depth:
-        raise UserError(f"model.output_head_depth={config.model.output_head_depth}: --to={name} has one linear layer")
-    if kind.names.layers and not kind.names.tables and config.model.image_positions == "learned":
-        raise UserError(f"model.image_positions='learned': --to={name} has fixed positions alone")
-    if config.model.decoder_attention != "self" and not encoder_only and has_decoder:
+    if image_only and has_decoder and config.m3ae.output_head_depth:
+        raise UserError(f"m3ae.output_head_depth={config.m3ae.output_head_depth}: --to={name} has one linear layer")
+    if kind.names.layers and not kind.names.tables and config.m3ae.image_positions == "learned":
+        raise UserError(f"m3ae.image_positions='learned': --to={name} has fixed positions alone")
+    if config.m3ae.decoder_attention != "self" and not encoder_only and has_decoder:
         raise UserError(
-            f"model.decoder_attention={config.model.decoder_attention!r}: --to={name} has no such decoder; "
+            f"m3ae.decoder_attention={config.m3ae.decoder_attention!r}: --to={name} has no such decoder; "
             "--encoder_only leaves it out"
         )
 
@@ -288,7 +292,7 @@ def _write_tables(
             continue
         learned = flat.get(_LEARNED) if stack == "encoder" else None
         arrays[key] = positions.write(
-            tree.size(config, stack, "width"), grid(config)[0], flat.get(_TYPES[stack]), learned
+            tree.size(config, stack, "width"), patch_grid(config)[0], flat.get(_TYPES[stack]), learned
         )
         used |= {_TYPES[stack], _LEARNED}
         if _TYPES[stack] in flat:

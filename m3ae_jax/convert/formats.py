@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import SIZES
 from m3ae_jax.convert.keymap import FLAX, Names, Report
 from m3ae_jax.convert.positions import read as read_table
 from m3ae_jax.errors import UserError
+from m3ae_jax.models.fields import SIZES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -118,7 +118,7 @@ def add_biases(arrays: dict[str, np.ndarray], *layers: str) -> bool:
 def set_sizes(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names) -> None:
     """Sets the shapes of both stacks by those of their layers; heads only of the known widths.
 
-    The encoder's are those of `config.SIZES`, the decoder's that of MAE and M3AE, 512 wide with 16 heads.
+    The encoder's are those of `models.fields.SIZES`, the decoder's that of MAE and M3AE, 512 wide with 16 heads.
 
     Raises:
         UserError: the file has no encoder.
@@ -135,7 +135,7 @@ def set_sizes(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names
     if projection is not None:
         width = projection.shape[1 if names.kinds is FLAX else 0]
         depth = blocks(arrays, names.blocks["decoder"])
-        config.model.update(decoder_width=width, decoder_depth=depth, decoder_heads=16 if width == 512 else 0)
+        config.m3ae.update(decoder_width=width, decoder_depth=depth, decoder_heads=16 if width == 512 else 0)
 
 
 def set_pictures(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names, report: Report) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import CC12M_MEAN, CC12M_STD
 from m3ae_jax.convert import formats, unpickle
 from m3ae_jax.convert.formats import IMAGENET_MEAN, IMAGENET_STD, TANH, Arithmetic, Foreign, Format
 from m3ae_jax.convert.keymap import FLAX, Names, Report
+from m3ae_jax.data.fields import CC12M_MEAN, CC12M_STD
 from m3ae_jax.errors import UserError
 
 NAMES = Names(
@@ -79,14 +79,14 @@ def _without_prefix(arrays: dict[str, np.ndarray], facts: Mapping[str, Any]) -> 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets what follows from the names and, in a full checkpoint, from its flags."""
-    arrays, facts, m = foreign.arrays, foreign.facts, config.model
+    arrays, facts, m, own = foreign.arrays, foreign.facts, config.model, config.m3ae
     if not facts.get("m3ae.model_type", facts.get("mae.model_type", True)):  # else the sizes' table counts, as there
         group = "m3ae." if "m3ae.num_heads" in facts else "mae."
-        m.heads, m.decoder_heads = int(facts[group + "num_heads"]), int(facts[group + "dec_num_heads"])
+        m.heads, own.decoder_heads = int(facts[group + "num_heads"]), int(facts[group + "dec_num_heads"])
     config.data.modalities = tuple(x for x in ("image", "text") if f"{x}_mask_embedding" in arrays)
-    m.use_type_embedding = any(name.endswith("type_embedding") for name in arrays)
+    own.use_type_embedding = any(name.endswith("type_embedding") for name in arrays)
     heads = [formats.blocks(arrays, f"decoder_{x}_output/Dense_{{n}}/") for x in config.data.modalities]
-    m.output_head_depth = max(0, max(heads, default=1) - 1)
+    own.output_head_depth = max(0, max(heads, default=1) - 1)
     m.activation, m.layer_norm_epsilon = _ARITHMETIC
     if "image_embedding/kernel" in arrays:
         config.data.patch_size = round((arrays["image_embedding/kernel"].shape[0] / 3) ** 0.5)
@@ -95,7 +95,7 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     normalization = str(facts.get("data.image_normalization", "cc12m"))
     config.data.image_mean, config.data.image_std = _NORMALIZATIONS[normalization]
     for x in ("image", "text"):
-        m[f"{x}_mask_ratio"] = float(facts.get(f"m3ae.{x}_mask_ratio", m[f"{x}_mask_ratio"]))
+        own[f"{x}_mask_ratio"] = float(facts.get(f"m3ae.{x}_mask_ratio", own[f"{x}_mask_ratio"]))
     report.notes += [
         "GELU by tanh and a LayerNorm epsilon of 1e-6, as here",
         "positions: fixed sin-cos, not in the file; they follow data.image_size and data.max_text_tokens"
@@ -108,7 +108,7 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
 def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """The parameters alone, in plain nested dicts: ``{'params': {...}}``, pickled; or an ``.npz``."""
     formats.note_expressed(config, report, "M3AE", _ARITHMETIC)
-    if config.loss.normalize_patches:
+    if config.m3ae.normalize_patches:
         report.notes.append("DIFFERS: M3AE's pixels are not normalised by patch, this model's are")
     if path.suffix == ".npz":
         np.savez(path, allow_pickle=False, **{f"params/{name}": value for name, value in arrays.items()})

@@ -50,12 +50,12 @@ def read(path: Path) -> Foreign:
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets what follows from the shapes and, where the training program's arguments are saved, the pixel loss."""
     _describe_encoder(foreign, config, report)
-    config.loss.normalize_patches = bool(foreign.facts.get("norm_pix_loss", False))
-    config.model.image_mask_ratio = float(foreign.facts.get("mask_ratio", 0.75))
+    config.m3ae.normalize_patches = bool(foreign.facts.get("norm_pix_loss", False))
+    config.m3ae.image_mask_ratio = float(foreign.facts.get("mask_ratio", 0.75))
     if "norm_pix_loss" not in foreign.facts:
         report.notes.append(
             "pixel targets: the file does not tell whether they were normalised by patch (norm_pix_loss); taken as not "
-            "so, else give --config.loss.normalize_patches=true"
+            "so, else give --config.m3ae.normalize_patches=true"
         )
 
 

@@ -28,7 +28,8 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets the model and its inputs as in the stored config; not where its data were."""
     stored = config_lib.from_json(foreign.facts[METADATA])
     config.model.update(stored.model)
-    config.loss.update(stored.loss)
+    config.compute.update(stored.compute)
+    config.m3ae.update(stored.m3ae)
     for name in ("modalities", "image_size", "patch_size", "image_mean", "image_std", "max_text_tokens", "tokenizer"):
         config.data[name] = stored.data[name]
     report.notes.append("names, layouts and numbers are ours")

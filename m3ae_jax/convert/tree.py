@@ -1,8 +1,9 @@
 """Our own parameter tree: the one place where conversion names its paths.
 
 Each line is a layer or a single parameter, by the role under which the formats' tables name theirs. ``{stack}`` is
-``encoder`` or ``decoder``, ``{modality}`` is ``image`` or ``text``, and ``{k}`` is the number of a hidden layer of an
-output head. The blocks of a stack lie stacked along a leading axis.
+``encoder`` or ``decoder``, ``{modality}`` is ``image`` or ``text``, ``{place}`` is where a stack has the embeddings of
+a modality, and ``{k}`` is the number of a hidden layer of an output head. The blocks of a stack lie stacked along a
+leading axis.
 """
 
 from __future__ import annotations
@@ -25,47 +26,50 @@ class Layer(NamedTuple):
 
 
 LAYERS = {
-    "cls": Layer("cls_token"),
-    "image": Layer("image_embedding", "patches"),
-    "text": Layer("text_embedding/embedding"),
-    "positions": Layer("image_position_embedding"),
-    "type": Layer("{modality}_{stack}_type_embedding"),
-    "norm1": Layer("{stack}/blocks/norm_attention", "norm"),
-    "qkv": Layer("{stack}/blocks/attention/qkv", "linear"),
-    "proj": Layer("{stack}/blocks/attention/out", "from_heads"),
-    "norm2": Layer("{stack}/blocks/norm_mlp", "norm"),
-    "fc1": Layer("{stack}/blocks/mlp_in", "linear"),
-    "fc2": Layer("{stack}/blocks/mlp_out", "linear"),
-    "encoder_norm": Layer("encoder/norm", "norm"),
-    "projection": Layer("decoder_projection", "linear"),
-    "mask": Layer("{modality}_mask_embedding"),
-    "decoder_norm": Layer("decoder/norm", "norm"),
-    "head": Layer("{modality}_output/output", "linear"),
-    "head_hidden": Layer("{modality}_output/hidden_{k}", "linear"),
-    "head_norm": Layer("{modality}_output/norm_{k}", "norm"),
+    "cls": Layer("encoder/cls_token"),
+    "image": Layer("encoder/image/embedding", "patches"),
+    "text": Layer("encoder/text/embedding/embedding"),
+    "positions": Layer("encoder/image/position_embedding"),
+    "type": Layer("{place}/type_embedding"),
+    "norm1": Layer("{stack}/transformer/blocks/norm_attention", "norm"),
+    "qkv": Layer("{stack}/transformer/blocks/attention/qkv", "linear"),
+    "proj": Layer("{stack}/transformer/blocks/attention/out", "from_heads"),
+    "norm2": Layer("{stack}/transformer/blocks/norm_mlp", "norm"),
+    "fc1": Layer("{stack}/transformer/blocks/mlp_in", "linear"),
+    "fc2": Layer("{stack}/transformer/blocks/mlp_out", "linear"),
+    "encoder_norm": Layer("encoder/transformer/norm", "norm"),
+    "projection": Layer("decoder/projection", "linear"),
+    "mask": Layer("decoder/{modality}_masks/mask_embedding"),
+    "decoder_norm": Layer("decoder/transformer/norm", "norm"),
+    "head": Layer("decoder/{modality}_output/output", "linear"),
+    "head_hidden": Layer("decoder/{modality}_output/hidden_{k}", "linear"),
+    "head_norm": Layer("decoder/{modality}_output/norm_{k}", "norm"),
 }
 """Our layers by role."""
 
-DECODER = ("decoder", "image_output", "text_output", "image_mask", "text_mask", "image_decoder", "text_decoder")
+DECODER = "decoder/"
 """How the paths of the parameters begin that only the decoder has."""
 
-DECODER_STACK = "decoder/"
+DECODER_STACK = "decoder/transformer/"
 """How the paths of the decoder's blocks and of its last norm begin."""
 
-VOCABULARY = ("text_embedding", "text_output")
+VOCABULARY = ("encoder/text/embedding", "decoder/text_output")
 """How the paths of the parameters begin that have an axis of the vocabulary."""
 
 
 def path(role: str, **fields: str | int) -> str:
     """The path of a role, for a ``stack``, a ``modality`` and a ``k``."""
-    return LAYERS[role].path.format(**fields)
+    stack, modality = fields.get("stack"), fields.get("modality")
+    place = f"encoder/{modality}" if stack == "encoder" else f"decoder/{modality}_masks"
+    return LAYERS[role].path.format(place=place, **fields)
 
 
 def field(stack: str, name: str) -> str:
-    """The field of ``config.model`` of a stack's ``width``, ``depth`` or ``heads``."""
-    return name if stack == "encoder" else f"decoder_{name}"
+    """The field of the config of a stack's ``width``, ``depth`` or ``heads``."""
+    return f"model.{name}" if stack == "encoder" else f"m3ae.decoder_{name}"
 
 
 def size(config: ConfigDict, stack: str, name: str) -> Any:
     """The value of that field."""
-    return config.model[field(stack, name)]
+    group, _, last = field(stack, name).partition(".")
+    return config[group][last]

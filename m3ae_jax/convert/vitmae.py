@@ -95,10 +95,10 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets the model as in ``config.json``."""
-    arrays, facts, m = foreign.arrays, foreign.facts, config.model
+    arrays, facts, m, own = foreign.arrays, foreign.facts, config.model, config.m3ae
     m.heads = int(facts.get("num_attention_heads", 12))  # the defaults are transformers'
     if "decoder.decoder_embed.weight" in arrays:
-        m.decoder_heads = int(facts.get("decoder_num_attention_heads", 16))
+        own.decoder_heads = int(facts.get("decoder_num_attention_heads", 16))
         _check_decoder_mlp(arrays, m.mlp_ratio)
     formats.set_pictures(config, arrays, NAMES, report)
     if "pixel_image_mean" in facts:
@@ -106,13 +106,13 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         config.data.image_std = tuple(float(x) for x in facts["pixel_image_std"])
         report.notes[-1] = "pixels: normalised by the mean and deviation of its preprocessor_config.json"
     m.activation, m.layer_norm_epsilon = arithmetic(facts)
-    m.image_mask_ratio = float(facts.get("mask_ratio", 0.75))
-    config.loss.normalize_patches = bool(facts.get("norm_pix_loss", False))
+    own.image_mask_ratio = float(facts.get("mask_ratio", 0.75))
+    config.m3ae.normalize_patches = bool(facts.get("norm_pix_loss", False))
     formats.add_biases(arrays, *(f".attention.attention.{part}" for part in QKV))  # of qkv_bias=False
     report.notes += [
         f"GELU: hidden_act={facts.get('hidden_act', 'gelu')}, model.activation={m.activation}",
         f"LayerNorm epsilon: {m.layer_norm_epsilon}",
-        f"pixel targets: norm_pix_loss={config.loss.normalize_patches}",
+        f"pixel targets: norm_pix_loss={config.m3ae.normalize_patches}",
     ]
 
 
@@ -126,7 +126,7 @@ def _check_decoder_mlp(arrays: Mapping[str, np.ndarray], ratio: float) -> None:
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What transformers' ``ViTMAEConfig`` takes, of a resolved config."""
-    m = config.model
+    m, own = config.model, config.m3ae
     return {
         "hidden_size": m.width,
         "num_hidden_layers": m.depth,
@@ -141,12 +141,12 @@ def architecture(config: ConfigDict) -> dict[str, Any]:
         "patch_size": config.data.patch_size,
         "num_channels": 3,
         "qkv_bias": True,
-        "decoder_hidden_size": m.decoder_width,
-        "decoder_num_hidden_layers": m.decoder_depth,
-        "decoder_num_attention_heads": m.decoder_heads,
-        "decoder_intermediate_size": int(m.decoder_width * m.mlp_ratio),
-        "mask_ratio": m.image_mask_ratio,
-        "norm_pix_loss": config.loss.normalize_patches,
+        "decoder_hidden_size": own.decoder_width,
+        "decoder_num_hidden_layers": own.decoder_depth,
+        "decoder_num_attention_heads": own.decoder_heads,
+        "decoder_intermediate_size": int(own.decoder_width * m.mlp_ratio),
+        "mask_ratio": own.image_mask_ratio,
+        "norm_pix_loss": config.m3ae.normalize_patches,
     }
 
 

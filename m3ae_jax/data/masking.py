@@ -1,50 +1,72 @@
-"""Masks, per example, in the tf.data graph. True = real and visible, everywhere.
+"""Maskers: which tokens of an example are visible, and which are targets. True = real and visible, everywhere.
 
-Legend: ``B`` examples, ``L`` token slots, ``V`` visible slots, ``K`` target slots.
+They are NumPy code that everything shares: the pipeline's threads, inference, evaluations and benchmarks.
+
+Legend: ``B`` examples, ``L`` token slots before masking, ``V`` visible slots, ``K`` target slots.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+import dataclasses
+from collections.abc import Mapping
 
-from m3ae_jax.data.order import hidden_count
+import numpy as np
+
+from m3ae_jax.data.order import RandomStream, hidden_count, token_budget
+from m3ae_jax.data.tokens import Modality, Spec, TokenSet, token_spec
 
 
-class TokenSet(TypedDict):
-    """A set of tokens: the order of its slots carries no meaning, `position` does.
+@dataclasses.dataclass(frozen=True)
+class RandomSubset:
+    """Hides a uniformly random subset of each example's real tokens; it takes groups of one modality.
 
     Attributes:
-        value: `[B, K, ...]` patch values (uint8) or token ids (int32).
-        position: `[B, K] int32`.
-        valid: `[B, K] bool`, False in padding slots (whose value and position are 0).
+        ratio: mask ratio; of ``n`` real tokens ``hidden_count(n, ratio)`` are targets, the others are visible.
     """
 
-    value: Any
-    position: Any
-    valid: Any
+    ratio: float
+
+    def draw(self, stream: RandomStream, modalities: tuple[Modality, ...]) -> np.ndarray:
+        """See `tokens.Masker`."""
+        (modality,) = modalities
+        return stream.take(modality.tokens)
+
+    def spec(self, modalities: tuple[Modality, ...]) -> dict[str, dict[str, Spec]]:
+        """See `tokens.Masker`."""
+        (modality,) = modalities
+        visible, target = token_budget(modality.tokens, self.ratio)
+        return {"visible": token_spec(modality, visible), "target": token_spec(modality, target)}
+
+    def __call__(self, noise: np.ndarray, tokens: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, TokenSet]:
+        """See `tokens.Masker`."""
+        ((value, real),) = tokens.values()
+        return split(value, real, random_subset(noise, real, self.ratio), token_budget(real.shape[1], self.ratio))
 
 
-def random_subset(noise: Any, real: Any, ratio: float) -> Any:
-    """Hides a uniformly random subset of each example's real tokens.
+WHOLE = RandomSubset(0.0)
+"""Everything is visible, nothing is a target."""
+
+
+def random_subset(noise: np.ndarray, real: np.ndarray, ratio: float) -> np.ndarray:
+    """Which tokens are hidden.
 
     Args:
-        noise: `[B, L] float32`, i.i.d. uniform.
+        noise: `[B, L]`, i.i.d. uniform in [0, 1).
         real: `[B, L] bool`.
-        ratio: mask ratio; of ``n`` real tokens ``hidden_count(n, ratio)`` are hidden.
+        ratio: mask ratio.
 
     Returns:
         `[B, L] bool`, True where hidden; never True at padding.
     """
-    import tensorflow as tf
+    # Padding sorts last. The stable sort settles equal noise by position.
+    order = np.argsort(np.where(real, noise, noise.dtype.type(2)), axis=-1, kind="stable")
+    count = hidden_count(real.sum(axis=-1, keepdims=True), ratio)
+    hidden = np.zeros(real.shape, bool)
+    np.put_along_axis(hidden, order, np.arange(real.shape[1]) < count, axis=-1)
+    return hidden
 
-    # Rank among the real tokens: padding sorts last. The stable sort settles equal noise by position.
-    order = tf.argsort(tf.where(real, noise, 2.0), axis=-1, stable=True)
-    rank = tf.argsort(order, axis=-1, stable=True)
-    count = hidden_count(tf.reduce_sum(tf.cast(real, tf.int32), axis=-1, keepdims=True), ratio)
-    return rank < count
 
-
-def take(value: Any, chosen: Any, slots: int) -> TokenSet:
+def take(value: np.ndarray, chosen: np.ndarray, slots: int) -> TokenSet:
     """Gathers the chosen tokens of each example, in order of position, into `slots` slots.
 
     Args:
@@ -52,19 +74,17 @@ def take(value: Any, chosen: Any, slots: int) -> TokenSet:
         chosen: `[B, L] bool`, at most `slots` True a row.
         slots: static number of slots.
     """
-    import tensorflow as tf
-
-    position = tf.argsort(tf.cast(~chosen, tf.int32), axis=-1, stable=True)[:, :slots]
-    count = tf.reduce_sum(tf.cast(chosen, tf.int32), axis=-1, keepdims=True)
-    valid = tf.range(slots) < count
-    position = tf.where(valid, position, 0)
-    gathered = tf.gather(value, position, batch_dims=1)
-    keep = tf.reshape(valid, tf.concat([tf.shape(valid), tf.ones([tf.rank(gathered) - 2], tf.int32)], 0))
-    # A product: of bytes faster than tf.where.
-    return TokenSet(value=gathered * tf.cast(keep, gathered.dtype), position=position, valid=valid)
+    position = np.argsort(~chosen, axis=-1, kind="stable")[:, :slots]
+    valid = np.arange(slots) < chosen.sum(axis=-1, keepdims=True)
+    position = np.where(valid, position, 0)
+    # Of a flat array whole tokens are copied at once.
+    rows, length = chosen.shape
+    flat = np.take(value.reshape(rows * length, *value.shape[2:]), np.arange(rows)[:, None] * length + position, axis=0)
+    flat[~valid] = 0
+    return TokenSet(value=flat, position=position.astype(np.int32), valid=valid)
 
 
-def split(value: Any, real: Any, hidden: Any, budget: tuple[int, int]) -> dict[str, TokenSet]:
+def split(value: np.ndarray, real: np.ndarray, hidden: np.ndarray, budget: tuple[int, int]) -> dict[str, TokenSet]:
     """Splits real tokens into `visible` and `target`: a partition of the real ones.
 
     Args:
@@ -73,7 +93,4 @@ def split(value: Any, real: Any, hidden: Any, budget: tuple[int, int]) -> dict[s
         hidden: `[B, L] bool`.
         budget: static slots (visible, target); see `order.token_budget`.
     """
-    return {
-        "visible": take(value, real & ~hidden, budget[0]),
-        "target": take(value, real & hidden, budget[1]),
-    }
+    return {"visible": take(value, real & ~hidden, budget[0]), "target": take(value, real & hidden, budget[1])}

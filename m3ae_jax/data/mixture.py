@@ -205,19 +205,19 @@ def modalities_of(
         held: modalities that its source holds; None: not known.
 
     Raises:
-        UserError: it holds none that is trained, or not what is asked of it.
+        UserError: it holds none that is trained, or not what is requested of it.
     """
-    asked = tuple(spec.modalities)
-    if held is not None and any(m not in held for m in asked):
-        raise UserError(f"data.mixture.{name}.modalities={asked!r}, but the source holds only {', '.join(held)}")
-    usable = asked or tuple(held if held is not None else _HELD.get(spec.source, config.data.modalities))
-    found = tuple(m for m in config.data.modalities if m in usable)
-    if not found:
+    requested = tuple(spec.modalities)
+    if held is not None and any(m not in held for m in requested):
+        raise UserError(f"data.mixture.{name}.modalities={requested!r}, but the source holds only {', '.join(held)}")
+    usable = requested or tuple(held if held is not None else _HELD.get(spec.source, config.data.modalities))
+    modalities = tuple(m for m in config.data.modalities if m in usable)
+    if not modalities:
         raise UserError(
             f"data.mixture.{name} gives {', '.join(usable)}, and data.modalities={tuple(config.data.modalities)!r} "
             "trains none of it"
         )
-    return found
+    return modalities
 
 
 def cut(
@@ -267,7 +267,7 @@ def spread(counts: np.ndarray) -> np.ndarray:
 
 
 def cut_mixture(config: ConfigDict, batch_size: int, unit: int) -> tuple[Part, ...]:
-    """`cut` of a config's mixture, whose data need not be there; nothing without one of several sources.
+    """The parts of a batch of a config, whose data need not be there.
 
     Args:
         config: resolved.
@@ -275,8 +275,8 @@ def cut_mixture(config: ConfigDict, batch_size: int, unit: int) -> tuple[Part, .
         unit: as `grain_of` takes it, of the config's own batch.
     """
     specs = sorted(config.data.mixture.items())
-    if len(specs) < 2:
-        return ()
-    weights = [spec.weight for _, spec in specs]
+    if not specs:
+        return cut([tuple(config.data.modalities)], [1.0], batch_size, unit)
     grain = grain_of(config, unit) if batch_size == config.batch_size else unit
-    return cut([modalities_of(n, s, config) for n, s in specs], weights, batch_size, grain)
+    modalities = [modalities_of(name, spec, config) for name, spec in specs]
+    return cut(modalities, [spec.weight for _, spec in specs], batch_size, grain)

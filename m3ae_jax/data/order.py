@@ -31,6 +31,25 @@ def fold_seed(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+class RandomStream:
+    """Uniform numbers in [0, 1), one after the other: a function of seed and draw alone.
+
+    They are Philox 4x64-10's (Salmon et al. 2011), 24 bits each.
+    """
+
+    def __init__(self, seed: int, draw: int) -> None:
+        self._words = np.random.Philox(key=np.array([seed, draw], np.uint64))
+        self._rest = np.empty(0, np.float32)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `[count] float32`."""
+        if (missing := count - len(self._rest)) > 0:
+            words = self._words.random_raw((missing + 1) // 2).view(np.uint32)
+            self._rest = np.append(self._rest, (words >> 8).astype(np.float32) * np.float32(2**-24))
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+
 def permute(index: Any, n: int, seed: Any, stream: Any = 0, attempt: Any = 0) -> Any:
     """A pseudo-random permutation of ``[0, n)``, evaluated at `index`.
 

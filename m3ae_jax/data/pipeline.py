@@ -1,67 +1,39 @@
 """From positions of the run to batches: order, reading, decoding, augmentation, tokens, masks.
 
-The batch contract (``B`` examples, ``V`` visible and ``K`` target slots)::
+The batch contract is that of ``data/tokens.py``; what this file makes are the batches of one part.
 
-    groups:  {name: {visible: TokenSet, target: TokenSet}}   see masking.TokenSet
-    example: {source: [B] int32; position, index: [B] int64; attempt, reason: [B] int32; valid: [B] bool}
-    aux:     {}  (whatever a later objective declares)
-
-`position` is the draw of its source, `index` the example there. `attempt` is the number of candidates that did not
-decode (`order.ATTEMPTS` if none did: then nothing of the example is valid), `reason` says why the first of them did
-not: its place in `images.REASONS`. Of a mixture of sources a step has one such batch for each kind of data:
-``{"parts": {name: batch}}``.
-
-Order, masks and the batch are tf.data's; a chunk of examples at a time is read, decoded and tokenized by Pillow and the
-tokenizer, which work side by side in tf.data's threads. TensorFlow's own operations are slower at resizing, know no
+The order is tf.data's. A chunk of examples at a time is read, decoded, tokenized and masked by Pillow, the tokenizer
+and NumPy, which work side by side in tf.data's threads. TensorFlow's own operations are slower at resizing, know no
 Exif, no 16 bits and no alpha, and cannot say why a picture does not decode.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
+import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.data import images, masking
-from m3ae_jax.data.order import ATTEMPTS, Order, fold_seed, keeps_caption, token_budget
+import m3ae_jax.data.images as images
+from m3ae_jax.data.order import ATTEMPTS, Order, RandomStream, fold_seed, keeps_caption
 from m3ae_jax.data.sources.base import Record, Source
 from m3ae_jax.data.text import Tokenizer, encode_batch
+from m3ae_jax.data.tokens import EXAMPLE, Group, Modality, Spec, TokenSet
 from m3ae_jax.errors import UserError
 
 log = logging.getLogger("m3ae_jax")
 
 _READ_TRIES = 4
 _CHUNK = 8  # examples that one thread works on at a time
+_INT31 = 2**31 - 1
 _DRAWS = 8  # uniform numbers of an example before those of its masks: five of the crop, one of the caption
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One group of the batch, as an objective declares it.
-
-    Attributes:
-        name: the group's key in the batch.
-        modality: ``image`` or ``text``.
-        tokens: token slots before masking (patches, or the text budget).
-        mask_ratio: share of the real tokens that is hidden.
-    """
-
-    name: str
-    modality: str
-    tokens: int
-    mask_ratio: float
-
-    @property
-    def budget(self) -> tuple[int, int]:
-        """Static slots (visible, target)."""
-        return token_budget(self.tokens, self.mask_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +91,10 @@ class Feed:
         """The first candidate's index of each (source, draw), `[c] int64`."""
         import tensorflow as tf
 
-        found = self.views[0].order.index(draw)
+        index = self.views[0].order.index(draw)
         for other in range(1, len(self.views)):
-            found = tf.where(place == other, self.views[other].order.index(draw), found)
-        return found
+            index = tf.where(place == other, self.views[other].order.index(draw), index)
+        return index
 
 
 def train_view(config: ConfigDict, source: Source, name: str = "train") -> View:
@@ -192,13 +164,6 @@ class Batches:
         finally:
             del iterator  # stops its threads: they must not call into Python while the interpreter shuts down
 
-    @property
-    def finish(self) -> Any:
-        """The last stage, masks and the batch contract, of ``[parts, c, ...]`` columns: for benchmarks."""
-        import tensorflow as tf
-
-        return tf.function(self._stages.finish)
-
     def _dataset(self) -> Any:
         import tensorflow as tf
 
@@ -213,7 +178,7 @@ class Batches:
             num_parallel_calls=self._threads,
         )
         dataset = dataset.batch(parts, drop_remainder=True)
-        dataset = dataset.map(stages.finish, num_parallel_calls=2).prefetch(2)
+        dataset = dataset.map(_joined, num_parallel_calls=2).prefetch(2)
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
@@ -221,18 +186,64 @@ class Batches:
         return dataset.with_options(options)
 
 
+def together(parts: Mapping[str, Batches]) -> Generator[dict[str, Any], None, None]:
+    """Whole batches, ``{part: rows}``, of the batches of each part."""
+    with contextlib.ExitStack() as stack:
+        streams = {name: stack.enter_context(contextlib.closing(iter(batches))) for name, batches in parts.items()}
+        for rows in zip(*streams.values(), strict=True):
+            yield dict(zip(streams, rows, strict=True))
+
+
+def _joined(chunks: Any) -> Any:
+    """Chunks `[parts, c, ...]` as one batch `[parts c, ...]`."""
+    import tensorflow as tf
+
+    return tf.nest.map_structure(lambda x: tf.reshape(x, [-1, *x.shape[2:]]), chunks)
+
+
 def _check_modalities(groups: tuple[Group, ...], source: Source, tokenizer: Tokenizer | None) -> None:
-    for group in groups:
-        if group.modality not in source.modalities:
+    for modality in _modalities(groups).values():
+        if modality.name not in source.modalities:
             raise UserError(
-                f"data.modalities asks for {group.modality!r}, but the source holds only {', '.join(source.modalities)}"
+                f"data.modalities asks for {modality.name!r}, but the source holds only {', '.join(source.modalities)}"
             )
-        if group.modality == "text" and tokenizer is None:
+        if modality.reader == "text" and tokenizer is None:
             raise UserError("data.tokenizer is empty, and text needs one")
 
 
+def _modalities(groups: tuple[Group, ...]) -> dict[str, Modality]:
+    """Those of all groups by the reader that makes their tokens."""
+    return {modality.reader: modality for group in groups for modality in group.modalities}
+
+
+@dataclasses.dataclass
+class _Chunk:
+    """Examples on their way to a batch.
+
+    Attributes:
+        places: of each example's source in the feed.
+        draws: of that source.
+        streams: random numbers of each example, from which the first `_DRAWS` are taken.
+        uniform: these, `[c, _DRAWS] float32`.
+        records: what is read.
+        example: columns of `EXAMPLE`.
+    """
+
+    places: list[int]
+    draws: list[int]
+    streams: list[RandomStream]
+    uniform: np.ndarray
+    records: list[Record]
+    example: dict[str, np.ndarray]
+
+    def caption(self, row: int) -> bytes:
+        """The caption of an example, or the drawn one of several."""
+        several = self.records[row].get("captions")
+        return several[int(self.uniform[row, 5] * len(several))] if several else self.records[row].get("caption", b"")
+
+
 class _Stages:
-    """The stages of the pipeline as graph functions; what they share is fixed at construction."""
+    """What is done to a chunk of examples; what its stages share is fixed at construction."""
 
     def __init__(
         self,
@@ -243,114 +254,144 @@ class _Stages:
     ) -> None:
         self._config, self._groups, self._feed = config, groups, feed
         self._tokenizer = tokenizer
-        self.modalities = {group.modality for group in groups}
+        self._modalities = _modalities(groups)
         self.failure: UserError | None = None
 
-    # -- a chunk of examples
-
     def load(self, slots: Any) -> dict[str, Any]:
-        """Reads, decodes and tokenizes: slots `[c] int64` to a dict of `[c, ...]` tensors."""
+        """The batch of a chunk of slots, `[c] int64`."""
         import tensorflow as tf
 
         place, draws = self._feed.draws(slots)
-        columns = self._columns(slots.shape[0])
-        kinds = [tf.as_dtype(dtype) for _, dtype in columns.values()]
-        found = tf.numpy_function(self._load, [place, draws, self._feed.index(place, draws)], kinds)
-        shaped = [tf.ensure_shape(x, shape) for x, (shape, _) in zip(found, columns.values(), strict=True)]
-        return {"place": place, "position": draws, **dict(zip(columns, shaped, strict=True))}
+        spec = self._spec(slots.shape[0])
+        flat = tf.nest.flatten(spec)
+        arguments = [place, draws, self._feed.index(place, draws)]
+        arrays = tf.numpy_function(self._load, arguments, [tf.as_dtype(one.dtype) for one in flat])
+        shaped = [tf.ensure_shape(x, one.shape) for x, one in zip(arrays, flat, strict=True)]
+        batch: dict[str, Any] = tf.nest.pack_sequence_as(spec, shaped)
+        return batch
 
-    def _columns(self, count: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shapes and dtypes of what `_load` makes."""
-        data = self._config.data
-        columns: dict[str, tuple[tuple[int, ...], Any]] = {
-            "index": ((count,), np.int64),
-            "attempt": ((count,), np.int32),
-            "reason": ((count,), np.int32),
-            "noise": ((count, sum(group.tokens for group in self._groups)), np.float32),
-        }
-        if "image" in self.modalities:
-            rows, across = grid(self._config)
-            columns["patches"] = ((count, rows * across, 3 * data.patch_size**2), np.uint8)
-        if "text" in self.modalities:
-            columns |= {"ids": ((count, data.max_text_tokens), np.int32), "length": ((count,), np.int32)}
-        return columns
+    def _spec(self, count: int) -> dict[str, Any]:
+        """Shapes and dtypes of a chunk."""
+        example = {name: Spec((count, *spec.shape), spec.dtype) for name, spec in EXAMPLE.items()}
+        return {"groups": {group.name: group.spec(count) for group in self._groups}, "example": example}
 
     def _load(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
+        import tensorflow as tf
+
         try:
-            return self._loaded(places, draws, indices)
+            batch = self.chunk(places, draws, indices)
         except Exception as error:  # in tf.data's threads it would become a page of C++ and Python
             log.debug("reading examples %s failed", indices, exc_info=True)
             names = ", ".join(sorted({type(self._feed.sources[place]).__name__ for place in places.tolist()}))
             said = " ".join(f"{type(error).__name__}: {error}".split())
             self.failure = self.failure or UserError(f"{names}: reading examples {indices.tolist()} failed: {said}")
-            return [np.zeros(shape, dtype) for shape, dtype in self._columns(len(draws)).values()]
+            batch = tf.nest.map_structure(lambda one: np.zeros(one.shape, one.dtype), self._spec(len(draws)))
+        arrays: list[np.ndarray] = tf.nest.flatten(batch)
+        return arrays
 
-    def _loaded(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
-        out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._columns(len(draws)).items()}
+    def chunk(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> dict[str, Any]:
+        """Reads, decodes, tokenizes and masks.
+
+        Args:
+            places: of each example's source in the feed, `[c] int64`.
+            draws: of that source, `[c] int64`.
+            indices: each draw's first candidate, `[c] int64`.
+        """
+        chunk = self._begun(places, draws, indices)
+        values: dict[str, np.ndarray] = {}
+        counts: dict[str, Any] = {}
+        if picture := self._modalities.get("picture"):
+            values[picture.name], counts[picture.name] = self._patches(chunk, picture), picture.tokens
+        if text := self._modalities.get("text"):
+            values[text.name], length = self._words(chunk, text)
+            counts[text.name] = np.where(self._captioned(chunk), length, 0)
+            chunk.example["caption_id"] *= counts[text.name] > 0
+        ends = np.array([view.end for view in self._feed.views])
+        valid = (chunk.example["attempt"] < ATTEMPTS) & (draws < ends[places])
+        chunk.example["valid"] = valid
+        tokens = {
+            name: (value, np.arange(value.shape[1]) < (valid * counts[name])[:, None]) for name, value in values.items()
+        }
+        groups = {group.name: masked(group, chunk.streams, tokens) for group in self._groups}
+        example = {name: column.astype(EXAMPLE[name].dtype) for name, column in chunk.example.items()}
+        return {"groups": groups, "example": example}
+
+    def _begun(self, places: np.ndarray, draws: np.ndarray, indices: np.ndarray) -> _Chunk:
+        """The first candidates' records, of which nothing is decoded yet."""
+        views = [self._feed.views[place] for place in places.tolist()]
+        streams = [RandomStream(view.seed, draw) for view, draw in zip(views, draws.tolist(), strict=True)]
         records = [Record()] * len(draws)
         for place in set(places.tolist()):
             rows = np.flatnonzero(places == place)
             for row, record in zip(rows.tolist(), self._read(place, indices[rows]), strict=True):
                 records[row] = record
-        captions = []
-        for row, (place, draw, index) in enumerate(zip(places.tolist(), draws.tolist(), indices.tolist(), strict=True)):
-            uniform = uniform_numbers(self._feed.views[place].seed, draw, _DRAWS + out["noise"].shape[1])
-            out["index"][row], out["noise"][row] = index, uniform[_DRAWS:]
-            if "image" in self.modalities:
-                of_row = {name: column[row : row + 1] for name, column in out.items()}
-                records[row] = self._first_usable(place, draw, records[row], uniform, of_row)
-            captions.append(_drawn(records[row], uniform[5]))
-        if "text" in self.modalities:
-            assert self._tokenizer is not None
-            out["ids"], out["length"] = encode_batch(self._tokenizer, captions, self._config.data.max_text_tokens)
-            if "image" not in self.modalities:  # beside a picture an empty caption is none; alone it is nothing
-                for row in np.flatnonzero(out["length"] == 0).tolist():
-                    self._replace_text(places[row], draws[row], {n: column[row : row + 1] for n, column in out.items()})
-        return list(out.values())
+        example = {name: np.zeros(len(draws), np.int64) for name in EXAMPLE}
+        example |= {"position": draws & _INT31, "index": indices.copy(), "source": np.array(self._feed.numbers)[places]}
+        uniform = np.stack([stream.take(_DRAWS) for stream in streams])
+        return _Chunk(places.tolist(), draws.tolist(), streams, uniform, records, example)
 
-    def _replace_text(self, place: int, draw: int, out: dict[str, np.ndarray]) -> None:
-        """Puts the first candidate with words in the place of a caption without any."""
-        assert self._tokenizer is not None
-        out["reason"][0] = images.REASONS.index(images.NO_WORDS)
-        uniform = uniform_numbers(self._feed.views[place].seed, int(draw), _DRAWS)
-        for attempt, index, record in self._others(place, draw):
-            caption = _drawn(record, uniform[5])
-            ids, length = encode_batch(self._tokenizer, [caption], self._config.data.max_text_tokens)
-            if length[0]:
-                out["ids"][:], out["length"][:] = ids, length
-                out["attempt"][0], out["index"][0] = attempt, index
-                return
-        out["attempt"][0] = ATTEMPTS
+    def _patches(self, chunk: _Chunk, picture: Modality) -> np.ndarray:
+        """Patches of each example's first candidate that decodes, `[c, L, P] uint8`."""
+        patches = np.zeros((len(chunk.records), picture.tokens, picture.features), np.uint8)
+        for row in range(len(patches)):
+            pixels = self._decoded(chunk, row)
+            if pixels is not None:
+                patches[row] = images.patchify(pixels[None], self._config.data.patch_size)[0]
+                chunk.example["image_id"][row] = content_id(chunk.records[row].get("image"))
+        return patches
 
-    def _first_usable(
-        self, place: int, draw: int, record: Record, uniform: np.ndarray, out: dict[str, np.ndarray]
-    ) -> Record:
-        """Fills in the picture of the first candidate that decodes; returns its record, or an empty one."""
-        data, view = self._config.data, self._feed.views[place]
+    def _decoded(self, chunk: _Chunk, row: int) -> np.ndarray | None:
+        data, view, draw = self._config.data, self._feed.views[chunk.places[row]], chunk.draws[row]
         crop = images.Crop()
         if view.augment:
-            crop = images.Crop(uniform[:5], tuple(data.crop_scale), tuple(data.crop_ratio), data.flip)
-        first = (0, int(out["index"][0]), record)
-        for attempt, index, candidate in itertools.chain([first], self._others(place, draw)):
+            crop = images.Crop(chunk.uniform[row, :5], tuple(data.crop_scale), tuple(data.crop_ratio), data.flip)
+        for attempt, record in self._candidates(chunk, row):
             try:
-                picture = images.load(candidate.get("image", b""), data.image_size, crop)
+                pixels = images.load(record.get("image", b""), data.image_size, crop)
             except images.Unusable as error:
                 if not attempt:
-                    out["reason"][0] = images.REASONS.index(str(error))
+                    chunk.example["reason"][row] = images.REASONS.index(str(error))
             else:
-                if view.change is not None:
-                    picture = view.change(picture, generator(fold_seed(view.seed, "change"), draw))
-                out["patches"][:] = images.patchify(picture[None], data.patch_size)
-                out["attempt"][0], out["index"][0] = attempt, index
-                return candidate
-        out["attempt"][0] = ATTEMPTS
-        return Record()
+                return view.change(pixels, generator(fold_seed(view.seed, "change"), draw)) if view.change else pixels
+        return None
 
-    def _others(self, place: int, draw: int) -> Iterator[tuple[int, int, Record]]:
-        """The candidates of a draw after the first: attempt, index, record."""
+    def _words(self, chunk: _Chunk, text: Modality) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[c, T] int32` of each example's caption, and how many there are, `[c] int32`."""
+        assert self._tokenizer is not None
+        ids, length = encode_batch(
+            self._tokenizer, [chunk.caption(row) for row in range(len(chunk.records))], text.tokens
+        )
+        if "picture" not in self._modalities:  # beside a picture an empty caption is none; alone it is nothing
+            for row in np.flatnonzero(length == 0).tolist():
+                chunk.example["reason"][row] = images.REASONS.index(images.NO_WORDS)
+                for _ in self._candidates(chunk, row):
+                    one, count = encode_batch(self._tokenizer, [chunk.caption(row)], text.tokens)
+                    if count[0]:
+                        ids[row], length[row] = one[0], count[0]
+                        break
+        chunk.example["caption_id"] = np.array([content_id(chunk.caption(row)) for row in range(len(ids))])
+        return ids, length
+
+    def _candidates(self, chunk: _Chunk, row: int) -> Iterator[tuple[int, Record]]:
+        """Attempts and records of an example, until one is used; what is at hand stands in `chunk` meanwhile."""
+        place, draw, first = chunk.places[row], chunk.draws[row], chunk.example["index"][row]
+        yield 0, chunk.records[row]
         for attempt in range(1, ATTEMPTS):
             index = int(self._feed.views[place].order.index(draw, attempt))
-            yield attempt, index, self._read(place, np.array([index]))[0]
+            chunk.records[row] = self._read(place, np.array([index]))[0]
+            chunk.example["attempt"][row], chunk.example["index"][row] = attempt, index
+            yield attempt, chunk.records[row]
+        chunk.records[row] = Record()
+        chunk.example["attempt"][row], chunk.example["index"][row] = ATTEMPTS, first
+
+    def _captioned(self, chunk: _Chunk) -> np.ndarray:
+        """Which examples may have their caption, `[c] bool`."""
+        index, captioned = chunk.example["index"], np.ones(len(chunk.records), bool)
+        for place, view in enumerate(self._feed.views):
+            if view.caption_fraction < 1.0:
+                keeps = keeps_caption(index % view.order.n, view.order.n, view.caption_fraction, view.seed)
+                captioned &= np.asarray(keeps) | (np.array(chunk.places) != place)
+        return captioned
 
     def _read(self, place: int, indices: np.ndarray) -> list[Record]:
         """Retries a failing storage, then stops the run: skipping would make two runs differ."""
@@ -365,72 +406,26 @@ class _Stages:
                     time.sleep(0.2 * 4**attempt)
         return [Record() for _ in indices]
 
-    # -- a batch
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Masks and the batch contract, of chunks `[parts, c, ...]`."""
-        import tensorflow as tf
+def masked(
+    group: Group, streams: Sequence[RandomStream], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, TokenSet]:
+    """The token sets of a group.
 
-        batch = {name: tf.reshape(x, [-1, *x.shape[2:]]) for name, x in batch.items()}
-        valid = batch["attempt"] < ATTEMPTS
-        for place, view in enumerate(self._feed.views):
-            valid &= (batch["place"] != place) | (batch["position"] < view.end)
-        tokens = {"image": self._patches, "text": self._words}
-        values = {m: tokens[m](batch, valid) for m in sorted(self.modalities)}
-        groups, offset = {}, 0
-        for group in self._groups:
-            value, real = values[group.modality]
-            noise = batch["noise"][:, offset : offset + group.tokens]
-            offset += group.tokens
-            hidden = masking.random_subset(noise, real, group.mask_ratio)
-            groups[group.name] = masking.split(value, real, hidden, group.budget)
-        example = {name: batch[name] for name in ("position", "index", "attempt", "reason")}
-        number = tf.gather(tf.constant(self._feed.numbers, tf.int32), batch["place"])
-        return {"groups": groups, "example": {"source": number, **example, "valid": valid}, "aux": {}}
-
-    def _patches(self, batch: dict[str, Any], valid: Any) -> tuple[Any, Any]:
-        import tensorflow as tf
-
-        patches = batch["patches"]
-        return patches, tf.tile(valid[:, None], [1, patches.shape[1]])
-
-    def _words(self, batch: dict[str, Any], valid: Any) -> tuple[Any, Any]:
-        import tensorflow as tf
-
-        ids = batch["ids"]
-        keep = valid
-        for place, view in enumerate(self._feed.views):
-            if view.caption_fraction < 1.0:
-                kept = keeps_caption(batch["index"] % view.order.n, view.order.n, view.caption_fraction, view.seed)
-                keep &= kept | (batch["place"] != place)
-        real = (tf.range(ids.shape[1]) < batch["length"][:, None]) & keep[:, None]
-        return tf.where(real, ids, 0), real
+    Args:
+        group: whose masker decides.
+        streams: of each example, from which its masker draws.
+        tokens: values and which of them are real, as `tokens.Masker` takes them; of other modalities too.
+    """
+    noise = np.stack([group.masker.draw(stream, group.modalities) for stream in streams])
+    return group.masker(noise, {modality.name: tokens[modality.name] for modality in group.modalities})
 
 
-def uniform_numbers(seed: int, draw: int, count: int) -> np.ndarray:
-    """`[count] float32` in [0, 1), a function of seed and draw alone (Philox 4x64-10, Salmon et al. 2011)."""
-    words = np.random.Philox(key=np.array([seed, draw], np.uint64)).random_raw((count + 1) // 2)
-    return (words.view(np.uint32)[:count] >> 8).astype(np.float32) * np.float32(2**-24)
+def content_id(content: bytes | None) -> int:
+    """A 31-bit hash of a picture's encoded bytes or of a caption; 0 without any."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big") >> 1 if content else 0
 
 
 def generator(seed: int, draw: int) -> np.random.Generator:
     """NumPy's random numbers, a function of seed and draw alone."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
-
-
-def _drawn(record: Record, uniform: float) -> bytes:
-    """The caption, or one of several."""
-    several = record.get("captions")
-    return several[int(uniform * len(several))] if several else record.get("caption", b"")
-
-
-def grid(config: ConfigDict) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    side = config.data.image_size // config.data.patch_size
-    return side, side
-
-
-def token_slots(config: ConfigDict) -> dict[str, int]:
-    """Token slots of each modality before masking."""
-    rows, columns = grid(config)
-    return {"image": rows * columns, "text": config.data.max_text_tokens}

@@ -1,0 +1,1 @@
+"""``--mode=inspect_data``: a look at the training data before the run."""

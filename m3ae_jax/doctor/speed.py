@@ -7,7 +7,6 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from ml_collections import ConfigDict
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.mixture import Mixture, apportion
 from m3ae_jax.data.order import ATTEMPTS
-from m3ae_jax.data.pipeline import Batches, Group, grid
+from m3ae_jax.data.pipeline import Batches, together
 from m3ae_jax.data.text import Tokenizer, read_pieces
+from m3ae_jax.data.tokens import Group, patch_grid, restricted
 from m3ae_jax.plan.chips import parse
-from m3ae_jax.plan.estimate import work
 from m3ae_jax.report.pictures import Word
+from m3ae_jax.train.flops import work
 
 _MAX_BATCH = 512
 _BATCHES = 4  # timed at least, after the first, and for at least these seconds
@@ -98,7 +98,7 @@ def need(config: ConfigDict, vocab_size: int, topologies: str) -> list[Need]:
     if not wanted:
         return []
     counted = config.copy_and_resolve_references()
-    counted.model.attention = "xla"  # a fused kernel's products are not counted
+    counted.compute.attention = "xla"  # a fused kernel's products are not counted
     flops = work(counted, vocab_size).executed_flops / config.batch_size
     return [Need(str(t), t.chips, t.chips * t.chip.flops / flops) for t in wanted]
 
@@ -119,7 +119,17 @@ def measure(config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tok
     times: list[float] = []
     trouble = ""
     try:
-        with contextlib.closing(_batches(config, mixture, groups, tokenizer, sizes)) as batches:
+        parts = {
+            part.name: Batches(
+                config,
+                restricted(groups, part.modalities),
+                mixture.feed(part, config),
+                tokenizer,
+                batch_size=size,
+            )
+            for part, size in zip(mixture.parts, sizes, strict=True)
+        }
+        with contextlib.closing(together(parts)) as batches:
             for batch in batches:
                 times.append(time.perf_counter())
                 if len(times) == 1:
@@ -135,20 +145,6 @@ def measure(config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tok
     return Speed(rate, sum(sizes), max(timed, 0), cores, _processor(), trouble, examples)
 
 
-def _batches(
-    config: ConfigDict, mixture: Mixture, groups: tuple[Group, ...], tokenizer: Tokenizer, sizes: list[int]
-) -> Generator[list[dict[str, Any]], None, None]:
-    """Batches of all parts, those of a step at a time."""
-    with contextlib.ExitStack() as stack:
-        opened = []
-        for part, size in zip(mixture.parts, sizes, strict=True):
-            part_groups = tuple(group for group in groups if group.modality in part.modalities)
-            batches = Batches(config, part_groups, mixture.feed(part, config), tokenizer, batch_size=size)
-            opened.append(stack.enter_context(contextlib.closing(iter(batches))))
-        for batch in zip(*opened, strict=True):
-            yield list(batch)
-
-
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
@@ -161,12 +157,12 @@ def _processor() -> str:
 
 
 def _shown(
-    config: ConfigDict, mixture: Mixture, batch: list[dict[str, Any]], tokenizer: Tokenizer, count: int
+    config: ConfigDict, mixture: Mixture, batch: dict[str, Any], tokenizer: Tokenizer, count: int
 ) -> tuple[Shown, ...]:
     """The first examples of each part, as many as its share."""
     rows = apportion([part.size for part in mixture.parts], max(count, len(mixture.parts)))
     examples = []
-    for part, wanted in zip(batch, rows.tolist(), strict=True):
+    for part, wanted in zip(batch.values(), rows.tolist(), strict=True):
         example = part["example"]
         for row in range(min(wanted, len(example["index"]))):
             groups = {
@@ -183,7 +179,7 @@ def _shown(
 
 def _veiled(group: dict[str, Any], config: ConfigDict) -> np.ndarray:
     """The picture, its hidden patches greyed and outlined, at least `_CELL` pixels wide."""
-    rows, columns = grid(config)
+    rows, columns = patch_grid(config)
     patch = config.data.patch_size
     patches = np.zeros((rows * columns, 3 * patch * patch), np.uint8)
     for side in group.values():

@@ -42,8 +42,8 @@ def corrupted(picture: np.ndarray, name: str, severity: int, position: int) -> n
     """
     seed = fold_seed("corruptions", name, severity)
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
-    found = CORRUPTIONS[name](picture / 255.0, severity - 1, rng)
-    return np.rint(np.clip(found, 0.0, 1.0) * 255.0).astype(np.uint8)
+    changed = CORRUPTIONS[name](picture / 255.0, severity - 1, rng)
+    return np.rint(np.clip(changed, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def _gaussian_noise(x: np.ndarray, severity: int, rng: Rng) -> np.ndarray:

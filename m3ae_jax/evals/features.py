@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3ae_jax.data import images
-from m3ae_jax.data.pipeline import grid
+import m3ae_jax.data.images as images
 from m3ae_jax.data.sources.base import Source
-from m3ae_jax.evals.clean import clean_batches
-from m3ae_jax.evals.labelled import Noted, check_labels, open_labelled
-from m3ae_jax.objectives.base import Batch, Objective, Params
+from m3ae_jax.data.tokens import patch_grid, restricted
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.clean import clean_batches, concatenated
+from m3ae_jax.evals.labelled import check_labels, open_labelled
+from m3ae_jax.objectives.base import Encodes, Objective, Params, Part
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -30,6 +31,9 @@ from m3ae_jax.train.step import TrainState
 log = logging.getLogger("m3ae_jax")
 
 T = TypeVar("T")
+
+INPUTS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
+"""The modalities that a kind of features is of."""
 
 PIXELS = "pixels"
 _PIXELS_SIDE = 16
@@ -64,54 +68,59 @@ def encode_source(setup: Setup, params: dict[str, Params], source: Source, examp
     Raises:
         UserError: an example has no label, or none can be read.
     """
-    noted = Noted(source)
     encode = encoder(setup)
-    rows: list[dict[str, np.ndarray]] = []
-    for batch in clean_batches(setup, noted, examples):
-        extra = {
-            "label": noted.label_of(batch["example"]["index"]),
-            "valid": batch["example"]["valid"],
-            "real": batch["example"]["position"] < min(examples, len(source)),
-            **raw_pixels(setup, batch),
-        }
-        on_device = put_batch({"groups": batch["groups"]}, setup.mesh)
-        found = {f"{name}/{kind}": x for name, p in params.items() for kind, x in encode(p, on_device).items()}
-        rows.append(fetch(found | put_batch(extra, setup.mesh)))
-    columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    valid, label = columns.pop("valid"), columns.pop("label")
-    left_out = int((columns.pop("real") & ~valid).sum())
+    batches = []
+    for part in clean_batches(setup, source, examples):
+        example = {name: part["example"][name] for name in ("label", "valid", "real")}
+        on_device = put_batch({"groups": part["groups"]}, setup.mesh)
+        by_kind = {f"{name}/{kind}": x for name, p in params.items() for kind, x in encode(p, on_device).items()}
+        by_kind |= put_batch(raw_pixels(setup, part), setup.mesh)
+        batches.append(fetch({"features": by_kind, **put_batch(example, setup.mesh)}))
+    whole = concatenated(batches)
+    valid, label = whole["valid"], whole["label"]
+    left_out = int((whole["real"] & ~valid).sum())
     if left_out:
         log.warning("%d labelled examples are left out: their pictures do not decode", left_out)
     check_labels(valid, label)
-    return Encoded({k: x[valid] for k, x in columns.items()}, label[valid], tuple(source.classes), left_out)
+    features = {kind: x[valid] for kind, x in whole["features"].items()}
+    return Encoded(features, label[valid], tuple(source.classes), left_out)
 
 
-def pooled(objective: Objective, params: Params, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+def pooled(objective: Objective, params: Params, part: Part, rng: jax.Array | None = None) -> dict[str, jax.Array]:
     """``{"image/cls": [B, D] float32, "image/mean": ..., "text/...": ..., "both/...": ...}`` of what is visible.
 
-    The mean is over real tokens; of an example without any (no caption) it is zero. `rng` is of dropout; None: none.
+    What the objective pools (``cls``) stands beside the mean over real tokens, which is zero for an example without
+    any (no caption).
+
+    Args:
+        objective: that encodes.
+        params: its parameters.
+        part: of a batch.
+        rng: of dropout; None: none.
     """
-    modality = {group.name: group.modality for group in objective.groups}
-    present = sorted({modality[name] for name in batch["groups"]})
-    inputs = {m: (m,) for m in present} | ({"both": tuple(present)} if len(present) > 1 else {})
-    found = {}
-    for name, wanted in inputs.items():
-        groups = {g: sets for g, sets in batch["groups"].items() if modality[g] in wanted}
-        encoded = objective.encode(params, {**batch, "groups": groups}, rng)
+    assert isinstance(objective, Encodes)
+    views = [group for group in objective.view(("image", "text")) if group.name in part["groups"]]
+    present = {modality.name for view in views for modality in view.modalities}
+    features: dict[str, jax.Array] = {}
+    for name, modalities in INPUTS.items():
+        if not present.issuperset(modalities):
+            continue
+        groups = {view.name: part["groups"][view.name] for view in restricted(views, modalities)}
+        encoded = objective.encode(params, {**part, "groups": groups}, rng)
         valid = jnp.concatenate([sets["visible"]["valid"] for sets in groups.values()], axis=1)
-        tokens = jnp.concatenate([encoded[g].astype(jnp.float32) for g in groups], axis=1)
+        tokens = jnp.concatenate([encoded.tokens[g].astype(jnp.float32) for g in groups], axis=1)
         total = jnp.sum(jnp.where(valid[..., None], tokens, 0.0), axis=1)
-        found[f"{name}/cls"] = encoded["cls"].astype(jnp.float32)
-        found[f"{name}/mean"] = total / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
-    return found
+        features |= {f"{name}/{kind}": x.astype(jnp.float32) for kind, x in encoded.pooled.items()}
+        features[f"{name}/mean"] = total / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    return features
 
 
-def raw_pixels(setup: Setup, batch: Batch) -> dict[str, np.ndarray]:
+def raw_pixels(setup: Setup, part: Part) -> dict[str, np.ndarray]:
     """``{"pixels": [b, s * s * 3] float32}``: the pictures shrunk to about 16 x 16 by means of squares; or nothing."""
-    group = next((g.name for g in setup.objective.groups if g.modality == "image" and g.name in batch["groups"]), None)
-    if group is None:
-        return {}
-    return {PIXELS: shrunk(setup, batch["groups"][group]["visible"]["value"]) / np.float32(255)}
+    for view in setup.objective.view(("image",)):
+        if view.name in part["groups"]:
+            return {PIXELS: shrunk(setup, part["groups"][view.name]["visible"]["value"]) / np.float32(255)}
+    return {}
 
 
 def shrunk(setup: Setup, patches: Any) -> Any:
@@ -124,7 +133,7 @@ def shrunk(setup: Setup, patches: Any) -> Any:
     Returns:
         `[b, s * s * 3] float32`, in the patches' unit.
     """
-    whole = images.unpatchify(patches, setup.config.data.patch_size, grid(setup.config))
+    whole = images.unpatchify(patches, setup.config.data.patch_size, patch_grid(setup.config))
     side = setup.config.data.image_size
     sides = [s for s in range(1, side + 1) if side % s == 0]
     small = min(sides, key=lambda s: abs(np.log(s / _PIXELS_SIDE)))
@@ -140,34 +149,26 @@ def fresh_params(setup: Setup) -> Params:
         key = jax.random.key(setup.config.seed)
         return jax.jit(lambda: nn.unbox(setup.objective.init(key)), out_shardings=shardings)
 
-    return kept(setup, "fresh_params", compiled)()
+    return shared(setup, "fresh_params", compiled)()
 
 
-def encoder(setup: Setup) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def encoder(setup: Setup) -> Callable[[Params, Part], dict[str, jax.Array]]:
     """`pooled` of the setup's objective, compiled."""
-    return kept(setup, "encoder", lambda: setup.jit(lambda p, batch: pooled(setup.objective, p, batch)))
+    return shared(setup, "encoder", lambda: setup.jit(lambda p, part: pooled(setup.objective, p, part)))
 
 
-def kept(setup: Setup, name: str, make: Callable[[], T]) -> T:
-    """What several evaluations of a setup share: made once, and kept with it."""
-    of_setup: dict[str, T] = vars(setup).setdefault("kept_by_evaluations", {})
+def shared(setup: Setup, name: str, make: Callable[[], T]) -> T:
+    """What several evaluations of a setup share: made once, and cached with it."""
+    of_setup: dict[str, T] = vars(setup).setdefault("shared_by_evaluations", {})
     if name not in of_setup:
         of_setup[name] = make()
     return of_setup[name]
 
 
-@dataclasses.dataclass
-class _OfState:
-    """Features by part, of the state whose first parameter is `mark`."""
-
-    mark: object = None
-    parts: dict[str, Encoded] = dataclasses.field(default_factory=dict)
-
-
 def encoded(setup: Setup, state: TrainState, part: str) -> Encoded:
     """The features of ``eval.train``, ``eval.test`` or ``eval.outside``.
 
-    They are kept with the setup until those of another state are asked for.
+    They are cached with the setup until those of another state, which has other arrays, are needed.
 
     Args:
         setup: the run's parts.
@@ -177,15 +178,14 @@ def encoded(setup: Setup, state: TrainState, part: str) -> Encoded:
     Raises:
         UserError: as `open_labelled` and `encode_source`.
     """
-    mark, of_state = jax.tree.leaves(state.params)[0], kept(setup, "features", _OfState)
-    if of_state.mark is not mark:
-        of_state.mark, of_state.parts = mark, {}
-    if part not in of_state.parts:
+    cached: dict[str, tuple[jax.Array, Encoded]] = shared(setup, "features", dict)
+    first = jax.tree.leaves(state.params)[0]
+    if part not in cached or cached[part][0] is not first:
         config = setup.config
         examples = config.eval.train_examples if part == "train" else config.eval.test_examples
         params = {"trained": state.params, "untrained": fresh_params(setup)}
-        of_state.parts[part] = encode_source(setup, params, open_labelled(config, part), examples)
-    return of_state.parts[part]
+        cached[part] = first, encode_source(setup, params, open_labelled(config, part), examples)
+    return cached[part][1]
 
 
 def kinds(*parts: Encoded) -> Iterator[str]:
@@ -199,28 +199,39 @@ Figures = dict[str, float]
 
 
 def compared(
-    train: Encoded, test: Encoded, columns: tuple[str, ...], ask: Callable[[str], Figures]
-) -> tuple[dict[str, float], list[str]]:
-    """Asks of each kind of features, beside the majority class.
+    name: str,
+    setup: Setup,
+    state: TrainState,
+    columns: Mapping[str, str],
+    measure: Callable[[Encoded, Encoded, str], Figures],
+) -> Result:
+    """The result of an evaluation of each kind of features, beside that of always saying the majority class.
 
     Args:
-        train: labelled examples.
-        test: others.
-        columns: which figures the table shows.
-        ask: figures of a kind of features.
+        name: of the evaluation.
+        setup: the run's parts.
+        state: whose parameters encode.
+        columns: heads of the table's columns, by the figures that they show.
+        measure: figures of ``eval.train``, ``eval.test`` and a kind of features.
 
-    Returns:
-        Scalars, as ``<kind>/<figure>``, and the lines of a Markdown table.
+    Raises:
+        UserError: as `encoded`.
     """
-    always = majority(train, test)
+    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
+    always = majority(train.label, test.label)
     scalars = {"majority": always, "train_examples": float(len(train.label)), "test_examples": float(len(test.label))}
-    lines = [f"| features | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for kind in kinds(train, test):
-        figures = ask(kind)
-        scalars |= {f"{kind}/{name}": value for name, value in figures.items()}
-        lines.append(f"| {kind.replace('/', ', ')} | {' | '.join(shown(figures, c) for c in columns)} |")
-    lines.append(f"| majority class | {' | '.join(f'{always:.3f}' for _ in columns)} |")
-    return scalars, lines
+        figures = measure(train, test, kind)
+        scalars |= {f"{kind}/{figure}": value for figure, value in figures.items()}
+        rows.append(row_of(kind, figures, columns))
+    rows.append(["majority class", *[f"{always:.3f}"] * len(columns)])
+    return Result.of(name, scalars, table(["features", *columns.values()], rows))
+
+
+def row_of(kind: str, figures: Figures, columns: Iterable[str]) -> list[str]:
+    """A kind of features and its figures, for a table."""
+    return [kind.replace("/", ", "), *(shown(figures, column) for column in columns)]
 
 
 def shown(figures: Figures, name: str) -> str:
@@ -232,6 +243,11 @@ def shown(figures: Figures, name: str) -> str:
     return (f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.0e}") + around
 
 
-def majority(train: Encoded, test: Encoded) -> float:
-    """Accuracy of always saying the training examples' most frequent class."""
-    return float((test.label == np.bincount(train.label).argmax()).mean())
+def unit(x: np.ndarray) -> np.ndarray:
+    """Features `[n, D]`, each divided by its length."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def majority(train: np.ndarray, test: np.ndarray) -> float:
+    """Accuracy on `[m]` labels of always saying the most frequent of `[n]` training labels."""
+    return float((test == np.bincount(train).argmax()).mean())

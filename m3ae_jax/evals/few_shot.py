@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.features import Figures, compared, encoded
+from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.features import Encoded, Figures, compared
 from m3ae_jax.evals.linear import Problem, Scale
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -24,9 +24,8 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     Raises:
         UserError: an example has no label.
     """
-    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
 
-    def ask(kind: str) -> Figures:
+    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
         scale, figures = Scale.of(train.features[kind]), Figures()
         for shots in SHOTS:
             accuracies = []
@@ -34,13 +33,11 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
                 rows = draw(train.label, shots, seed)
                 problem = Problem(train.features[kind][rows], train.label[rows], len(train.classes), scale)
                 accuracies.append(problem.fit(1 / len(rows)).accuracy(test.features[kind], test.label))
-            figures[f"{shots} a class"] = float(np.mean(accuracies))
-            figures[f"{shots} a class/interval"] = half_interval(accuracies)
+            figures[f"{shots}_shot"] = float(np.mean(accuracies))
+            figures[f"{shots}_shot/interval"] = half_interval(accuracies)
         return figures
 
-    scalars, lines = compared(train, test, tuple(f"{shots} a class" for shots in SHOTS), ask)
-    named = {f"few_shot/{name.replace(' a class', '_shot')}": value for name, value in scalars.items()}
-    return Result("few_shot", named, "\n".join(lines))
+    return compared("few_shot", setup, state, {f"{shots}_shot": f"{shots} a class" for shots in SHOTS}, measure)
 
 
 def draw(label: np.ndarray, shots: int, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,15 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from m3ae_jax.data import images
+import m3ae_jax.data.images as images
+from m3ae_jax.config.fields import setting
 from m3ae_jax.data.augment import RandAugment
 from m3ae_jax.data.order import fold_seed
-from m3ae_jax.data.pipeline import grid
-from m3ae_jax.evals import Result
+from m3ae_jax.data.tokens import patch_grid
+from m3ae_jax.evals.base import Result
 from m3ae_jax.evals.linear_probe import affine
-from m3ae_jax.evals.supervised import Change, Sums, Task, counted, cross_entropy, result, sums, test, train
-from m3ae_jax.objectives.base import Batch, Objective, Params, abstract_batch, build
-from m3ae_jax.objectives.m3ae import normalize_pixels
+from m3ae_jax.evals.restored import group_name
+from m3ae_jax.evals.supervised import Answers, Carry, Change, Fields, Sums, Task, descend, result, sums, test, train
+from m3ae_jax.objectives.base import Objective, Params, Part, build
+from m3ae_jax.objectives.parts.pixels import normalize_pixels
 from m3ae_jax.parallel.mesh import replicated
 from m3ae_jax.train.optimizer import decay_mask, warmup_cosine
 from m3ae_jax.train.setup import Setup
@@ -51,11 +53,44 @@ Tuned = dict[str, Any]
 C]` and ``bias`` `[C]`."""
 
 
+class FinetuneFields(Fields):
+    """Of fine-tuning; the defaults are those for ImageNet."""
+
+    batch_size: int = setting(1024, low=2)
+    """Examples of a step."""
+    duration: str = setting("100 epochs", duration=True)
+    """Length of the training."""
+    warmup: str = setting("5 epochs", duration=True, low=0)
+    """How long the rate rises from 0."""
+    learning_rate: float = setting(1e-3, low=0.0, aliases=("lr",))
+    """Peak, whatever the batch size."""
+    b1: float = setting(0.9, low=0.0, high=0.999999)
+    """Decay of Adam's first moment."""
+    b2: float = setting(0.999, low=0.0, high=0.999999)
+    """Decay of Adam's second moment."""
+    weight_decay: float = setting(0.05, low=0.0, aliases=("wd",))
+    """Decay of the weights."""
+    layer_decay: float = setting(0.75, low=0.01, high=1.0)
+    """A layer's rate is that of the one above times this."""
+    drop_path: float = setting(0.1, low=0.0, high=0.99)
+    """As model.drop_path."""
+    mixup: float = setting(0.8, low=0.0, high=1000.0)
+    """Both parameters of the beta distribution; 0: no mixup."""
+    cutmix: float = setting(1.0, low=0.0, high=1000.0)
+    """Both parameters of the beta distribution; 0: no cutmix."""
+    cutmix_probability: float = setting(0.5, low=0.0, high=1.0)
+    """Share of cutmix, where there are both."""
+    label_smoothing: float = setting(0.1, low=0.0, high=0.99)
+    """Share of the classes' probability that all have alike."""
+    rand_augment: float = setting(9.0, low=0.0, high=10.0)
+    """Magnitude of RandAugment; 0: none."""
+
+
 def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.test`` of an encoder fine-tuned on ``eval.train``; `state` stays as it is.
 
     Raises:
-        UserError: an example has no class, or the data lack the input that is asked for.
+        UserError: an example has no class, or the data lack the input that is read.
     """
     options = setup.config.eval.finetune
     task = Task(setup, "finetune", _rand_augment(setup))
@@ -63,19 +98,15 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
         log.info("finetune: eval.finetune.input=%r has captions, so nothing is mixed", options.input)
     start, solver, shardings = _begin(task, state.params)
     step = setup.jit(_step(task, solver), donate_argnums=0, out_shardings=(shardings, replicated(setup.mesh)))
-    ask = setup.jit(lambda tuned, batch, params: {_HEAD: _tested(task, tuned, batch, params)})
+    count = setup.jit(lambda tuned, batch, params: {_HEAD: _tested(task, tuned, batch, params)})
     trained = train(task, lambda carry, batch, done: step(carry, batch, done, state.params), start)
-    counts = test(task, lambda batch: ask(trained.state[0], batch, state.params))
+    counts = test(task, lambda batch: count(trained.state[0], batch, state.params))
     return result(task, trained, counts)
-
-
-Carry = tuple[Tuned, Any]
-"""What is trained, and the optimizer's state."""
 
 
 def _step(
     task: Task, solver: optax.GradientTransformation
-) -> Callable[[Carry, Batch, jax.Array, Params], tuple[Carry, dict[str, Sums]]]:
+) -> Callable[[Carry, Part, jax.Array, Params], tuple[Carry, dict[str, Sums]]]:
     """The step, a function of (carry, batch, steps done, parameters of the state); all it draws is of seed and step."""
     setup, smoothing = task.setup, task.options.label_smoothing
     noisy = setup.config.copy_and_resolve_references()
@@ -83,35 +114,29 @@ def _step(
     objective = build(noisy, setup.tokenizer.vocab_size if setup.tokenizer else 0)
     mix, key = _mixer(setup), jax.random.key(fold_seed(setup.config.seed, "finetune"))
 
-    def step(carry: Carry, batch: Batch, done: jax.Array, params: Params) -> tuple[Carry, dict[str, Sums]]:
-        tuned, opt_state = carry
+    def step(carry: Carry, batch: Part, done: jax.Array, params: Params) -> tuple[Carry, dict[str, Sums]]:
         of_mix, of_model = jax.random.split(jax.random.fold_in(key, done))
-        batch, target, label, weight = blended(mix, of_mix, batch, task.classes, smoothing)
+        mixed, answers = blended(mix, of_mix, batch, task.classes, smoothing)
 
-        def loss_of(tuned: Tuned) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            logits = _logits(task, objective, tuned, params, batch, of_model)
-            loss = cross_entropy(logits, target)
-            return jnp.sum(loss * weight) / jnp.maximum(jnp.sum(weight), 1.0), (logits, loss)
+        def logits_of(tuned: Tuned) -> jax.Array:
+            return _logits(task, objective, tuned, params, mixed, of_model)
 
-        grads, (logits, loss) = jax.grad(loss_of, has_aux=True)(tuned)
-        updates, opt_state = solver.update(grads, opt_state, tuned)
-        figures = sums(logits, label, batch, loss, weight)
-        return (optax.apply_updates(tuned, updates), opt_state), {_HEAD: figures}
+        carry, logits = descend(solver, carry, logits_of, answers)
+        return carry, {_HEAD: sums(logits, mixed, answers)}
 
     return step
 
 
-def _tested(task: Task, tuned: Tuned, batch: Batch, params: Params) -> Sums:
+def _tested(task: Task, tuned: Tuned, batch: Part, params: Params) -> Sums:
     logits = _logits(task, task.setup.objective, tuned, params, batch, None)
-    loss = cross_entropy(logits, jax.nn.one_hot(batch["label"], task.classes))
-    return sums(logits, batch["label"], batch, loss, counted(batch))
+    return sums(logits, batch, Answers.of(batch, task.classes))
 
 
 # --- what is trained -----------------------------------------------------------------------------------------
 
 
 def _logits(
-    task: Task, objective: Objective, tuned: Tuned, params: Params, batch: Batch, rng: jax.Array | None
+    task: Task, objective: Objective, tuned: Tuned, params: Params, batch: Part, rng: jax.Array | None
 ) -> jax.Array:
     features = task.features(objective, merged(params, tuned["encoder"]), batch, rng)
     norm = nn.LayerNorm(epsilon=task.setup.config.model.layer_norm_epsilon)
@@ -144,10 +169,8 @@ def leaves_read(function: Callable[..., Any], params: Params, *rest: Any) -> set
 
 def _begin(task: Task, params: Params) -> tuple[Carry, optax.GradientTransformation, Any]:
     """Copies of the encoder's parameters, a head and moments on the mesh; the optimizer; where all of it lies."""
-    setup, width = task.setup, task.setup.config.model.width
-    groups = [group for group in setup.objective.groups if group.name in task.groups]
-    shapes = abstract_batch(groups, 1, 3 * setup.config.data.patch_size**2)
-    read = leaves_read(lambda p, batch: task.features(setup.objective, p, batch), params, shapes)
+    setup, width = task.setup, task.width(params)
+    read = leaves_read(lambda p, part: task.features(setup.objective, p, part), params, task.abstract_part)
 
     def fresh(params: Params) -> Tuned:
         leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -166,17 +189,13 @@ def _begin(task: Task, params: Params) -> tuple[Carry, optax.GradientTransformat
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if _name(path) in read:
             shardings["encoder"][_name(path)] = leaf.sharding
-    solver = optimizer(task, layer_rates(abstract, _stacked(setup), task.options.layer_decay))
+    solver = optimizer(task, layer_rates(abstract, setup.objective.stacks, task.options.layer_decay))
+    moments = jax.eval_shape(solver.init, abstract)
     of_state = optax.tree.map_params(
-        solver,
-        lambda _, sharding: sharding,
-        jax.eval_shape(solver.init, abstract),
-        shardings,
-        transform_non_params=lambda _: whole,
+        solver, lambda _, place: place, moments, shardings, transform_non_params=lambda _: whole
     )
     tuned = jax.jit(fresh, out_shardings=shardings)(params)
-    moments = jax.jit(solver.init, out_shardings=of_state)(tuned)
-    return (tuned, moments), solver, (shardings, of_state)
+    return (tuned, jax.jit(solver.init, out_shardings=of_state)(tuned)), solver, (shardings, of_state)
 
 
 def optimizer(task: Task, rates: Any) -> optax.GradientTransformation:
@@ -188,15 +207,6 @@ def optimizer(task: Task, rates: Any) -> optax.GradientTransformation:
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates)),
         optax.scale_by_learning_rate(warmup_cosine(o.learning_rate, 0.0, task.warmup, task.steps)),
     )
-
-
-def _stacked(setup: Setup) -> set[str]:
-    """The paths of the parameters whose first axis is the layers."""
-    boxed = jax.eval_shape(setup.objective.init, jax.random.key(0))
-    axes = jax.tree_util.tree_leaves_with_path(
-        nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
-    )
-    return {_name(path) for path, names in axes if len(names) and names[0] == "layers"}
 
 
 def layer_of(path: str, depth: int) -> int:
@@ -211,24 +221,29 @@ def layer_of(path: str, depth: int) -> int:
     return 0 if path.endswith("cls_token") or "embedding" in path else depth + 1
 
 
-def layer_rates(tuned: Tuned, stacked: set[str], decay: float) -> Tuned:
+def layer_rates(tuned: Tuned, stacks: Sequence[str], decay: float) -> Tuned:
     """A factor of the learning rate for each parameter, ``decay ** (depth + 1 - layer)``.
 
     Args:
         tuned: arrays or their shapes.
-        stacked: paths in ``tuned["encoder"]`` of parameters with all blocks' on the first axis.
+        stacks: paths in ``tuned["encoder"]`` of the layer stacks in forward order, whose leaves have the layers as
+            first axis; those that it does not hold are left out.
         decay: from a layer to that below it.
 
     Returns:
-        A pytree like `tuned` of float32 arrays: scalars, and `[depth, 1, ...]` for stacked parameters.
+        A pytree like `tuned` of float32 arrays: scalars, and `[layers, 1, ...]` for stacked parameters.
     """
     encoder = tuned["encoder"]
-    depth = max(leaf.shape[0] for name, leaf in encoder.items() if name in stacked)
+    stack_of = {name: next((stack for stack in stacks if name.startswith(f"{stack}/")), "") for name in encoder}
+    layers = dict.fromkeys(stacks, 0)
+    layers |= {stack_of[name]: leaf.shape[0] for name, leaf in encoder.items() if stack_of[name]}
+    depth = sum(layers.values())
+    first = dict(zip(layers, np.cumsum([1, *layers.values()]).tolist(), strict=False))
 
     def rate(name: str, leaf: Any) -> np.ndarray:
         layer: Any = layer_of(name, depth)
-        if name in stacked:
-            layer = np.arange(1, depth + 1).reshape(-1, *[1] * (leaf.ndim - 1))
+        if stack := stack_of[name]:
+            layer = first[stack] + np.arange(layers[stack]).reshape(-1, *[1] * (leaf.ndim - 1))
         return np.asarray(decay ** np.asarray(depth + 1.0 - layer), np.float32)
 
     of_head = {part: jax.tree.map(lambda _: np.float32(1.0), tuned[part]) for part in ("norm", "head")}
@@ -244,7 +259,7 @@ def _rand_augment(setup: Setup) -> Change | None:
     return RandAugment(magnitude, (red, green, blue)) if magnitude else None
 
 
-Mixer = Callable[[jax.Array, Batch], tuple[Batch, jax.Array]]
+Mixer = Callable[[jax.Array, Part], tuple[Part, jax.Array]]
 """Of a key and a batch: the batch with mixed pictures, and the share of the example's own, a scalar."""
 
 
@@ -253,16 +268,16 @@ def _mixer(setup: Setup) -> Mixer | None:
     o, config = setup.config.eval.finetune, setup.config
     if o.input != "image" or not (o.mixup or o.cutmix):
         return None
-    (name,) = [group.name for group in setup.objective.groups if group.modality == "image"]
+    name = group_name(setup, "image")
     draw = functools.partial(
         draw_weights,
-        places=places(config.data.patch_size, grid(config)),
+        places=places(config.data.patch_size, patch_grid(config)),
         mixup=o.mixup,
         cutmix=o.cutmix,
         cutmix_probability=o.cutmix_probability,
     )
 
-    def mix(key: jax.Array, batch: Batch) -> tuple[Batch, jax.Array]:
+    def mix(key: jax.Array, batch: Part) -> tuple[Part, jax.Array]:
         visible = batch["groups"][name]["visible"]
         weight = draw(key)
         pixels = normalize_pixels(visible["value"], config)
@@ -274,9 +289,7 @@ def _mixer(setup: Setup) -> Mixer | None:
     return mix
 
 
-def blended(
-    mix: Mixer | None, key: jax.Array, batch: Batch, classes: int, smoothing: float
-) -> tuple[Batch, jax.Array, jax.Array, jax.Array]:
+def blended(mix: Mixer | None, key: jax.Array, batch: Part, classes: int, smoothing: float) -> tuple[Part, Answers]:
     """Mixes each example with that as far from the batch's other end.
 
     Args:
@@ -287,16 +300,16 @@ def blended(
         smoothing: share of the answer that is spread evenly over all classes.
 
     Returns:
-        The batch; the answers, `[B, C] float32`; the class with the larger share in each, `[B] int32`; and which
-        examples count, `[B] float32`: those whose two pictures do.
+        The batch, and its answers: the label is the class with the larger share, and those examples count whose two
+        pictures do.
     """
-    label, weight = batch["label"], counted(batch)
-    target = optax.smooth_labels(jax.nn.one_hot(label, classes), smoothing)
+    own = Answers.of(batch, classes, smoothing)
     if mix is None:
-        return batch, target, label, weight
+        return batch, own
     batch, share = mix(key, batch)
-    target = share * target + (1 - share) * target[::-1]
-    return batch, target, jnp.where(share >= 0.5, label, label[::-1]), weight * weight[::-1]
+    target = share * own.target + (1 - share) * own.target[::-1]
+    label = jnp.where(share >= 0.5, own.label, own.label[::-1])
+    return batch, Answers(target, label, own.weight * own.weight[::-1])
 
 
 def places(patch: int, cells: tuple[int, int]) -> np.ndarray:

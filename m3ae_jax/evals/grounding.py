@@ -1,4 +1,4 @@
-"""Do the modalities inform each other? Asked on ``scenes``, whose truth is known.
+"""Do the modalities inform each other? Measured on ``scenes``, whose truth is known.
 
 Words: the whole picture and all other words visible, one colour or shape word hidden at a time, of those that
 picture and caption determine. Right if the most probable word is the true one; once with the true picture, once
@@ -9,28 +9,31 @@ with the true caption and with another scene's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from m3ae_jax.data import images, masking
-from m3ae_jax.data.pipeline import token_slots
+import m3ae_jax.data.images as images
+import m3ae_jax.data.masking as masking
 from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource, encode_bmp
 from m3ae_jax.data.text import encode_batch
-from m3ae_jax.evals import Result, check
-from m3ae_jax.parallel.mesh import batch_parts, fetch, put_whole_batch
+from m3ae_jax.data.tokens import group_of
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.restored import bootstrap_interval, difference_cell, in_chunks, restorer
+from m3ae_jax.parallel.mesh import fetch, put_whole_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
 SCENES = 512
 _BATCH = 128
-_BOOTSTRAP = 1000
+
+Tokens = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Of each modality the scenes' values `[n, L, ...]` and which tokens are real, `[n, L] bool`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Question:
+class _Query:
     """One thing to hide: the tokens of one modality, in one scene."""
 
     scene: int
@@ -39,96 +42,85 @@ class _Question:
 
 
 def evaluate(setup: Setup, state: TrainState) -> Result:
-    """Asks on the first scenes of ``val`` and of ``val_novel`` (attribute pairs never seen in training).
+    """Figures of the first scenes of ``val`` and of ``val_novel`` (attribute pairs never seen in training).
 
-    Raises:
-        UserError: the model has not both modalities (`evals.check`).
+    It needs both modalities (`run.check`).
     """
-    check(setup.config)
     scalars: dict[str, float] = {}
-    lines = [
-        "| split | hidden | n | other modality true | shuffled | prior | true - shuffled, 95 % interval |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ask = _Asker(setup, state)
+    rows = []
+    grounding = _Grounding(setup, state)
     for split in ("val", "val_novel"):
         source = ScenesSource(split, SceneOptions(**setup.config.data.scenes.to_dict()))
         scenes = [source.scene(i) for i in range(SCENES)]
-        for hidden, figures in ask(scenes).items():
-            scalars |= {f"grounding/{split}/{hidden}/{key}": value for key, value in figures.items()}
-            lines.append(_line(split, hidden, figures))
-    return Result("grounding", scalars, "\n".join(lines))
+        for hidden, figures in grounding(scenes).items():
+            scalars |= {f"{split}/{hidden}/{key}": value for key, value in figures.items()}
+            rows.append([split, *_cells(hidden, figures)])
+    heads = ("split", "hidden", "n", "other modality true", "shuffled", "prior", "true - shuffled, 95 % interval")
+    return Result.of("grounding", scalars, table(heads, rows))
 
 
-def _line(split: str, hidden: str, f: dict[str, float]) -> str:
+def _cells(hidden: str, f: dict[str, float]) -> list[str]:
     unit = "squared error of" if hidden == "object" else "accuracy of"
     prior = f"{f['prior']:.3f}" if "prior" in f else ""
-    return (
-        f"| {split} | {unit} {hidden} | {f['n']:.0f} | {f['true']:.3f} | {f['shuffled']:.3f} | {prior} | "
-        f"{f['difference']:+.3f} [{f['low']:+.3f}, {f['high']:+.3f}] |"
-    )
+    means = (f"{f['true']:.3f}", f"{f['shuffled']:.3f}")
+    return [f"{unit} {hidden}", f"{f['n']:.0f}", *means, prior, difference_cell(f)]
 
 
-class _Asker:
+class _Grounding:
     def __init__(self, setup: Setup, state: TrainState) -> None:
         assert setup.tokenizer is not None
         self._setup, self._params, self._tokenizer = setup, state.params, setup.tokenizer
-        self._slots = token_slots(setup.config)
-        self._reconstruct = setup.jit(setup.objective.reconstruct)
-        self._targets = setup.jit(setup.objective.targets)
+        views = {modality: group_of(setup.objective.view((modality,)), modality) for modality in ("image", "text")}
+        self._names = {modality: view.name for modality, view in views.items()}
+        self._slots = {modality: view.modalities[0].tokens for modality, view in views.items()}
+        self._restore = restorer(setup)
 
     def __call__(self, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
         """Figures by what was hidden: ``color``, ``shape`` (accuracies) and ``object`` (squared error)."""
-        pixels = self._patches(scenes)
-        ids, length = encode_batch(self._tokenizer, [s.caption.encode() for s in scenes], self._slots["text"])
-        real = np.arange(self._slots["text"]) < length[:, None]
-        other = np.roll(np.arange(len(scenes)), 1)
-        data = {"pixels": pixels, "ids": ids, "real": real}
+        tokens = self._tokens(scenes)
+        own = np.arange(len(scenes))
+        queries = self._word_queries(scenes) + self._object_queries(scenes)
         results = {}
-        words = self._word_questions(scenes)
-        for attribute in ("color", "shape"):
-            asked = [q for q in words if q.attribute == attribute]
-            if not asked:
+        for attribute in ("color", "shape", "object"):
+            chosen = [query for query in queries if query.attribute == attribute]
+            if not chosen:
                 continue
-            true = self._answers(asked, data, "text", lambda i: (i, i))
-            shuffled = self._answers(asked, data, "text", lambda i: (other[i], i))
-            names = [ids[q.scene][q.hidden].tobytes() for q in asked]
-            results[attribute] = {
-                **_compare(asked, true, shuffled),
-                "prior": max(names.count(name) for name in set(names)) / len(names),
-            }
-        asked = self._object_questions(scenes)
-        if not asked:
-            return results
-        true = self._answers(asked, data, "image", lambda i: (i, i))
-        shuffled = self._answers(asked, data, "image", lambda i: (i, other[i]))
-        results["object"] = _compare(asked, true, shuffled)
+            modality = "image" if attribute == "object" else "text"
+            true, shuffled = (self._answers(chosen, tokens, modality, other) for other in (own, np.roll(own, 1)))
+            results[attribute] = _compare(chosen, true, shuffled)
+            if modality == "text":
+                words = [tokens["text"][0][query.scene][query.hidden].tobytes() for query in chosen]
+                results[attribute]["prior"] = max(words.count(word) for word in set(words)) / len(words)
         return results
 
-    def _patches(self, scenes: Sequence[Scene]) -> np.ndarray:
-        data = self._setup.config.data
+    def _tokens(self, scenes: Sequence[Scene]) -> Tokens:
+        data, slots = self._setup.config.data, self._slots
         pictures = np.stack([images.load(encode_bmp(s.image), data.image_size) for s in scenes])
-        return images.patchify(pictures, data.patch_size)
+        ids, length = encode_batch(self._tokenizer, [s.caption.encode() for s in scenes], slots["text"])
+        return {
+            "image": (images.patchify(pictures, data.patch_size), np.ones((len(scenes), slots["image"]), bool)),
+            "text": (ids, np.arange(slots["text"]) < length[:, None]),
+        }
 
-    def _word_questions(self, scenes: Sequence[Scene]) -> list[_Question]:
-        questions = []
+    def _word_queries(self, scenes: Sequence[Scene]) -> list[_Query]:
+        queries = []
         for i, scene in enumerate(scenes):
             tokens = self._tokenizer.spans(scene.caption)[: self._slots["text"]]
             for _, span in scene.determined_spans():
                 hidden = np.zeros(self._slots["text"], bool)
                 hidden[: len(tokens)] = [start < span.end and end > span.start for start, end in tokens]
                 if hidden.any():
-                    questions.append(_Question(i, span.attribute, hidden))
-        return questions
+                    queries.append(_Query(i, span.attribute, hidden))
+        return queries
 
-    def _object_questions(self, scenes: Sequence[Scene]) -> list[_Question]:
-        questions = []
+    def _object_queries(self, scenes: Sequence[Scene]) -> list[_Query]:
+        queries = []
         for i, scene in enumerate(scenes):
             for number in sorted({mention.object for mention in scene.mentions}):
                 hidden = self._touched(scene.segmentation == number + 1)
                 if hidden.any() and not hidden.all():
-                    questions.append(_Question(i, "object", hidden))
-        return questions
+                    queries.append(_Query(i, "object", hidden))
+        return queries
 
     def _touched(self, inside: np.ndarray) -> np.ndarray:
         """Which patches of the model's picture a region of the scene's (`[S, S] bool`) touches, `[L] bool`."""
@@ -142,66 +134,41 @@ class _Asker:
                 hidden[y.astype(int), x.astype(int)] = True
         return hidden.ravel()
 
-    def _answers(
-        self,
-        questions: Sequence[_Question],
-        data: dict[str, np.ndarray],
-        asked: str,
-        context: Callable[[int], tuple[int, int]],
-    ) -> np.ndarray:
-        """1.0 for a right word, or an object's mean squared error; `context` gives (picture, caption) of a scene."""
-        parts = batch_parts(self._setup.mesh)
-        size = -(-_BATCH // parts) * parts
-        answers = [self._answer(chunk, data, asked, context) for chunk in _chunks(questions, size)]
-        return np.concatenate(answers)[: len(questions)]
+    def _answers(self, queries: Sequence[_Query], tokens: Tokens, modality: str, other: np.ndarray) -> np.ndarray:
+        """1.0 for a right word, or an object's mean squared error.
 
-    def _answer(
-        self,
-        questions: Sequence[_Question],
-        data: dict[str, np.ndarray],
-        asked: str,
-        context: Callable[[int], tuple[int, int]],
-    ) -> np.ndarray:
-        picture, caption = np.array([context(q.scene) for q in questions]).T
-        hidden = np.stack([q.hidden for q in questions])
-        pixels, ids, real = data["pixels"][picture], data["ids"][caption], data["real"][caption]
-        nothing = {m: np.zeros((len(questions), slots), bool) for m, slots in self._slots.items()}
-        masks = nothing | {asked: hidden}
-        budget = {m: (slots, slots if m == asked else 0) for m, slots in self._slots.items()}
-        groups = {
-            "image": masking.split(pixels, ~nothing["image"], masks["image"], budget["image"]),
-            "text": masking.split(ids, real, masks["text"], budget["text"]),
-        }
-        groups = jax.tree.map(np.asarray, groups)
-        batch: Any = put_whole_batch({"groups": groups}, self._setup.mesh)
-        guess = fetch(self._reconstruct(self._params, batch)[asked])
-        target = fetch(self._targets(batch)[asked])
-        valid = groups[asked]["target"]["valid"]
-        if asked == "text":
-            return ((np.argmax(guess, -1) == target) | ~valid).all(axis=-1).astype(np.float64)
-        error = np.square(guess - target).mean(axis=-1)
-        return np.where(valid, error, 0.0).sum(axis=-1) / valid.sum(axis=-1)
+        Args:
+            queries: which of the modality's tokens are hidden.
+            tokens: of all scenes.
+            modality: that of the hidden tokens.
+            other: of each scene, from which one the other modality is taken.
+        """
+
+        def answer(queries: list[_Query]) -> np.ndarray:
+            scene = np.array([query.scene for query in queries])
+            hidden = np.stack([query.hidden for query in queries])
+            groups = {}
+            for name, (value, real) in tokens.items():
+                taken, slots = (scene if name == modality else other[scene]), self._slots[name]
+                mask = hidden if name == modality else np.zeros((len(queries), slots), bool)
+                budget = (slots, slots if name == modality else 0)
+                groups[self._names[name]] = masking.split(value[taken], real[taken], mask, budget)
+            part: Any = put_whole_batch({"groups": groups}, self._setup.mesh)
+            restored = fetch(self._restore(self._params, part)[self._names[modality]])
+            valid = groups[self._names[modality]]["target"]["valid"]
+            if modality == "text":
+                return (restored.correct | ~valid).all(axis=-1).astype(np.float64)
+            return np.where(valid, restored.loss, 0.0).sum(axis=-1) / valid.sum(axis=-1)
+
+        return in_chunks(queries, self._setup.eval_rows(_BATCH, _BATCH), answer)
 
 
-def _chunks(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
-    """Equal chunks, one compiled shape: the last is filled up with its first question."""
-    for start in range(0, len(questions), size):
-        chunk = list(questions[start : start + size])
-        yield chunk + chunk[:1] * (size - len(chunk))
-
-
-def _compare(questions: Sequence[_Question], true: np.ndarray, shuffled: np.ndarray) -> dict[str, float]:
-    """Means, and the difference's 95 % interval from a bootstrap over scenes (their questions go together)."""
-    scene = np.array([q.scene for q in questions])
-    count = np.bincount(scene).astype(np.float64)
-    total = np.bincount(scene, weights=true - shuffled)
-    draws = np.random.default_rng(0).integers(0, len(count), (_BOOTSTRAP, len(count)))
-    differences = total[draws].sum(axis=1) / np.maximum(count[draws].sum(axis=1), 1.0)
-    low, high = np.percentile(differences, [2.5, 97.5])
+def _compare(queries: Sequence[_Query], true: np.ndarray, shuffled: np.ndarray) -> dict[str, float]:
+    """Means, and the difference's 95 % interval from a bootstrap over scenes (their queries go together)."""
+    scene = np.array([query.scene for query in queries])
     means = {"true": true.mean(), "shuffled": shuffled.mean(), "difference": (true - shuffled).mean()}
     return {
-        "n": float(len(questions)),
-        **{k: float(v) for k, v in means.items()},
-        "low": float(low),
-        "high": float(high),
+        "n": float(len(queries)),
+        **{name: float(mean) for name, mean in means.items()},
+        **bootstrap_interval(np.bincount(scene, weights=true - shuffled), np.bincount(scene).astype(np.float64)),
     }

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.features import Figures, compared, encoded
+from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.features import Encoded, Figures, compared, encoded, unit
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
@@ -28,15 +28,13 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     Raises:
         UserError: an example has no label.
     """
-    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
-    counts = [k for k in NEIGHBORS if k <= len(train.label)]
+    counts = [k for k in NEIGHBORS if k <= len(encoded(setup, state, "train").label)]
 
-    def ask(kind: str) -> Figures:
+    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
         guesses = classify(train.features[kind], train.label, test.features[kind], counts)
         return {f"k={k}": float((guess == test.label).mean()) for k, guess in guesses.items()}
 
-    scalars, lines = compared(train, test, tuple(f"k={k}" for k in counts), ask)
-    return Result("knn", {f"knn/{name}": value for name, value in scalars.items()}, "\n".join(lines))
+    return compared("knn", setup, state, {f"k={k}": f"k={k}" for k in counts}, measure)
 
 
 def classify(
@@ -54,7 +52,7 @@ def classify(
     Returns:
         `[m] int` by number of neighbours.
     """
-    near, queries = jnp.asarray(_unit(train)), _unit(test)
+    near, queries = jnp.asarray(unit(train)), unit(test)
     classes = int(label.max()) + 1
     guesses: dict[int, list[np.ndarray]] = {k: [] for k in counts}
     for start in range(0, len(test), block):
@@ -66,11 +64,7 @@ def classify(
             cells = np.arange(len(rows))[:, None] * classes + label[index[:, :k]]
             votes = np.bincount(cells.ravel(), vote[:, :k].ravel(), minlength=len(rows) * classes)
             guesses[k].append(votes.reshape(len(rows), classes).argmax(axis=1))
-    return {k: np.concatenate(found) for k, found in guesses.items()}
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return {k: np.concatenate(classes) for k, classes in guesses.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)

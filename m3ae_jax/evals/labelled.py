@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import source_fields
+from m3ae_jax.config.schema import source_fields
+from m3ae_jax.data.order import Order, fold_seed
 from m3ae_jax.data.sources import open_source
 from m3ae_jax.data.sources.base import Record, Source
 from m3ae_jax.data.sources.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, SceneOptions, ScenesSource, encode_bmp
-from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.errors import UserError
 
-LABELS = ("shape", "color", "color_shape", "count")
 UNLABELLED = -1
 _SCENES_SPLIT = {"train": "train", "test": "val", "outside": "val_novel"}
 
@@ -55,25 +55,31 @@ class LabelledScenes(ScenesSource):
         return " ".join(getattr(largest, attribute) for attribute in self._label.split("_"))
 
 
-class Noted:
-    """A source that remembers the labels of what was read from it, as the pipeline hands on pictures and words alone.
+class LabelRecorder:
+    """A source that records the labels of what was read from it, as the pipeline hands on pictures and words alone.
+
+    Args:
+        source: with or without classes.
+        examples: of more examples, a random choice of so many is what it holds: the one that `clean_batches` takes.
 
     Attributes:
         labels: by index.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, examples: int | None = None) -> None:
+        self._source, self._chosen = source, None
         self.modalities, self.classes, self.fingerprint = source.modalities, source.classes, source.fingerprint
         self.labels: dict[int, int] = {}
+        if examples is not None and examples < len(source):
+            self._chosen = np.asarray(Order(len(source), fold_seed("evaluations")).index(np.arange(examples)))
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(self._source)
+        return len(self._source if self._chosen is None else self._chosen)
 
     def read(self, indices: np.ndarray) -> list[Record]:
         """The source's."""
-        records = self._source.read(indices)
+        records = self._source.read(indices if self._chosen is None else self._chosen[indices])
         self.labels.update((i, r["label"]) for i, r in zip(indices.tolist(), records, strict=True) if "label" in r)
         return records
 
@@ -87,10 +93,10 @@ def check_labels(valid: np.ndarray, label: np.ndarray) -> None:
 
     Args:
         valid: `[n] bool`, which could be read.
-        label: `[n]`, of `Noted.label_of`.
+        label: `[n]`, of `LabelRecorder.label_of`.
 
     Raises:
-        UserError: as said.
+        UserError: an example has no label, or there is none.
     """
     unlabelled = int((label[valid] == UNLABELLED).sum())
     if unlabelled or not valid.any():
@@ -114,10 +120,10 @@ def open_labelled(config: ConfigDict, part: str) -> Source:
                 f"evals={tuple(config.evals)!r} needs labelled data, and {field}path is empty: for one, "
                 f"--config.{field}source=class_folders --config.{field}path=DIR"
             )
-        spec = source_fields(_SCENES_SPLIT[part])
-        spec.source = "scenes"
-    scenes = spec.source == "scenes"
-    source: Source = _open_scenes(config, spec.split) if scenes else open_source(spec, field, config)
+        spec = source_fields()
+        spec.update(source="scenes", split=_SCENES_SPLIT[part])
+    is_scenes = spec.source == "scenes"
+    source: Source = _open_scenes(config, spec.split) if is_scenes else open_source(spec, field, config)
     if not source.classes:
         raise UserError(f"{field}path={spec.path!r}: no classes there; {field}label_key names the class's field")
     if not set(source.modalities) & set(config.data.modalities):
@@ -130,8 +136,6 @@ def open_labelled(config: ConfigDict, part: str) -> Source:
 
 def _open_scenes(config: ConfigDict, split: str) -> LabelledScenes:
     label, options = config.eval.label, SceneOptions(**config.data.scenes.to_dict())
-    if label not in LABELS:
-        raise UserError(one_of("eval.label", label, LABELS))
     if label == "count" and options.min_objects == options.max_objects:
         raise UserError(f"eval.label='count': all scenes have {options.max_objects} (data.scenes.max_objects)")
     return LabelledScenes(split, options, label)
@@ -147,8 +151,8 @@ def check_labelled(config: ConfigDict, parts: tuple[str, ...]) -> None:
     test = opened["test"].classes
     train = opened["train"].classes if "train" in opened else test
     if train != test:
-        told = sorted(set(train) ^ set(test))[:5]
-        what = f"only one of them has {', '.join(map(repr, told))}" if told else "they are in another order"
+        different = sorted(set(train) ^ set(test))[:5]
+        what = f"only one of them has {', '.join(map(repr, different))}" if different else "they are in another order"
         raise UserError(f"eval.train has {len(train)} classes and eval.test {len(test)}: {what}")
     if len(train) < 2:
         raise UserError(f"eval.test has {len(train)} class; an evaluation needs two or more")

@@ -91,7 +91,7 @@ class Problem:
         self._classes = classes
         x = self._scale(features)
         n, width = x.shape
-        # Directions in which the examples do not lie have no weight at the optimum. They are kept as zeros: the number
+        # Directions in which the examples do not lie have no weight at the optimum. They stay as zeros: the number
         # of axes, for which the loss is compiled, is then that of all draws of so many examples.
         if n < width:
             squared, left = np.linalg.eigh((x @ x.T).astype(np.float64))
@@ -113,8 +113,8 @@ class Problem:
         """The optimum for a penalty; begins at that of the last one."""
         spread = (self._classes - 1) / self._classes**2  # mean of p (1 - p) where all classes are as probable
         scaling = np.append(np.sqrt(self._curvature * spread + l2), np.sqrt(spread))[:, None].astype(np.float32)
-        found = _minimum((self._start * scaling).astype(np.float32), self._x, self._y, scaling, l2, tolerance)
-        self._start = np.asarray(found, np.float64) / scaling
+        scaled = _minimum((self._start * scaling).astype(np.float32), self._x, self._y, scaling, l2, tolerance)
+        self._start = np.asarray(scaled, np.float64) / scaling
         return Classifier(self._scale, self._axes @ self._start[:-1], self._start[-1], l2)
 
 
@@ -150,8 +150,8 @@ def _minimum(
         return (carry[-1] < _ITERATIONS) & (carry[-2] < _STALLED)
 
     first = (start, solver.init(start), jnp.float32(jnp.inf), jnp.int32(0), jnp.int32(0))
-    found: jax.Array = jax.lax.while_loop(goes_on, step, first)[0]
-    return found
+    minimum: jax.Array = jax.lax.while_loop(goes_on, step, first)[0]
+    return minimum
 
 
 def swept(features: np.ndarray, label: np.ndarray, classes: int, penalties: Sequence[float] = L2) -> Classifier:
@@ -172,11 +172,11 @@ def swept(features: np.ndarray, label: np.ndarray, classes: int, penalties: Sequ
     problem = Problem(features[rest], label[rest], classes)
     best, best_accuracy, worse = None, -1.0, 0
     for l2 in penalties:
-        found = problem.fit(l2, _ROUGH)
-        accuracy = found.accuracy(features[held], label[held])
+        probe = problem.fit(l2, _ROUGH)
+        accuracy = probe.accuracy(features[held], label[held])
         worse = worse + 1 if accuracy < best_accuracy else 0
         if best is None or accuracy > best_accuracy:
-            best, best_accuracy = found, accuracy
+            best, best_accuracy = probe, accuracy
         if worse == _PATIENCE:
             break
     assert best is not None

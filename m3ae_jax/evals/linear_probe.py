@@ -24,16 +24,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from m3ae_jax.evals import Result
+from m3ae_jax.config.fields import setting
+from m3ae_jax.evals.base import Result
 from m3ae_jax.evals.features import fresh_params
-from m3ae_jax.evals.supervised import Sums, Task, counted, cross_entropy, result, sums, test, train
-from m3ae_jax.objectives.base import Batch, Params
+from m3ae_jax.evals.supervised import Answers, Fields, Sums, Task, counted, descend, result, sums, test, train
+from m3ae_jax.objectives.base import Params, Part
 from m3ae_jax.parallel.mesh import replicated
 from m3ae_jax.train.optimizer import warmup_cosine
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
 _MOMENTUM, _EPSILON = 0.9, 1e-5  # of the batch norm, the reference's
+
+
+class LinearProbeFields(Fields):
+    """Of the linear classification; the defaults are those for ImageNet."""
+
+    batch_size: int = setting(2048, low=2)
+    """Examples of a step."""
+    duration: str = setting("90 epochs", duration=True)
+    """Length of the training."""
+    warmup: str = setting("10 epochs", duration=True, low=0)
+    """How long the rate rises from 0."""
+    learning_rate: float = setting(0.1, low=0.0, aliases=("lr",))
+    """For 256 examples, as optimizer.learning_rate."""
+    optimizer: str = setting("lars", choices=("lars", "sgd"))
+    """lars; on small data sgd learns faster, as LARS is made for many steps."""
+    momentum: float = setting(0.9, low=0.0, high=0.999999)
+    """Of the optimizer."""
+    weight_decay: float = setting(0.0, low=0.0, aliases=("wd",))
+    """Decay of the weights."""
+    untrained: bool = setting(True)
+    """Train a second head on an untrained encoder, for comparison."""
 
 
 @flax.struct.dataclass
@@ -59,7 +81,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.test`` of a linear layer trained on ``eval.train``.
 
     Raises:
-        UserError: an example has no class, or the data lack the input that is asked for.
+        UserError: an example has no class, or the data lack the input that is read.
     """
     task = Task(setup, "linear_probe")
     encoders = {"trained": state.params}
@@ -67,26 +89,25 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
         encoders["untrained"] = fresh_params(setup)
     solver = optimizer(task)
     start = jax.jit(
-        lambda: {name: fresh(setup.config.model.width, task.classes, setup.config.seed, solver) for name in encoders},
+        lambda: {name: fresh(task.width(state.params), task.classes, setup.config.seed, solver) for name in encoders},
         out_shardings=replicated(setup.mesh),
     )
 
-    def step(heads: dict[str, Head], batch: Batch, params: dict[str, Params]) -> Any:
-        found = {
-            name: head_step(head, solver, task.features(setup.objective, params[name], batch), batch)
-            for name, head in heads.items()
-        }
-        return {name: head for name, (head, _) in found.items()}, {name: s for name, (_, s) in found.items()}
+    def features(params: dict[str, Params], batch: Part) -> dict[str, jax.Array]:
+        return {name: task.features(setup.objective, of_encoder, batch) for name, of_encoder in params.items()}
 
-    def ask(heads: dict[str, Head], batch: Batch, params: dict[str, Params]) -> dict[str, Sums]:
-        return {
-            name: tested(head, task.features(setup.objective, params[name], batch), batch)
-            for name, head in heads.items()
-        }
+    def step(heads: dict[str, Head], batch: Part, params: dict[str, Params]) -> Any:
+        read = features(params, batch)
+        after = {name: head_step(head, solver, read[name], batch) for name, head in heads.items()}
+        return {name: head for name, (head, _) in after.items()}, {name: s for name, (_, s) in after.items()}
 
-    stepped, asked = setup.jit(step, out_shardings=replicated(setup.mesh)), setup.jit(ask)
+    def count(heads: dict[str, Head], batch: Part, params: dict[str, Params]) -> dict[str, Sums]:
+        read = features(params, batch)
+        return {name: tested(head, read[name], batch) for name, head in heads.items()}
+
+    stepped, counted_test = setup.jit(step, out_shardings=replicated(setup.mesh)), setup.jit(count)
     trained = train(task, lambda heads, batch, _: stepped(heads, batch, encoders), start())
-    counts = test(task, lambda batch: asked(trained.state, batch, encoders))
+    counts = test(task, lambda batch: counted_test(trained.state, batch, encoders))
     return result(task, trained, counts)
 
 
@@ -106,7 +127,7 @@ def fresh(width: int, classes: int, seed: int, solver: optax.GradientTransformat
     return Head(params, solver.init(params), jnp.zeros(width), jnp.zeros(width), jnp.float32(0.0))
 
 
-def head_step(head: Head, solver: optax.GradientTransformation, features: jax.Array, batch: Batch) -> tuple[Head, Sums]:
+def head_step(head: Head, solver: optax.GradientTransformation, features: jax.Array, batch: Part) -> tuple[Head, Sums]:
     """One step on features `[B, D] float32`, by the statistics of this batch.
 
     Args:
@@ -115,34 +136,25 @@ def head_step(head: Head, solver: optax.GradientTransformation, features: jax.Ar
         features: the frozen encoder's.
         batch: of `Task.train_batches`.
     """
-    weight = counted(batch)
-    mean, variance = moments(features, weight)
+    mean, variance = moments(features, counted(batch))
     normal = normalize(features, mean, variance)
-    target = jax.nn.one_hot(batch["label"], head.params["bias"].shape[0])
-
-    def loss_of(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = affine(params, normal)
-        loss = cross_entropy(logits, target)
-        return jnp.sum(loss * weight) / jnp.maximum(jnp.sum(weight), 1.0), (logits, loss)
-
-    grads, (logits, loss) = jax.grad(loss_of, has_aux=True)(head.params)
-    updates, opt_state = solver.update(grads, head.opt_state, head.params)
+    answers = Answers.of(batch, len(head.params["bias"]))
+    carry, logits = descend(solver, (head.params, head.opt_state), lambda p: affine(p, normal), answers)
     after = Head(
-        optax.apply_updates(head.params, updates),
-        opt_state,
+        *carry,
         mean=_MOMENTUM * head.mean + (1 - _MOMENTUM) * mean,
         variance=_MOMENTUM * head.variance + (1 - _MOMENTUM) * variance,
         share=_MOMENTUM * head.share + (1 - _MOMENTUM),
     )
-    return after, sums(logits, batch["label"], batch, loss, weight)
+    return after, sums(logits, batch, answers)
 
 
-def tested(head: Head, features: jax.Array, batch: Batch) -> Sums:
+def tested(head: Head, features: jax.Array, batch: Part) -> Sums:
     """Counts a batch by the running averages, divided by the weight that the batches have had in them."""
     # The reference starts from mean 0 and variance 1, which a short training would still remember.
-    logits = affine(head.params, normalize(features, head.mean / head.share, head.variance / head.share))
-    loss = cross_entropy(logits, jax.nn.one_hot(batch["label"], logits.shape[1]))
-    return sums(logits, batch["label"], batch, loss, counted(batch))
+    normal = normalize(features, head.mean / head.share, head.variance / head.share)
+    logits = affine(head.params, normal)
+    return sums(logits, batch, Answers.of(batch, logits.shape[1]))
 
 
 def moments(features: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,16 +1,16 @@
 """Telling pictures of unknown classes from those of known ones: the area under the ROC curve of two scores.
 
 Mahalanobis: the least squared distance to a class's mean, by the covariance within the classes (arXiv 1807.03888).
-Maximum softmax probability of the linear probe, negated (arXiv 1610.02136). The paper's Figure 6 asks CIFAR-100
-against CIFAR-10.
+Maximum softmax probability of the linear probe, negated (arXiv 1610.02136). The paper's Figure 6 tells CIFAR-100
+from CIFAR-10.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.features import Encoded, Figures, encoded, kinds, shown
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.features import Encoded, Figures, encoded, kinds, row_of
 from m3ae_jax.evals.linear import Scale, swept
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -26,14 +26,11 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
         UserError: an example has no label.
     """
     train, test, outside = (encoded(setup, state, part) for part in ("train", "test", "outside"))
-    scalars: dict[str, float] = {}
-    lines = [f"| features | {' | '.join(f'AUROC {c}' for c in _COLUMNS)} |", "|---|---|---|"]
-    for kind in kinds(train, test, outside):
-        figures = _areas(train, test, outside, kind)
-        scalars |= {f"ood/{kind}/{name}": value for name, value in figures.items()}
-        lines.append(f"| {kind.replace('/', ', ')} | {' | '.join(shown(figures, c) for c in _COLUMNS)} |")
-    lines.append("| chance | 0.500 | 0.500 |")
-    return Result("ood", scalars, "\n".join(lines))
+    areas = {kind: _areas(train, test, outside, kind) for kind in kinds(train, test, outside)}
+    scalars = {f"{kind}/{name}": value for kind, figures in areas.items() for name, value in figures.items()}
+    rows = [row_of(kind, figures, _COLUMNS) for kind, figures in areas.items()]
+    heads = ["features", *(f"AUROC {column}" for column in _COLUMNS)]
+    return Result.of("ood", scalars, table(heads, [*rows, ["chance", "0.500", "0.500"]]))
 
 
 def _areas(train: Encoded, test: Encoded, outside: Encoded, kind: str) -> Figures:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.features import Figures, compared, encoded
+from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.features import Encoded, Figures, compared
 from m3ae_jax.evals.linear import swept
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -15,11 +15,9 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     Raises:
         UserError: an example has no label.
     """
-    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
 
-    def ask(kind: str) -> Figures:
+    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
         probe = swept(train.features[kind], train.label, len(train.classes))
         return {"accuracy": probe.accuracy(test.features[kind], test.label), "l2": probe.l2}
 
-    scalars, lines = compared(train, test, ("accuracy",), ask)
-    return Result("probe", {f"probe/{name}": value for name, value in scalars.items()}, "\n".join(lines))
+    return compared("probe", setup, state, {"accuracy": "accuracy"}, measure)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from PIL import Image
 
 from m3ae_jax.data.images import unpatchify
-from m3ae_jax.data.pipeline import grid
 from m3ae_jax.data.text import Tokenizer, read_pieces
-from m3ae_jax.objectives.m3ae import denormalize_pixels, normalize_pixels, patch_statistics
-from m3ae_jax.parallel.mesh import fetch, put_batch
+from m3ae_jax.data.tokens import patch_grid
+from m3ae_jax.evals.restored import restorer
+from m3ae_jax.objectives.base import Restored, Restores
+from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch, put_whole_batch
 from m3ae_jax.report.pictures import Reconstruction, Word, reconstruction_sheet
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -34,82 +35,99 @@ class Reconstructions:
     def __init__(self, setup: Setup, folder: Path) -> None:
         self._setup, self._folder = setup, folder
         self._on_device: Any = None
-        self._batch: Any = None
-        self._reconstruct = setup.jit(setup.objective.reconstruct)
+        self._part: Any = None
+        self._restore = restorer(setup) if isinstance(setup.objective, Restores) else None
 
     def __call__(self, state: TrainState) -> np.ndarray | None:
-        """Writes and returns one sheet (`[H, W, 3] uint8`); None if none is asked for, or another process does it."""
+        """Writes and returns one sheet (`[H, W, 3] uint8`).
+
+        None where none is wanted, the objective restores nothing, or another process writes it.
+        """
         count = self._setup.config.eval.pictures
-        if not count:
+        if not count or self._restore is None:
             return None
-        if self._batch is None:
+        if self._part is None:
             source = self._setup.val_source or self._setup.train_data.members[0].source
-            with contextlib.closing(iter(self._setup.eval_batches(source, count))) as batches:
-                self._on_device = put_batch(next(batches), self._setup.mesh)
-            self._batch = fetch(self._on_device)  # the rows of all processes
-        guesses = fetch(self._reconstruct(state.params, self._on_device))
+            with contextlib.closing(iter(self._setup.eval_batches(source, count))) as parts:
+                self._on_device = put_batch(next(parts), self._setup.mesh)
+            self._part = fetch(self._on_device)  # the rows of all processes
+        restored = fetch(self._restore(state.params, self._on_device))
         if jax.process_index() > 0:
             return None
-        valid = np.flatnonzero(self._batch["example"]["valid"]).tolist()
+        valid = np.flatnonzero(self._part["example"]["valid"]).tolist()
         step = int(state.step)
-        sheet = reconstruction_sheet([row_of(self._setup, self._batch, guesses, i) for i in valid], f"step {step}")
+        sheet = reconstruction_sheet([row_of(self._setup, self._part, restored, i) for i in valid], f"step {step}")
         self._folder.mkdir(parents=True, exist_ok=True)
         sheet.save(self._folder / f"step_{step:08d}.png")
         return np.asarray(sheet)
 
 
-def row_of(setup: Setup, batch: Any, guesses: dict[str, np.ndarray], example: int) -> Reconstruction:
-    """One example of a batch beside what the model made of it.
+def replayed_sheet(
+    setup: Setup, state: TrainState, rows: Sequence[tuple[Any, int]], title: str
+) -> tuple[Image.Image, list[str]] | None:
+    """Reconstructions of chosen examples, and their captions; None if the objective restores nothing.
 
     Args:
         setup: the run's parts.
-        batch: in host memory.
-        guesses: of `Objective.reconstruct`, likewise.
+        state: whose model restores.
+        rows: of each example its part of the batch, in host memory, and its row there.
+        title: of the sheet.
+    """
+    if not isinstance(setup.objective, Restores):
+        return None
+    restore, unit = restorer(setup), batch_parts(setup.mesh)
+    examples = []
+    for part, row in rows:  # one at a time, on every device, as parts have different shapes
+        one = jax.tree.map(lambda x, row=row: np.repeat(np.asarray(x)[row : row + 1], unit, axis=0), part)
+        restored = fetch(restore(state.params, put_whole_batch(one, setup.mesh)))
+        examples.append(row_of(setup, one, restored, 0))
+    captions = ["".join(word.text for word in example.words).strip() for example in examples]
+    return reconstruction_sheet(examples, title), captions
+
+
+def row_of(setup: Setup, part: Any, restored: Mapping[str, Restored], example: int) -> Reconstruction:
+    """One example beside what the model made of it.
+
+    Args:
+        setup: the run's parts.
+        part: rows of a batch, in host memory.
+        restored: what `Restores.restore` made of it, likewise.
         example: its row.
     """
-    groups = {
-        name: {part: {k: v[example] for k, v in tokens.items()} for part, tokens in group.items()}
-        for name, group in batch["groups"].items()
-    }
-    original = masked = restored = None
-    if "image" in groups:
-        original, masked, restored = _pictures(setup.config, groups["image"], guesses["image"][example])
+    original = masked = picture = None
     words: tuple[Word, ...] = ()
-    if "text" in groups and setup.tokenizer:
-        words = _words(groups["text"], guesses["text"][example], setup.tokenizer)
-    return Reconstruction(original, masked, restored, words)
+    for name, group in part["groups"].items():
+        sets = jax.tree.map(lambda x: x[example], group)
+        value = np.asarray(restored[name].value)[example]
+        if value.ndim == 2:
+            original, masked, picture = _pictures(setup, sets, value)
+        elif setup.tokenizer:
+            words = _words(sets, value, setup.tokenizer)
+    return Reconstruction(original, masked, picture, words)
 
 
-def _pictures(
-    config: ConfigDict, group: dict[str, Any], guess: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if config.loss.normalize_patches:
-        # Only the patch's own statistics give such a guess a colour, as in MAE's pictures.
-        mean, std = patch_statistics(normalize_pixels(group["target"]["value"], config))
-        guess = guess * std + mean
-    rows, columns = grid(config)
+def _pictures(setup: Setup, group: dict[str, Any], value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, columns = patch_grid(setup.config)
     visible, target = group["visible"], group["target"]
-    patches = np.full((rows * columns, visible["value"].shape[-1]), _HIDDEN_GREY, np.uint8)
 
-    def filled(values: dict[str, np.ndarray], where: dict[str, np.ndarray], base: np.ndarray) -> np.ndarray:
+    def filled(value: np.ndarray, tokens: dict[str, np.ndarray], base: np.ndarray) -> np.ndarray:
         out = base.copy()
-        out[where["position"][where["valid"]]] = values["value"][where["valid"]]
+        out[tokens["position"][tokens["valid"]]] = value[tokens["valid"]]
         return out
 
-    masked = filled(visible, visible, patches)
-    original = filled(target, target, masked)
-    restored = filled({"value": np.asarray(denormalize_pixels(jnp.asarray(guess), config))}, target, masked)
-    whole = unpatchify(np.stack([original, masked, restored]), config.data.patch_size, (rows, columns))
-    return whole[0], whole[1], whole[2]
+    empty = np.full((rows * columns, value.shape[-1]), _HIDDEN_GREY, np.uint8)
+    masked = filled(visible["value"], visible, empty)
+    pictures = [filled(target["value"], target, masked), masked, filled(value, target, masked)]
+    original, masked, restored = unpatchify(np.stack(pictures), setup.config.data.patch_size, (rows, columns))
+    return original, masked, restored
 
 
-def _words(group: dict[str, Any], logits: np.ndarray, tokenizer: Tokenizer) -> tuple[Word, ...]:
+def _words(group: dict[str, Any], value: np.ndarray, tokenizer: Tokenizer) -> tuple[Word, ...]:
     words: dict[int, Word] = {}
     visible, target = group["visible"], group["target"]
     for position, token in zip(visible["position"][visible["valid"]], visible["value"][visible["valid"]], strict=True):
         words[int(position)] = Word(read_pieces(tokenizer, [int(token)])[0], hidden=False, predicted=None)
-    best = np.argmax(logits, axis=-1)
     for slot in np.flatnonzero(target["valid"]):
-        text, guess = read_pieces(tokenizer, [int(target["value"][slot]), int(best[slot])])
+        text, guess = read_pieces(tokenizer, [int(target["value"][slot]), int(value[slot])])
         words[int(target["position"][slot])] = Word(text, hidden=True, predicted=guess)
     return tuple(words[position] for position in sorted(words))

@@ -2,65 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3ae_jax.data import masking
-from m3ae_jax.data.order import fold_seed, token_budget
-from m3ae_jax.data.pipeline import uniform_numbers
-from m3ae_jax.evals.features import kept
-from m3ae_jax.objectives.base import Batch, Params
+from m3ae_jax.data.order import RandomStream, fold_seed
+from m3ae_jax.data.pipeline import masked
+from m3ae_jax.data.sources import build_source
+from m3ae_jax.data.tokens import group_of
+from m3ae_jax.evals.clean import clean_batches, concatenated
+from m3ae_jax.evals.features import shared
+from m3ae_jax.objectives.base import Params, Part, Restored, Restores
+from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
 
+T = TypeVar("T")
+
 _LOGITS = 2**28  # numbers that the logits of a batch may be
+_BOOTSTRAP = 1000  # draws
 
 
-def hidden_at_random(group: dict[str, Any], position: np.ndarray, ratio: float) -> dict[str, Any]:
+def hidden_at_random(setup: Setup, name: str, group: dict[str, Any], position: np.ndarray, ratio: float) -> Any:
     """Hides a share of each example's tokens: the same ones each time.
 
     Args:
+        setup: the run's parts.
+        name: of the group, which is that of its modality's view.
         group: token sets of a clean batch (`clean.clean_batches`), in host memory.
         position: `[B]`, ``example.position``.
         ratio: mask ratio.
+
+    Returns:
+        Token sets, as `group`.
     """
-    tokens = group["visible"]
+    modality = next(m for m in setup.config.data.modalities if group_name(setup, m) == name)
+    (view,) = setup.objective.view([modality], {modality: ratio})
     seed = fold_seed("evaluations", "masks")
-    noise = np.stack([uniform_numbers(seed, int(p), tokens["valid"].shape[1]) for p in position])
-    hidden = masking.random_subset(noise, tokens["valid"], ratio)
-    split = masking.split(tokens["value"], tokens["valid"], hidden, token_budget(tokens["valid"].shape[1], ratio))
-    return {part: {k: np.asarray(v) for k, v in sets.items()} for part, sets in split.items()}
+    streams = [RandomStream(seed, draw) for draw in position.tolist()]
+    return masked(view, streams, {modality: (group["visible"]["value"], group["visible"]["valid"])})
 
 
-def scorer(setup: Setup) -> Callable[[Params, Batch], dict[str, dict[str, jax.Array]]]:
-    """Compiles what tells, of each group that has targets, ``{name: [B] float32}`` sums over them and their ``count``.
+def restorer(setup: Setup) -> Callable[[Params, Part], dict[str, Restored]]:
+    """The objective's `Restores.restore`, compiled."""
+    objective = setup.objective
+    assert isinstance(objective, Restores)
+    return shared(setup, "restorer", lambda: setup.jit(objective.restore))
 
-    Of words ``loss`` (nats) and ``correct``; of patches ``error``, the mean squared error of a patch's values, in the
-    pixel space of the loss.
+
+def scorer(setup: Setup) -> Callable[[Params, Part], dict[str, dict[str, jax.Array]]]:
+    """Compiles what computes, of each group that has targets, sums over them and their ``count``, `[B] float32`.
+
+    They are ``loss``, as `Restored.loss`, and of ids ``correct``.
     """
-    modality = {group.name: group.modality for group in setup.objective.groups}
+    objective = setup.objective
+    assert isinstance(objective, Restores)
 
-    def score(params: Params, batch: Batch) -> dict[str, dict[str, jax.Array]]:
-        guesses, targets = setup.objective.reconstruct(params, batch), setup.objective.targets(batch)
-        found = {}
-        for name, guess in guesses.items():
-            valid, target = batch["groups"][name]["target"]["valid"], targets[name]
+    def score(params: Params, part: Part) -> dict[str, dict[str, jax.Array]]:
+        scores = {}
+        for name, restored in objective.restore(params, part).items():
+            valid = part["groups"][name]["target"]["valid"]
             if not valid.shape[1]:
                 continue
-            if modality[name] == "image":
-                per_token = {"error": jnp.mean(jnp.square(guess - target), axis=-1)}
-            else:
-                right = jnp.take_along_axis(guess, target[..., None], axis=-1)[..., 0]
-                loss = jax.nn.logsumexp(guess, axis=-1) - right
-                per_token = {"loss": loss, "correct": (jnp.argmax(guess, axis=-1) == target).astype(jnp.float32)}
-            sums = {k: jnp.sum(jnp.where(valid, x, 0.0), axis=1, dtype=jnp.float32) for k, x in per_token.items()}
-            found[name] = sums | {"count": jnp.sum(valid, axis=1, dtype=jnp.float32)}
-        return found
+            per_token = {"loss": restored.loss, "count": jnp.ones_like(restored.loss)}
+            if restored.correct is not None:
+                per_token["correct"] = restored.correct.astype(jnp.float32)
+            scores[name] = {
+                key: jnp.sum(jnp.where(valid, x, 0.0), axis=1, dtype=jnp.float32) for key, x in per_token.items()
+            }
+        return scores
 
-    return kept(setup, "scorer", lambda: setup.jit(score))
+    return shared(setup, "scorer", lambda: setup.jit(score))
 
 
 def batch_size(setup: Setup) -> int:
@@ -72,5 +86,60 @@ def batch_size(setup: Setup) -> int:
 
 def names_of(setup: Setup) -> tuple[str, str]:
     """The groups of the picture and of the caption."""
-    found = {group.modality: group.name for group in reversed(setup.objective.groups)}
-    return found["image"], found["text"]
+    groups = setup.objective.view(("image", "text"))
+    return group_of(groups, "image").name, group_of(groups, "text").name
+
+
+def group_name(setup: Setup, modality: str) -> str:
+    """The group of a modality in the objective's view of it."""
+    return group_of(setup.objective.view((modality,)), modality).name
+
+
+def read_pairs(setup: Setup, examples: int, size: int, compute: Callable[[Part], Any]) -> dict[str, Any]:
+    """Examples of ``data.val`` that have a picture and words, all of them visible, and what is computed of them.
+
+    Args:
+        setup: the run's parts.
+        examples: at most so many, a random choice.
+        size: rows of a batch.
+        compute: of a batch on the mesh, of which it has ``groups`` alone: a pytree of `[B, ...]` arrays.
+
+    Returns:
+        In host memory ``groups``, ``position`` (as `tokens.EXAMPLE`) and ``computed``.
+    """
+    image, text = names_of(setup)
+    batches = []
+    for part in clean_batches(setup, build_source(setup.config, "val"), examples, size):
+        groups = put_batch({name: part["groups"][name] for name in (image, text)}, setup.mesh)
+        example = put_batch({name: part["example"][name] for name in ("position", "valid")}, setup.mesh)
+        batch = fetch({"groups": groups, **example, "computed": compute({"groups": groups})})
+        paired = batch.pop("valid") & batch["groups"][text]["visible"]["valid"].any(axis=1)
+        batches.append(jax.tree.map(lambda x, paired=paired: x[paired], batch))
+    pairs: dict[str, Any] = concatenated(batches)
+    return pairs
+
+
+def in_chunks(items: Sequence[T], size: int, compute: Callable[[list[T]], np.ndarray]) -> np.ndarray:
+    """The results of all items, computed of `size` at a time: the last chunk is filled up with its first item."""
+    results = []
+    for start in range(0, len(items), size):
+        chunk = list(items[start : start + size])
+        results.append(compute(chunk + chunk[:1] * (size - len(chunk)))[: len(chunk)])
+    return np.concatenate(results)
+
+
+def bootstrap_interval(total: np.ndarray, count: np.ndarray) -> dict[str, float]:
+    """The 95 % interval of a mean, ``low`` and ``high``, from a bootstrap over examples.
+
+    Args:
+        total: `[n]`, each example's sum.
+        count: `[n]`, over how many.
+    """
+    draws = np.random.default_rng(0).integers(0, len(count), (_BOOTSTRAP, len(count)))
+    low, high = np.percentile(total[draws].sum(axis=1) / np.maximum(count[draws].sum(axis=1), 1.0), [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
+
+
+def difference_cell(figures: dict[str, float]) -> str:
+    """``difference`` with its interval, ``low`` and ``high``, for a table."""
+    return f"{figures['difference']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]"

@@ -12,18 +12,18 @@ the k best. Equal scores are taken in random order, and its expectation is count
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
-from m3ae_jax.data.sources import build_source
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.clean import clean_batches, identities
-from m3ae_jax.evals.features import encoder, fresh_params
-from m3ae_jax.evals.restored import batch_size, hidden_at_random, names_of, scorer
-from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch, put_whole_batch
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.clean import identities
+from m3ae_jax.evals.features import encoder, fresh_params, unit
+from m3ae_jax.evals.restored import batch_size, hidden_at_random, in_chunks, names_of, read_pairs, scorer
+from m3ae_jax.objectives.base import Part
+from m3ae_jax.parallel.mesh import fetch, put_whole_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
@@ -92,78 +92,48 @@ def _chance_within(places: np.ndarray, tied: np.ndarray, right: np.ndarray) -> n
 
 
 def evaluate(setup: Setup, state: TrainState) -> Result:
-    """Asks on ``eval.pairs`` examples of ``data.val``."""
-    data = _read(setup, {"trained": state.params, "untrained": fresh_params(setup)})
-    pairs = Pairs.of(data.picture, data.caption)
+    """Recall among ``eval.pairs`` examples of ``data.val``."""
+    encode, params = encoder(setup), {"trained": state.params, "untrained": fresh_params(setup)}
+
+    def features(part: Part) -> dict[str, jax.Array]:
+        return {f"{who}/{kind}": x for who, p in params.items() for kind, x in encode(p, part).items()}
+
+    data = read_pairs(setup, setup.config.eval.pairs, batch_size(setup), features)
+    pixels, words = (data["groups"][name]["visible"] for name in names_of(setup))
+    captions = np.where(words["valid"], words["value"], -1)
+    pairs = Pairs.of(identities(pixels["value"]), identities(captions))
     scalars = {"pictures": float(len(pairs.pictures)), "captions": float(len(pairs.captions))}
-    found: list[tuple[str, np.ndarray, np.ndarray]] = []
+    scores: list[tuple[str, np.ndarray, np.ndarray]] = []
     for kind in ("cls", "mean"):
         for who in ("trained", "untrained"):
-            image, text = (_unit(data.features[f"{who}/{m}/{kind}"]) for m in ("image", "text"))
-            found.append((f"{who}/{kind}", image[pairs.pictures] @ text[pairs.captions].T, pairs.right))
-    found.append(("chance", np.zeros(pairs.right.shape), pairs.right))
+            image, text = (unit(data["computed"][f"{who}/{m}/{kind}"]) for m in ("image", "text"))
+            scores.append((f"{who}/{kind}", image[pairs.pictures] @ text[pairs.captions].T, pairs.right))
+    scores.append(("chance", np.zeros(pairs.right.shape), pairs.right))
     few = pairs.first(setup.config.eval.scored_pairs)
     if few.right.size:
         for name, score in _by_words(setup, state, data, few).items():
-            found.append((name, score, few.right))
-        found.append(("words_chance", np.zeros(few.right.shape), few.right))
-    asked = [f"recall@{k}" for k in RECALL_AT]
-    heads = [f"{d.replace('_', ' ')}, {a}" for d in _DIRECTIONS for a in asked]
-    lines = [f"| score | pictures, captions | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    for name, score, right in found:
+            scores.append((name, score, few.right))
+        scores.append(("words_chance", np.zeros(few.right.shape), few.right))
+    columns = [(direction, f"recall@{k}") for direction in _DIRECTIONS for k in RECALL_AT]
+    rows = []
+    for name, score, right in scores:
         both = {"image_to_text": recall(score, right), "text_to_image": recall(score.T, right.T)}
         scalars |= {f"{name}/{d}/{figure}": value for d in both for figure, value in both[d].items()}
-        cells = " | ".join(f"{both[d][a]:.3f}" for d in _DIRECTIONS for a in asked)
-        lines.append(f"| {name.replace('/', ', ')} | {right.shape[0]}, {right.shape[1]} | {cells} |")
-    return Result("retrieval", {f"retrieval/{name}": value for name, value in scalars.items()}, "\n".join(lines))
+        cells = [f"{both[direction][figure]:.3f}" for direction, figure in columns]
+        rows.append([name.replace("/", ", "), f"{right.shape[0]}, {right.shape[1]}", *cells])
+    heads = [f"{direction.replace('_', ' ')}, {figure}" for direction, figure in columns]
+    return Result.of("retrieval", scalars, table(["score", "pictures, captions", *heads], rows))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples:
-    """Examples with picture and caption: features by kind, numbers of both, and the first ones' tokens."""
-
-    features: dict[str, np.ndarray]
-    picture: np.ndarray
-    caption: np.ndarray
-    position: np.ndarray
-    groups: dict[str, Any]
-
-
-def _read(setup: Setup, params: dict[str, Any]) -> _Examples:
-    source = build_source(setup.config, "val")
-    image, text = names_of(setup)
-    encode = encoder(setup)
-    rows: list[dict[str, Any]] = []
-    for batch in clean_batches(setup, source, setup.config.eval.pairs, batch_size(setup)):
-        groups = put_batch({name: batch["groups"][name] for name in (image, text)}, setup.mesh)
-        found = {f"{who}/{k}": x for who, p in params.items() for k, x in encode(p, {"groups": groups}).items()}
-        example = {name: batch["example"][name] for name in ("position", "valid")}
-        row = fetch({"features": found, "groups": groups, **put_batch(example, setup.mesh)})
-        words = row["groups"][text]["visible"]
-        keep = row.pop("valid") & words["valid"].any(axis=1)
-        row = jax.tree.map(lambda x, keep=keep: x[keep], row)
-        rows.append(row)
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-    pixels, words = (whole["groups"][name]["visible"] for name in (image, text))
-    caption = np.where(words["valid"], words["value"], -1)
-    return _Examples(
-        whole["features"],
-        identities(pixels["value"]),
-        identities(caption),
-        whole["position"],
-        whole["groups"],
-    )
-
-
-def _by_words(setup: Setup, state: TrainState, data: _Examples, pairs: Pairs) -> dict[str, np.ndarray]:
-    """``words`` and ``words_gain``, `[P, C]` each."""
+def _by_words(setup: Setup, state: TrainState, data: dict[str, Any], pairs: Pairs) -> dict[str, np.ndarray]:
+    """``words`` and ``words_gain``, `[P, C]` each, of what `read_pairs` gave."""
     image, text = names_of(setup)
     score = scorer(setup)
-    pictures = jax.tree.map(lambda x: x[pairs.pictures], data.groups[image])
-    whole = jax.tree.map(lambda x: x[pairs.captions], data.groups[text])
-    captions = hidden_at_random(whole, data.position[pairs.captions], _WORDS_HIDDEN)
+    pictures = jax.tree.map(lambda x: x[pairs.pictures], data["groups"][image])
+    whole = jax.tree.map(lambda x: x[pairs.captions], data["groups"][text])
+    captions = hidden_at_random(setup, text, whole, data["position"][pairs.captions], _WORDS_HIDDEN)
 
-    def losses(rows: list[tuple[int, int]], alone: bool) -> np.ndarray:
+    def losses(rows: list[tuple[int, int]], *, alone: bool) -> np.ndarray:
         p, c = np.array(rows).T
         groups = {text: jax.tree.map(lambda x: x[c], captions)}
         groups |= {} if alone else {image: jax.tree.map(lambda x: x[p], pictures)}
@@ -171,22 +141,11 @@ def _by_words(setup: Setup, state: TrainState, data: _Examples, pairs: Pairs) ->
         each: np.ndarray = sums["loss"] / np.maximum(sums["count"], 1.0)
         return each
 
+    def losses_of(rows: list[tuple[int, int]], *, alone: bool) -> np.ndarray:
+        size = setup.eval_rows(len(rows), batch_size(setup))
+        return in_chunks(rows, size, functools.partial(losses, alone=alone))
+
     shape = pairs.right.shape
-    every = list(np.ndindex(*shape))
-    once = [(0, c) for c in range(shape[1])]
-    with_picture = np.concatenate([losses(rows, alone=False)[:n] for rows, n in _chunks(setup, every)]).reshape(shape)
-    without = np.concatenate([losses(rows, alone=True)[:n] for rows, n in _chunks(setup, once)])
+    with_picture = losses_of(list(np.ndindex(*shape)), alone=False).reshape(shape)
+    without = losses_of([(0, c) for c in range(shape[1])], alone=True)
     return {"words": -with_picture, "words_gain": without - with_picture}
-
-
-def _chunks(setup: Setup, rows: list[Any]) -> Iterator[tuple[list[Any], int]]:
-    """Equal chunks, one compiled shape, and how many rows of each count: the last is filled up with its first row."""
-    parts = batch_parts(setup.mesh)
-    size = -(-min(batch_size(setup), len(rows)) // parts) * parts
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        yield chunk + chunk[:1] * (size - len(chunk)), len(chunk)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,16 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.data import images
-from m3ae_jax.data.pipeline import grid
+import m3ae_jax.data.images as images
+from m3ae_jax.config.fields import FieldGroup, setting
+from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.clean import clean_batches
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.clean import clean_batches, concatenated
 from m3ae_jax.evals.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from m3ae_jax.evals.features import PIXELS, encoded, fresh_params, kept, pooled, shrunk
-from m3ae_jax.evals.labelled import Noted, check_labels, open_labelled
+from m3ae_jax.evals.features import PIXELS, encoded, fresh_params, majority, pooled, shared, shrunk
+from m3ae_jax.evals.labelled import check_labels, open_labelled
 from m3ae_jax.evals.linear import Classifier, swept
+from m3ae_jax.evals.restored import group_name
 from m3ae_jax.objectives.base import Params, build
+from m3ae_jax.objectives.parts.pixels import normalize_unit
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -47,6 +50,19 @@ Loss = Callable[[jax.Array], jax.Array]
 
 Features = Callable[[Params, dict[str, Any], jax.Array], jax.Array]
 """Of parameters, the picture's token sets and its pixels `[B, L, P] float32` in [0, 1]: `[B, D] float32`."""
+
+
+class RobustnessFields(FieldGroup):
+    """Attacks on the pictures of ``eval.test``."""
+
+    epsilons: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0), low=0, high=255)
+    """How far a pixel value may be moved, of 255."""
+    pgd_steps: int = setting(10, low=1, high=10_000)
+    """Steps of projected gradient ascent."""
+    examples: int = setting(1000, low=1)
+    """Examples at most: an attack costs as much as training on them."""
+    pooling: str = setting("cls", choices=("cls", "mean"))
+    """The features that are attacked: cls, or mean of the patches' tokens."""
 
 
 def fgsm(loss: Loss, pixels: jax.Array, epsilon: jax.Array | float) -> jax.Array:
@@ -81,8 +97,8 @@ def pgd(loss: Loss, pixels: jax.Array, epsilon: jax.Array | float, start: jax.Ar
     def step(_: int, x: jax.Array) -> jax.Array:
         return jnp.clip(x + _REACH * epsilon / steps * jnp.sign(_slope(loss, x)), low, high)
 
-    found: jax.Array = jax.lax.fori_loop(0, steps, step, jnp.clip(pixels + epsilon * start, low, high))
-    return found
+    moved: jax.Array = jax.lax.fori_loop(0, steps, step, jnp.clip(pixels + epsilon * start, low, high))
+    return moved
 
 
 def _slope(loss: Loss, pixels: jax.Array) -> jax.Array:
@@ -97,31 +113,30 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """
     check_pictures(setup.config)
     train = encoded(setup, state, "train")
+    kind = f"image/{setup.config.eval.robustness.pooling}"
+    encoders = {f"trained/{kind}": state.params, f"untrained/{kind}": fresh_params(setup), PIXELS: {}}
     victims = [
-        Victim.of(setup, name, params, swept(train.features[kind], train.label, len(train.classes)))
-        for name, kind, params in _probed(setup, state)
+        Victim.of(setup, features, params, swept(train.features[features], train.label, len(train.classes)))
+        for features, params in encoders.items()
     ]
     right, label = _judged(setup, victims)
     accuracy = {key: float(hits.mean()) for key, hits in right.items()}
     for victim in victims:
-        of_kinds = []
         for corruption in CORRUPTIONS:
-            found = [accuracy.pop((victim.name, f"{corruption}/{severity}")) for severity in SEVERITIES]
-            accuracy[victim.name, corruption] = float(np.mean(found))
-            of_kinds.append(accuracy[victim.name, corruption])
-        accuracy[victim.name, "corruptions"] = float(np.mean(of_kinds))
-    scalars = {f"robustness/{name}/{condition}": value for (name, condition), value in accuracy.items()}
-    always = float((label == np.bincount(train.label).argmax()).mean())
-    counts = {"majority": always, "train_examples": float(len(train.label)), "test_examples": float(len(label))}
-    scalars |= {f"robustness/{name}": value for name, value in counts.items()}
-    return Result("robustness", scalars, _table(accuracy, [victim.name for victim in victims], always))
+            by_severity = [accuracy.pop((victim.name, f"{corruption}/{severity}")) for severity in SEVERITIES]
+            accuracy[victim.name, corruption] = float(np.mean(by_severity))
+        accuracy[victim.name, "corruptions"] = float(np.mean([accuracy[victim.name, one] for one in CORRUPTIONS]))
+    always = majority(train.label, label)
+    scalars = {f"{name}/{condition}": value for (name, condition), value in accuracy.items()}
+    scalars |= {"majority": always, "train_examples": float(len(train.label)), "test_examples": float(len(label))}
+    return Result.of("robustness", scalars, _table(accuracy, [victim.name for victim in victims], always))
 
 
 def check_pictures(config: ConfigDict) -> None:
     """Refuses a run on texts alone, and labelled texts.
 
     Raises:
-        UserError: as said.
+        UserError: the run, or the labelled data, hold no pictures.
     """
     if "image" not in config.data.modalities:
         raise UserError(
@@ -133,21 +148,13 @@ def check_pictures(config: ConfigDict) -> None:
             raise UserError(f"evals=('robustness',) attacks pictures: eval.{part} holds only {', '.join(held)}")
 
 
-def _probed(setup: Setup, state: TrainState) -> Iterator[tuple[str, str, Params]]:
-    """Whose features are probed: a name, their kind, the parameters."""
-    kind = f"image/{setup.config.eval.robustness.pooling}"
-    yield "trained", f"trained/{kind}", state.params
-    yield "untrained", f"untrained/{kind}", fresh_params(setup)
-    yield PIXELS, PIXELS, {}
-
-
 @dataclasses.dataclass(frozen=True)
 class Victim:
     """A probe on features of pictures.
 
     Attributes:
         name: ``trained``, ``untrained`` or ``pixels``.
-        right: of pictures on the devices (`_on_device`), `[B] bool`: which are told right.
+        right: of pictures on the devices (`_on_device`), `[B] bool`: which are classified right.
         attacked: of such pictures and epsilon, the same by attack.
     """
 
@@ -156,10 +163,11 @@ class Victim:
     attacked: Callable[[dict[str, Any], float], dict[str, jax.Array]]
 
     @staticmethod
-    def of(setup: Setup, name: str, params: Params, probe: Classifier) -> Victim:
-        """A probe on the features of an encoder, or on the shrunk pixels."""
+    def of(setup: Setup, kind: str, params: Params, probe: Classifier) -> Victim:
+        """A probe on a kind of features: of an encoder, or the shrunk pixels."""
+        name = kind.partition("/")[0]
         of = PIXELS if name == PIXELS else "encoder"
-        programs = kept(setup, f"robustness/{of}", lambda: _programs(setup, of))
+        programs = shared(setup, f"robustness/{of}", lambda: _programs(setup, of))
         scale = probe.scale
         columns = {"mean": scale.mean, "deviation": scale.deviation, "weight": probe.weight, "bias": probe.bias}
         head = {key: np.asarray(value, np.float32) for key, value in columns.items()}
@@ -181,8 +189,7 @@ def _programs(setup: Setup, of: str) -> dict[str, Callable[..., Any]]:
             return (x - head["mean"]) / head["deviation"] @ head["weight"] + head["bias"]
 
     def right(params: Params, head: dict[str, jax.Array], pictures: dict[str, Any]) -> jax.Array:
-        found = jnp.argmax(logits(params, head, pictures, _unit(pictures)), axis=1)
-        return found == pictures["label"]
+        return jnp.argmax(logits(params, head, pictures, _unit(pictures)), axis=1) == pictures["label"]
 
     def attacked(
         params: Params, head: dict[str, jax.Array], pictures: dict[str, Any], epsilon: jax.Array
@@ -193,10 +200,8 @@ def _programs(setup: Setup, of: str) -> dict[str, Callable[..., Any]]:
             each = jax.nn.log_softmax(logits(params, head, pictures, x))
             return -jnp.take_along_axis(each, label[:, None], axis=1)[:, 0]
 
-        moved = {
-            "fgsm": fgsm(loss, pixels, epsilon),
-            "pgd": pgd(loss, pixels, epsilon, _starts(pictures["position"], pixels.shape[1:]), steps),
-        }
+        start = _starts(pictures["position"], pixels.shape[1:])
+        moved = {"fgsm": fgsm(loss, pixels, epsilon), "pgd": pgd(loss, pixels, epsilon, start, steps)}
         return {k: jnp.argmax(logits(params, head, pictures, x), axis=1) == label for k, x in moved.items()}
 
     return {"right": setup.jit(right), "attacked": setup.jit(attacked)}
@@ -218,68 +223,57 @@ def _starts(position: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _of_encoder(setup: Setup) -> Features:
     config = setup.config.copy_and_resolve_references()
     # Fused kernels know no float32; and the backward pass of a whole batch of whole pictures needs the room.
-    config.model.compute_dtype, config.model.attention, config.model.remat = "float32", "xla", "full"
+    config.compute.dtype, config.compute.attention, config.compute.remat = "float32", "xla", "full"
     objective = build(config, setup.tokenizer.vocab_size if setup.tokenizer else 0)
-    name, pooling, data = _group(setup), config.eval.robustness.pooling, config.data
+    name, pooling = group_name(setup, "image"), config.eval.robustness.pooling
 
     def features(params: Params, group: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        repeats = pixels.shape[-1] // 3  # the last axis of a patch is the channel
-        mean, std = (np.tile(np.float32(x), repeats) for x in (data.image_mean, data.image_std))
-        visible = {**group["visible"], "value": (pixels - mean) / std}
+        visible = {**group["visible"], "value": normalize_unit(pixels, config)}
         return pooled(objective, params, {"groups": {name: {**group, "visible": visible}}})[f"image/{pooling}"]
 
     return features
 
 
-def _group(setup: Setup) -> str:
-    return next(group.name for group in setup.objective.groups if group.modality == "image")
-
-
 def _judged(setup: Setup, victims: list[Victim]) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray]:
-    """Which examples are told right, `[n] bool` by victim and condition; and their labels, of those that decode."""
-    noted, name = Noted(open_labelled(setup.config, "test")), _group(setup)
-    examples = min(setup.config.eval.test_examples, setup.config.eval.robustness.examples)
-    rows: list[dict[Any, np.ndarray]] = []
-    for batch in clean_batches(setup, noted, examples):
-        example = batch["example"]
-        label, position = noted.label_of(example["index"]), example["position"].astype(np.int32)
-        found: dict[Any, jax.Array] = put_batch({"valid": example["valid"], "label": label}, setup.mesh)
-        for condition, group in _conditions(setup, batch["groups"][name], position):
-            pictures = put_batch({"group": group, "label": label, "position": position}, setup.mesh)
+    """Which examples that decode are classified right, `[n] bool` by victim and condition; and their labels."""
+    options, name, batches = setup.config.eval.robustness, group_name(setup, "image"), []
+    examples = min(setup.config.eval.test_examples, options.examples)
+    for part in clean_batches(setup, open_labelled(setup.config, "test"), examples):
+        example = put_batch({key: part["example"][key] for key in ("valid", "label", "position")}, setup.mesh)
+        right: dict[tuple[str, str], jax.Array] = {}
+        for condition, group in _conditions(setup, part["groups"][name], part["example"]["position"]):
+            pictures = {"group": put_batch(group, setup.mesh), **example}
             for victim in victims:
-                found[victim.name, condition] = victim.right(pictures)
-                for epsilon in setup.config.eval.robustness.epsilons if condition == "clean" else ():
-                    for attack, right in victim.attacked(pictures, epsilon).items():
-                        found[victim.name, f"{attack}/{epsilon:g}"] = right
-        rows.append({key: fetch(x) for key, x in found.items()})
-    whole = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-    valid, label = whole.pop("valid"), whole.pop("label")
+                right[victim.name, condition] = victim.right(pictures)
+                for epsilon in options.epsilons if condition == "clean" else ():
+                    for attack, withstood in victim.attacked(pictures, epsilon).items():
+                        right[victim.name, f"{attack}/{epsilon:g}"] = withstood
+        batches.append({**fetch(example), "right": {key: fetch(hits) for key, hits in right.items()}})
+    whole = concatenated(batches)
+    valid, label = whole["valid"], whole["label"]
     check_labels(valid, label)
-    return {key: hits[valid] for key, hits in whole.items()}, label[valid]
+    return {key: whole["right"][key][valid] for key in right}, label[valid]
 
 
 def _conditions(setup: Setup, group: dict[str, Any], position: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
     """The token sets of a batch's pictures, clean and with each corruption (``<corruption>/<severity>``)."""
     yield "clean", group
     patch, visible = setup.config.data.patch_size, group["visible"]
-    whole = images.unpatchify(visible["value"], patch, grid(setup.config))
+    whole = images.unpatchify(visible["value"], patch, patch_grid(setup.config))
     with concurrent.futures.ThreadPoolExecutor(setup.config.data.threads or None) as pool:
         for corruption in CORRUPTIONS:
             for severity in SEVERITIES:
-                asked = ([corruption] * len(whole), [severity] * len(whole), position.tolist())
-                changed = np.stack(list(pool.map(corrupted, whole, *asked)))
-                yield (
-                    f"{corruption}/{severity}",
-                    {**group, "visible": {**visible, "value": images.patchify(changed, patch)}},
-                )
+                arguments = ([corruption] * len(whole), [severity] * len(whole), position.tolist())
+                patches = images.patchify(np.stack(list(pool.map(corrupted, whole, *arguments))), patch)
+                yield f"{corruption}/{severity}", {**group, "visible": {**visible, "value": patches}}
 
 
-def _table(accuracy: dict[tuple[str, str], float], names: list[str], always: float) -> str:
-    lines = [f"| accuracy on pictures | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+def _table(accuracy: Mapping[tuple[str, str], float], names: list[str], always: float) -> str:
+    rows = []
     for condition in [condition for name, condition in accuracy if name == names[0]]:
         attack, _, epsilon = condition.partition("/")
-        told = f"{attack.upper()}, {epsilon}/255" if epsilon else condition.replace("_", " ")
-        told = "mean of corruptions" if condition == "corruptions" else told
-        lines.append(f"| {told} | {' | '.join(f'{accuracy[name, condition]:.3f}' for name in names)} |")
-    lines.append(f"| majority class | {' | '.join(f'{always:.3f}' for _ in names)} |")
-    return "\n".join(lines)
+        title = f"{attack.upper()}, {epsilon}/255" if epsilon else condition.replace("_", " ")
+        title = "mean of corruptions" if condition == "corruptions" else title
+        rows.append([title, *(f"{accuracy[name, condition]:.3f}" for name in names)])
+    rows.append(["majority class", *[f"{always:.3f}"] * len(names)])
+    return table(["accuracy on pictures", *names], rows)

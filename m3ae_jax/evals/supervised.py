@@ -9,29 +9,32 @@ Legend: ``B`` examples of a batch, ``C`` classes, ``D`` width.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import steps
+from m3ae_jax.config.durations import steps
+from m3ae_jax.config.fields import FieldGroup, setting
+from m3ae_jax.data.fields import check_crops
 from m3ae_jax.data.order import Order, fold_seed
-from m3ae_jax.data.pipeline import Batches, Feed, View
-from m3ae_jax.data.sources.base import Record, Source
+from m3ae_jax.data.pipeline import Feed, View
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.clean import clean_batches
-from m3ae_jax.evals.features import Figures, pooled, shown
-from m3ae_jax.evals.labelled import UNLABELLED, Noted, open_labelled
-from m3ae_jax.objectives.base import Batch, Objective, Params
-from m3ae_jax.parallel.mesh import batch_parts, fetch, local_rows, put_batch
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.clean import clean_batches, with_labels
+from m3ae_jax.evals.features import INPUTS, pooled, shown
+from m3ae_jax.evals.labelled import UNLABELLED, LabelRecorder, open_labelled
+from m3ae_jax.objectives.base import Objective, Params, Part
+from m3ae_jax.objectives.batch import abstract_part
+from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch
 from m3ae_jax.train.setup import Setup
 
 log = logging.getLogger("m3ae_jax")
@@ -39,22 +42,41 @@ log = logging.getLogger("m3ae_jax")
 S = TypeVar("S")
 
 Sums = dict[str, jax.Array]
-"""Of a batch, see `sums`; what was counted, not yet divided."""
+"""Of a batch, see `sums`: what was counted, not yet divided."""
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """Of a training picture, see `data.pipeline.View`."""
 
 PROTOCOLS = ("linear_probe", "finetune")
-INPUTS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 _REPORTS = 10  # progress lines; the last of these parts of a training is what its figures are of
 _UNFETCHED = 50  # steps after which the host waits for the device, which bounds what is in flight
 
 
-def check(config: ConfigDict) -> None:
+class Fields(FieldGroup):
+    """What the protocols share."""
+
+    input: str = setting("image", choices=tuple(INPUTS))
+    """What the encoder reads."""
+    pooling: str = setting("cls", choices=("cls", "mean"))
+    """cls, or mean of the other tokens."""
+    crop_scale: tuple[float, float] = setting((0.08, 1.0))
+    """Of the training pictures, as data.crop_scale."""
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3))
+    """Of the training pictures, as data.crop_ratio."""
+    flip: bool = setting(True)
+    """False where classes or captions speak of left and right."""
+
+    @staticmethod
+    def check(config: ConfigDict, path: str) -> None:
+        """Refuses crops that cannot work."""
+        check_crops(config.eval[path.removeprefix("eval.")], path)
+
+
+def check_inputs(config: ConfigDict) -> None:
     """Refuses an input that the model or the labelled data do not have.
 
     Raises:
-        UserError: as said.
+        UserError: there is such an input.
     """
     for name in PROTOCOLS:
         if name not in config.evals:
@@ -68,29 +90,6 @@ def check(config: ConfigDict) -> None:
                     f"eval.{name}.input={config.eval[name].input!r} needs {' and '.join(wanted)}: {where} has only "
                     f"{', '.join(modalities)}"
                 )
-
-
-class Chosen:
-    """A random choice of a source's examples, the same that `clean_batches` takes.
-
-    Args:
-        source: of more examples.
-        examples: how many.
-    """
-
-    def __init__(self, source: Source, examples: int) -> None:
-        self._source = source
-        self.modalities, self.classes, self.fingerprint = source.modalities, source.classes, source.fingerprint
-        order = Order(len(source), fold_seed("evaluations"))
-        self._index = np.asarray(order.index(np.arange(examples)))
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._index)
-
-    def read(self, indices: np.ndarray) -> list[Record]:
-        """The source's."""
-        return self._source.read(self._index[indices])
 
 
 class Task:
@@ -107,27 +106,23 @@ class Task:
         batch_size: that of the config, at most all the examples, rounded up to what the mesh needs.
         steps: of training.
         options: the protocol's fields.
-        groups: names of the objective's groups that are read.
+        groups: the objective's view of the input.
     """
 
     def __init__(self, setup: Setup, name: str, change: Change | None = None) -> None:
         config = setup.config
         self.setup, self.name, self.options = setup, name, config.eval[name]
         self._change = change
-        wanted = INPUTS[self.options.input]
-        self.groups = tuple(group.name for group in setup.objective.groups if group.modality in wanted)
-        source = open_labelled(config, "train")
-        self.classes = len(source.classes)
-        self.examples = min(len(source), config.eval.train_examples)
-        self._train = source if self.examples == len(source) else Chosen(source, self.examples)
-        self._test = open_labelled(config, "test")
-        parts = batch_parts(setup.mesh)
-        self.batch_size = -(-min(self.options.batch_size, self.examples) // parts) * parts
+        self.groups = setup.objective.view(INPUTS[self.options.input])
+        self._train = open_labelled(config, "train")
+        self.classes = len(self._train.classes)
+        self.examples = min(len(self._train), config.eval.train_examples)
+        self.batch_size = setup.eval_rows(self.examples, self.options.batch_size)
         self.steps = max(1, self._duration("duration"))
         if self.batch_size != self.options.batch_size:
             log.info(
                 "%s: batches of %d, not of %d: there are %d training examples, on %d shards",
-                *(name, self.batch_size, self.options.batch_size, self.examples, parts),
+                *(name, self.batch_size, self.options.batch_size, self.examples, batch_parts(setup.mesh)),
             )
 
     @property
@@ -138,70 +133,90 @@ class Task:
     def _duration(self, field: str) -> int:
         return steps(f"eval.{self.name}.{field}", self.options[field], self.batch_size, self.examples)
 
-    def features(self, objective: Objective, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    def features(self, objective: Objective, params: Params, batch: Part, rng: jax.Array | None = None) -> jax.Array:
         """What the head reads, `[B, D] float32`: CLS or the mean, of the protocol's input."""
         return pooled(objective, params, batch, rng)[f"{self.options.input}/{self.options.pooling}"]
+
+    @property
+    def abstract_part(self) -> dict[str, Any]:
+        """Shapes and dtypes of one example."""
+        return abstract_part(self.groups, 1)
+
+    def width(self, params: Params) -> int:
+        """``D``, the numbers of a feature."""
+        shape = jax.eval_shape(lambda p, part: self.features(self.setup.objective, p, part), params, self.abstract_part)
+        return int(shape.shape[1])
 
     def train_batches(self) -> Iterator[dict[str, Any]]:
         """All steps' batches, cropped and flipped anew at each: ``groups``, ``label`` `[B]` and ``valid`` `[B]`."""
         config = self.setup.config.copy_and_resolve_references()
-        for field in ("crop_scale", "crop_ratio", "flip"):
-            config.data[field] = self.options[field]
-        noted, seed = Noted(self._train), fold_seed(config.seed, self.name, "train")
-        groups = tuple(
-            dataclasses.replace(group, mask_ratio=0.0)
-            for group in self.setup.objective.groups
-            if group.name in self.groups
-        )
+        config.data.update({field: self.options[field] for field in ("crop_scale", "crop_ratio", "flip")})
+        labels, seed = LabelRecorder(self._train, self.examples), fold_seed(config.seed, self.name, "train")
         view = View(Order(self.examples, seed), seed, augment=True, change=self._change)
-        batches = Batches(
-            config,
-            groups,
-            Feed((noted,), (view,)),
-            self.setup.tokenizer,
-            batch_size=self.batch_size,
-            rows=local_rows(self.setup.mesh, self.batch_size),
-            stop_step=self.steps,
-        )
-        with contextlib.closing(iter(batches)) as found:
-            for batch in found:
-                yield self._on_mesh(batch, noted)
+        setup = dataclasses.replace(self.setup, config=config)
+        batches = setup.batches(Feed((labels,), (view,)), self.groups, self.batch_size, 0, self.steps)
+        yield from map(self._on_mesh, with_labels(batches, labels))
 
     def test_batches(self) -> Iterator[dict[str, Any]]:
         """Every test example once, unaugmented; ``real`` `[B]` is False for padding."""
-        noted = Noted(self._test)
-        examples = min(self.setup.config.eval.test_examples, len(self._test))
-        for batch in clean_batches(self.setup, noted, examples):
-            yield self._on_mesh(batch, noted, batch["example"]["position"] < examples)
+        config = self.setup.config
+        parts = clean_batches(self.setup, open_labelled(config, "test"), config.eval.test_examples)
+        yield from map(self._on_mesh, parts)
 
-    def _on_mesh(self, batch: dict[str, Any], noted: Noted, real: np.ndarray | None = None) -> dict[str, Any]:
-        example = batch["example"]
-        found = {
-            "groups": {name: batch["groups"][name] for name in self.groups},
-            "label": noted.label_of(example["index"]),
-            "valid": example["valid"],
-            "real": np.ones_like(example["valid"]) if real is None else real,
-        }
-        return put_batch(found, self.setup.mesh)
+    def _on_mesh(self, part: dict[str, Any]) -> dict[str, Any]:
+        example, groups = part["example"], {group.name: part["groups"][group.name] for group in self.groups}
+        real = example.get("real", np.ones_like(example["valid"]))
+        batch = {"groups": groups, "label": example["label"], "valid": example["valid"], "real": real}
+        return put_batch(batch, self.setup.mesh)
 
 
-def sums(logits: jax.Array, label: jax.Array, batch: Batch, loss: jax.Array, weight: jax.Array) -> Sums:
+def counted(batch: Part) -> jax.Array:
+    """`[B] float32`: 1 for examples with a picture that decodes and with a class."""
+    return (batch["valid"] & (batch["label"] != UNLABELLED)).astype(jnp.float32)
+
+
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """`[B] float32`, of logits and probabilities `[B, C]`."""
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What is right for a batch.
+
+    Attributes:
+        target: `[B, C] float32`, probabilities.
+        label: `[B] int32`, the likeliest class.
+        weight: `[B] float32`, 1 for the examples that count.
+    """
+
+    target: jax.Array
+    label: jax.Array
+    weight: jax.Array
+
+    @staticmethod
+    def of(batch: Part, classes: int, smoothing: float = 0.0) -> Answers:
+        """The classes of a batch of `Task`, of which a share is spread evenly over all `classes`."""
+        target = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), smoothing)
+        return Answers(target, batch["label"], counted(batch))
+
+
+def sums(logits: jax.Array, batch: Part, answers: Answers) -> Sums:
     """What is counted of a batch.
 
     Args:
         logits: `[B, C] float32`.
-        label: `[B] int32`, the right answer.
         batch: of `Task`.
-        loss: `[B] float32`.
-        weight: `[B] float32`, 1 for the examples that count.
+        answers: to it.
 
     Returns:
         Sums ``loss``, ``correct``, ``top5``, ``count``, ``unlabelled`` and ``left_out``, and ``classes`` `[C]`, how
         often each is the right answer.
     """
+    label, weight = answers.label, answers.weight
     right = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
     return {
-        "loss": jnp.sum(jnp.where(weight > 0, loss, 0.0) * weight),
+        "loss": jnp.sum(jnp.where(weight > 0, cross_entropy(logits, answers.target), 0.0) * weight),
         "correct": jnp.sum((jnp.argmax(logits, axis=1) == label) * weight),
         "top5": jnp.sum((jnp.sum(logits > right, axis=1) < 5) * weight),
         "count": jnp.sum(weight),
@@ -211,14 +226,34 @@ def sums(logits: jax.Array, label: jax.Array, batch: Batch, loss: jax.Array, wei
     }
 
 
-def counted(batch: Batch) -> jax.Array:
-    """`[B] float32`: 1 for examples with a picture that decodes and with a class."""
-    return (batch["valid"] & (batch["label"] != UNLABELLED)).astype(jnp.float32)
+Carry = tuple[Any, Any]
+"""What is trained, and the optimizer's state."""
 
 
-def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """`[B] float32`, of logits and probabilities `[B, C]`."""
-    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=1)
+def descend(
+    solver: optax.GradientTransformation, carry: Carry, logits_of: Callable[[Any], jax.Array], answers: Answers
+) -> tuple[Carry, jax.Array]:
+    """One step of the optimizer on the mean cross-entropy of the examples that count.
+
+    Args:
+        solver: the optimizer.
+        carry: before the step.
+        logits_of: of what is trained, `[B, C]`.
+        answers: the right ones.
+
+    Returns:
+        The next carry, and the logits before the step.
+    """
+    params, opt_state = carry
+
+    def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = logits_of(params)
+        loss = jnp.sum(cross_entropy(logits, answers.target) * answers.weight)
+        return loss / jnp.maximum(jnp.sum(answers.weight), 1.0), logits
+
+    grads, logits = jax.grad(loss_of, has_aux=True)(params)
+    updates, opt_state = solver.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +275,13 @@ class Count:
     classes: np.ndarray
 
     @classmethod
-    def of(cls, found: list[dict[str, np.ndarray]], name: str) -> Count:
+    def of(cls, batches: list[dict[str, np.ndarray]], name: str) -> Count:
         """Adds up.
 
         Raises:
             UserError: an example has no class, or none counts.
         """
-        total: dict[str, Any] = {key: np.sum([one[key] for one in found], axis=0, dtype=np.float64) for key in found[0]}
+        total: dict[str, Any] = {k: np.sum([b[k] for b in batches], axis=0, dtype=np.float64) for k in batches[0]}
         if total["unlabelled"] or not total["count"]:
             usable, without = int(total["count"]), int(total["unlabelled"])
             raise UserError(f"{name}: {usable} labelled examples can be read, {without} without a class")
@@ -271,7 +306,7 @@ class Trained:
     diverged: dict[str, int]
 
 
-def train(task: Task, step: Callable[[S, Batch, np.int32], tuple[S, dict[str, Sums]]], state: S) -> Trained:
+def train(task: Task, step: Callable[[S, Part, np.int32], tuple[S, dict[str, Sums]]], state: S) -> Trained:
     """Runs all steps, or until the loss of every head is not finite.
 
     Args:
@@ -299,13 +334,19 @@ def train(task: Task, step: Callable[[S, Batch, np.int32], tuple[S, dict[str, Su
             _report(task, done, last, diverged)
         if len(diverged) == len(figures):
             break
-    _judge(task, last)
+    guess = math.log(task.classes)
+    for head, count in last.items():
+        if count.loss > guess:
+            log.warning(
+                "%s: %s ends at a training loss of %.4f, no better than guessing (%.4f)",
+                *(task.name, head, count.loss, guess),
+            )
     return Trained(state, last, seen, diverged)
 
 
 def _report(task: Task, done: int, last: Mapping[str, Count], diverged: dict[str, int]) -> None:
-    told = ", ".join(f"{head}: loss {count.loss:.4f}, accuracy {count.accuracy:.3f}" for head, count in last.items())
-    log.info("%s: step %d of %d; %s", task.name, done, task.steps, told)
+    by_head = ", ".join(f"{head}: loss {count.loss:.4f}, accuracy {count.accuracy:.3f}" for head, count in last.items())
+    log.info("%s: step %d of %d; %s", task.name, done, task.steps, by_head)
     for head, count in last.items():
         if not math.isfinite(count.loss) and head not in diverged:
             diverged[head] = done
@@ -315,38 +356,29 @@ def _report(task: Task, done: int, last: Mapping[str, Count], diverged: dict[str
             )
 
 
-def _judge(task: Task, last: Mapping[str, Count]) -> None:
-    guess = math.log(task.classes)
-    for head, count in last.items():
-        if count.loss > guess:
-            log.warning(
-                "%s: %s ends at a training loss of %.4f, no better than guessing (%.4f)",
-                *(task.name, head, count.loss, guess),
-            )
-
-
-def test(task: Task, ask: Callable[[Batch], dict[str, Sums]]) -> dict[str, Count]:
+def test(task: Task, count: Callable[[Part], dict[str, Sums]]) -> dict[str, Count]:
     """Counts every test example once.
 
     Args:
         task: what is tested on.
-        ask: `Sums` of a batch by head.
+        count: `Sums` of a batch by head.
 
     Raises:
         UserError: an example has no class.
     """
-    waiting: list[dict[str, Sums]] = []
-    found: list[dict[str, Any]] = []
-    for batch in task.test_batches():
-        waiting.append(ask(batch))
-        if len(waiting) == _UNFETCHED:
-            found, waiting = found + fetch(waiting), []
-    found += fetch(waiting)
-    counts = {head: Count.of([one[head] for one in found], task.name) for head in found[0]}
+    batches: list[Any] = list(_fetched(map(count, task.test_batches())))
+    counts = {head: Count.of([batch[head] for batch in batches], task.name) for head in batches[0]}
     left_out = next(iter(counts.values())).left_out
     if left_out:
         log.warning("%s: %d test examples are left out: their pictures do not decode", task.name, left_out)
     return counts
+
+
+def _fetched(values: Iterable[S]) -> Iterator[S]:
+    """Pytrees of arrays in host memory; so many of them at a time are in flight."""
+    iterator = iter(values)
+    while waiting := list(itertools.islice(iterator, _UNFETCHED)):
+        yield from fetch(waiting)
 
 
 def result(task: Task, trained: Trained, tested: Mapping[str, Count]) -> Result:
@@ -362,20 +394,18 @@ def result(task: Task, trained: Trained, tested: Mapping[str, Count]) -> Result:
         "steps": float(task.steps),
     }
     columns = ["accuracy", *(["top5_accuracy"] if task.classes > 5 else []), "train_accuracy", "train_loss"]
-    lines = [f"| {task.options.input} | {' | '.join(columns).replace('_', ' ')} |", "|---" * (len(columns) + 1) + "|"]
-    for head in heads:
-        figures = _figures(trained, tested[head], head)
-        said = f", diverged at step {trained.diverged[head]}" if head in trained.diverged else ""
-        lines.append(f"| {head}{said} | {' | '.join(shown(figures, column) for column in columns)} |")
+    rows = []
+    for head, count in tested.items():
+        last, ending = trained.last[head], ""
+        figures = {"accuracy": count.accuracy, "top5_accuracy": count.top5}
+        if head in trained.diverged:  # then it has no loss
+            figures["diverged_at_step"] = float(trained.diverged[head])
+            ending = f", diverged at step {trained.diverged[head]}"
+        else:
+            figures |= {"train_accuracy": last.accuracy, "train_loss": last.loss}
+        rows.append([head + ending, *(shown(figures, column) for column in columns)])
         before = "" if head == heads[0] else f"{head}/"
         scalars |= {before + key: value for key, value in figures.items() if key in (*columns, "diverged_at_step")}
-    lines.append(f"| majority class | {majority:.3f}{' |' * len(columns)}")
-    return Result(task.name, {f"{task.name}/{key}": value for key, value in scalars.items()}, "\n".join(lines))
-
-
-def _figures(trained: Trained, tested: Count, head: str) -> Figures:
-    figures = {"accuracy": tested.accuracy, "top5_accuracy": tested.top5}
-    last = trained.last[head]
-    if head in trained.diverged:  # then there is no loss to tell
-        return figures | {"diverged_at_step": float(trained.diverged[head])}
-    return figures | {"train_accuracy": last.accuracy, "train_loss": last.loss}
+    rows.append(["majority class", f"{majority:.3f}", *[""] * (len(columns) - 1)])
+    heads_of_columns = [column.replace("_", " ") for column in columns]
+    return Result.of(task.name, scalars, table([task.options.input, *heads_of_columns], rows))

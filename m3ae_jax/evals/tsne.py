@@ -1,27 +1,27 @@
 """Labelled examples in the plane by t-SNE of their features, as in Figure 9 of arXiv 2205.14204.
 
 Beside those of the run's encoder stand another run's (``eval.tsne.beside``), or an untrained encoder's, of the same
-examples in the same colours. Drawn are the first ten classes. How well they cluster is told by the accuracy of the ten
+examples in the same colours. Drawn are the first ten classes. How well they cluster is shown by the accuracy of the ten
 nearest others, in the plane and in the features it was made of; distances are Euclidean, as t-SNE's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax import inference
+import m3ae_jax.inference as inference
 from m3ae_jax.checkpoint.manager import find
+from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import Result
-from m3ae_jax.evals.features import Encoded, encode_source, fresh_params
-from m3ae_jax.evals.labelled import Noted, open_labelled
+from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.features import INPUTS, Encoded, encode_source, fresh_params
+from m3ae_jax.evals.labelled import LabelRecorder, open_labelled
 from m3ae_jax.objectives.base import Params, build
 from m3ae_jax.parallel.mesh import param_shardings
 from m3ae_jax.report.pictures import ClassMap, class_maps
@@ -34,6 +34,17 @@ NEIGHBORS = 10
 _PERPLEXITY = 30.0  # scikit-learn's default; of few examples a third of the others, as more has no meaning
 _SEED = 0
 _LEAST = 5  # examples
+
+
+class TsneFields(FieldGroup):
+    """Maps of the features of ``eval.test``."""
+
+    feature: str = setting(
+        "image/cls", choices=tuple(f"{of}/{pooling}" for of in INPUTS for pooling in ("cls", "mean"))
+    )
+    """What is drawn: image, text or both, by CLS or by the mean of the other tokens."""
+    beside: str = setting("")
+    """Another run's folder or checkpoint, which is drawn beside; empty: the untrained encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +83,7 @@ def _check_modalities(feature: str, where: str, held: tuple[str, ...]) -> None:
 
 
 def _modalities(feature: str) -> tuple[str, ...]:
-    of = feature.partition("/")[0]
-    return ("image", "text") if of == "both" else (of,)
+    return INPUTS[feature.partition("/")[0]]
 
 
 def evaluate(setup: Setup, state: TrainState) -> Result:
@@ -83,31 +93,36 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
         UserError: too few examples, or the other checkpoint cannot be used.
     """
     options = setup.config.eval.tsne
-    params = (
-        {"trained": state.params} if options.beside else {"trained": state.params, "untrained": fresh_params(setup)}
-    )
+    params = {"trained": state.params}
+    if not options.beside:
+        params["untrained"] = fresh_params(setup)
     test = _encoded(setup.config, setup, params)
-    rows, label, classes = chosen(test.label, test.classes)
+    drawn, label, classes = chosen(test.label, test.classes)
     features = {name: test.features[f"{name}/{options.feature}"] for name in params}
     titles = {"trained": f"this run, step {int(state.step)}", "untrained": "an untrained encoder"}
     if options.beside:
         features["beside"], titles["beside"] = of_other_run(setup, test)
-    panels = [Panel(k, titles[k], x[rows], plane(x[rows])) for k, x in features.items()]
-    scalars, lines = _figures(panels, label)
+    panels = [Panel(k, titles[k], x[drawn], plane(x[drawn])) for k, x in features.items()]
+    always, rows = float(np.bincount(label).max() / len(label)), []
+    scalars = {"majority": always}
+    for panel in panels:
+        in_map, in_features = by_neighbors(panel.places, label), by_neighbors(panel.features, label)
+        scalars |= {f"{panel.name}/map": in_map, f"{panel.name}/features": in_features}
+        # A folder's name may hold what would end a cell.
+        rows.append([panel.title.replace("|", "/").replace("\n", " "), f"{in_map:.3f}", f"{in_features:.3f}"])
+    rows.append(["majority class", f"{always:.3f}", f"{always:.3f}"])
     scalars |= {"n": float(len(label)), "classes": float(len(classes))}
-    of = (
-        f"the first {len(classes)} of {len(test.classes)} classes"
-        if len(classes) < len(test.classes)
-        else "all classes"
-    )
-    title = f"t-SNE of {options.feature}: {len(label):,} test examples of {of}"
+    some, every = len(classes), len(test.classes)
+    shown = f"the first {some} of {every} classes" if some < every else "all classes"
+    title = f"t-SNE of {options.feature}: {len(label):,} test examples of {shown}"
     picture = class_maps([ClassMap(p.title, p.places, label) for p in panels], classes, title)
-    return Result("tsne", {f"tsne/{k}": v for k, v in scalars.items()}, "\n".join(lines), {"maps": picture})
+    heads = ("encoder", f"accuracy of {NEIGHBORS} neighbours in the map", "in the features")
+    return Result.of("tsne", scalars, table(heads, rows), {"maps": picture})
 
 
 def _encoded(config: ConfigDict, model: Setup, params: dict[str, Params]) -> Encoded:
     """A config's ``eval.test``, by a model: of few classes only as many examples as are drawn."""
-    source = Noted(open_labelled(config, "test"))
+    source = LabelRecorder(open_labelled(config, "test"))
     source.modalities = _modalities(config.eval.tsne.feature)  # another run may lack the tokenizer for the others
     most = EXAMPLES if len(source.classes) <= CLASSES else config.eval.test_examples
     return encode_source(model, params, source, min(most, config.eval.test_examples))
@@ -151,30 +166,16 @@ def plane(features: np.ndarray) -> np.ndarray:
     perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
     # Its threads meet several times in each of 1,000 steps, and wait for each other where others have the cores.
     with threadpool_limits(1, user_api="openmp"):
-        found = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(features)
-    return np.asarray(found, np.float32)
+        places = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(features)
+    return np.asarray(places, np.float32)
 
 
-def _tsne() -> Callable[..., Any]:
+def _tsne() -> Any:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
         raise UserError("evals=('tsne',) needs scikit-learn: pip install -e '.[tsne]'") from None
-    of_package: Callable[..., Any] = TSNE
-    return of_package
-
-
-def _figures(panels: list[Panel], label: np.ndarray) -> tuple[dict[str, float], list[str]]:
-    always = float(np.bincount(label).max() / len(label))
-    scalars = {"majority": always}
-    lines = [f"| encoder | accuracy of {NEIGHBORS} neighbours in the map | in the features |", "|---|---|---|"]
-    for panel in panels:
-        found = {"map": by_neighbors(panel.places, label), "features": by_neighbors(panel.features, label)}
-        scalars |= {f"{panel.name}/{where}": value for where, value in found.items()}
-        # A folder's name may hold what would end a cell.
-        told = panel.title.replace("|", "/").replace("\n", " ")
-        lines.append(f"| {told} | {found['map']:.3f} | {found['features']:.3f} |")
-    return scalars, [*lines, f"| majority class | {always:.3f} | {always:.3f} |"]
+    return TSNE
 
 
 def by_neighbors(x: np.ndarray, label: np.ndarray, count: int = NEIGHBORS) -> float:
@@ -211,11 +212,11 @@ def of_other_run(setup: Setup, test: Encoded) -> tuple[np.ndarray, str]:
     other = _other_setup(setup, stored)
     shardings = param_shardings(jax.eval_shape(other.objective.init, jax.random.key(0)), other.mesh, other.rules)
     params = jax.tree.map(jax.device_put, stored.params, shardings)
-    found = _encoded(setup.config, other, {"beside": params})
-    if not np.array_equal(found.label, test.label):
+    result = _encoded(setup.config, other, {"beside": params})
+    if not np.array_equal(result.label, test.label):
         raise UserError(f"eval.tsne.beside={options.beside!r}: other pictures decode for it than for this run")
     folder, step = find(options.beside)
-    return found.features[f"beside/{options.feature}"], f"{folder.parent.name}, step {step}"
+    return result.features[f"beside/{options.feature}"], f"{folder.parent.name}, step {step}"
 
 
 def _other_setup(setup: Setup, stored: inference.Stored) -> Setup:
@@ -225,12 +226,12 @@ def _other_setup(setup: Setup, stored: inference.Stored) -> Setup:
     _check_modalities(setup.config.eval.tsne.feature, f"eval.tsne.beside={beside!r}", tuple(config.data.modalities))
     config.eval = setup.config.eval
     config.data.threads = setup.config.data.threads
-    config.model.update(attention="xla", remat="none")  # for whatever device, and no gradient
-    words, tokenizer = inference.vocabulary(stored.params), None
+    config.compute.update(attention="xla", remat="none")  # for whatever device, and no gradient
+    tokenizer = None
     if "text" in needed:
         tokenizer = load_tokenizer(config.data.tokenizer)
         if stored.tokenizer and tokenizer.fingerprint != stored.tokenizer:
             raise UserError(
                 f"eval.tsne.beside={beside!r}: data.tokenizer={config.data.tokenizer!r} is another one than the run's"
             )
-    return dataclasses.replace(setup, config=config, tokenizer=tokenizer, objective=build(config, words))
+    return dataclasses.replace(setup, config=config, tokenizer=tokenizer, objective=build(config, stored.vocabulary))

@@ -1,0 +1,1 @@
+"""Where figures and events of a run are written."""

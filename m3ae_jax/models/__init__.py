@@ -1,0 +1,1 @@
+"""Flax modules: transformer, embeddings, encoder, decoder."""

@@ -1,6 +1,6 @@
 """Scaled dot-product attention in which padding is never a key, by XLA or by a backend's fused kernel.
 
-Legend: ``B`` batch, ``H`` heads, ``N`` tokens that ask, ``M`` tokens that are asked, ``C`` channels of a head.
+Legend: ``B`` batch, ``H`` heads, ``N`` queries, ``M`` keys, ``C`` channels of a head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KERNELS = {
     "cudnn": "gpu",
     "flash": "tpu",
 }
-RESULT = "attention_result"  # what a remat policy may keep
+RESULT = "attention_result"  # what a remat policy may save
 _FLASH_BLOCK = 128  # tokens; the kernel takes whole blocks
 
 
@@ -107,7 +107,7 @@ def _in_groups(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Ar
 def _in_groups_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, groups: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Keeps no weights, but of each row the logarithm of its sum, from which one pass makes them anew."""
+    """Saves no weights, but of each row the logarithm of its sum, from which one pass makes them anew."""
 
     def group(parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, k, v = parts
@@ -161,15 +161,15 @@ def _flash(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array)
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     q, k, v = (_padded(x, _FLASH_BLOCK) for x in (query, key, value))
-    # Real keys are segment 1, padding 0; all queries are of segment 1, for nobody reads what padding asks.
-    asked = jnp.pad(valid, ((0, 0), (0, k.shape[2] - valid.shape[1]))).astype(jnp.int32)
-    asking = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
+    # Real keys are segment 1, padding 0; all queries are of segment 1, for nobody reads the result of padding.
+    keys = jnp.pad(valid, ((0, 0), (0, k.shape[2] - valid.shape[1]))).astype(jnp.int32)
+    queries = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, asking: jax.Array, asked: jax.Array) -> jax.Array:
-        ids = flash.SegmentIds(asking, asked)
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        ids = flash.SegmentIds(queries, keys)
         return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=query.shape[-1] ** -0.5)
 
     heads = ("batch", "heads", None, None)
     rows = ("batch", None)
-    mixed = on_each_device(kernel, [heads, heads, heads, rows, rows], heads)(q, k, v, asking, asked)
+    mixed = on_each_device(kernel, [heads, heads, heads, rows, rows], heads)(q, k, v, queries, keys)
     return mixed[:, :, : query.shape[2]]

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from ml_collections import ConfigDict
 
-from m3ae_jax.models import attention
+import m3ae_jax.models.attention as attention
 from m3ae_jax.models.placement import constrain, gather, splits
 
 Initializer = Callable[..., Any]
@@ -77,6 +78,15 @@ class TransformerOptions:
     dtype: Any = jnp.float32
 
 
+def stack_options(config: ConfigDict, **changes: Any) -> TransformerOptions:
+    """The trunk of a resolved config (``model`` and ``compute``), or a stack with some other `TransformerOptions`."""
+    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    changes["dtype"] = jnp.dtype(automatic if config.compute.dtype == "auto" else config.compute.dtype)
+    values = {**config.model, **config.compute, "epsilon": config.model.layer_norm_epsilon, **changes}
+    names = [field.name for field in dataclasses.fields(TransformerOptions) if field.name in values]
+    return TransformerOptions(**{name: values[name] for name in names})
+
+
 def named(initializer: Initializer, *axes: str | None) -> Initializer:
     """`initializer` whose parameter carries logical axis names."""
     return nn.with_logical_partitioning(initializer, axes)
@@ -128,11 +138,11 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype: Any, name: 
     )
 
 
-def drop(x: jax.Array, rate: float, rng_of: nn.Module, deterministic: bool) -> jax.Array:
-    """Dropout; a rate of 0 or determinism adds nothing to the program."""
+def drop(x: jax.Array, rate: float, module: nn.Module, deterministic: bool) -> jax.Array:
+    """Dropout by the random numbers of `module`; a rate of 0 or determinism adds nothing to the program."""
     if rate == 0.0 or deterministic:
         return x
-    keep = jax.random.bernoulli(rng_of.make_rng("dropout"), 1.0 - rate, x.shape)
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
@@ -153,6 +163,30 @@ def flat_product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **opti
     return product.reshape(rows, *outputs)
 
 
+def heads_product(
+    features: tuple[int, ...], axis: int | tuple[int, ...], axes: tuple[str | None, ...], dtype: Any, name: str
+) -> nn.DenseGeneral:
+    """A linear layer to or from heads, Xavier-uniform on the flat (inputs, outputs) shape.
+
+    Args:
+        features: output axes.
+        axis: input axes.
+        axes: logical axes of the kernel, inputs first.
+        dtype: of the product.
+        name: of the layer.
+    """
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        dtype=dtype,
+        kernel_init=named(nn.initializers.xavier_uniform(), *axes),
+        promote_dtype=gathered(*axes),
+        bias_init=named(nn.initializers.zeros, *axes[-len(features) :]),
+        dot_general=flat_product,
+        name=name,
+    )
+
+
 class Attention(nn.Module):
     """Multi-head attention, of tokens to each other or to a context, in which padding is never a key.
 
@@ -170,16 +204,8 @@ class Attention(nn.Module):
 
         def project(x: jax.Array, parts: int, name: str) -> list[jax.Array]:
             """Of each part `[B, H, N, C]`."""
-            axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
-            projected = nn.DenseGeneral(
-                (parts, o.heads, head_dim),
-                dtype=o.dtype,
-                kernel_init=named(nn.initializers.xavier_uniform(), *axes),
-                promote_dtype=gathered(*axes),
-                bias_init=named(nn.initializers.zeros, None, "heads", "head_dim"),
-                dot_general=flat_product,
-                name=name,
-            )(x)
+            axes = ("embed", None, "heads", "head_dim")
+            projected = heads_product((parts, o.heads, head_dim), -1, axes, o.dtype, name)(x)
             # Split, as the gradient of slices is a sum of padded ones. Heads before tokens: the batched products are
             # then plain (faster on a CPU).
             split = jax.lax.split(projected, (1,) * parts, axis=1)
@@ -189,7 +215,7 @@ class Attention(nn.Module):
             query, key, value = project(x, 3, "qkv")
         else:
             [query], [key, value] = project(x, 1, "query"), project(context, 2, "key_value")
-        if self.is_mutable_collection("intermediates"):  # the maps are asked for
+        if self.is_mutable_collection("intermediates"):  # the caller wants the maps
             self.sow("intermediates", "attention", attention.weights(query, key, valid))
         draws = o.attention_dropout > 0.0 and not deterministic
         mixed = attention.attend(
@@ -203,17 +229,8 @@ class Attention(nn.Module):
             rng=self.make_rng("dropout") if draws else None,
         )
         mixed = jnp.swapaxes(mixed, 1, 2)
-        axes = ("heads", "head_dim", "embed")
-        return nn.DenseGeneral(
-            o.width,
-            axis=(-2, -1),
-            dtype=o.dtype,
-            kernel_init=named(nn.initializers.xavier_uniform(), *axes),
-            promote_dtype=gathered(*axes),
-            bias_init=named(nn.initializers.zeros, "embed"),
-            dot_general=flat_product,
-            name="out",
-        )(mixed.reshape(-1, o.heads, head_dim))
+        out = heads_product((o.width,), (-2, -1), ("heads", "head_dim", "embed"), o.dtype, "out")
+        return out(mixed.reshape(-1, o.heads, head_dim))
 
 
 class Block(nn.Module):

@@ -28,11 +28,11 @@ class WordLoss:
 
     Attributes:
         loss: `[B, K] float32`, nats.
-        correct: `[B, K] bool`, whether the label has the largest logit.
+        best: `[B, K] int32`, the word with the largest logit.
     """
 
     loss: jax.Array
-    correct: jax.Array
+    best: jax.Array
 
 
 def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int = 1) -> WordLoss:
@@ -52,7 +52,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.
     if blocks == 1:
         logits = _logits(x, kernel, bias)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return WordLoss(loss, jnp.argmax(logits, axis=-1) == labels)
+        return WordLoss(loss, jnp.argmax(logits, axis=-1).astype(jnp.int32))
     return _blockwise(x, kernel, bias, labels, blocks)
 
 
@@ -65,17 +65,22 @@ def _cut(kernel: jax.Array, bias: jax.Array, blocks: int) -> _Three:
     """Kernel `[n, E, size]`, bias `[n, size]` and first word `[n]` of each block."""
     words = bias.shape[0]
     size = -(-words // blocks)
-    more = size * blocks - words
-    kernel = jnp.pad(kernel, ((0, 0), (0, more))).reshape(kernel.shape[0], blocks, size)
-    bias = jnp.pad(bias, (0, more), constant_values=_NEVER).reshape(blocks, size)
+    padding = size * blocks - words
+    kernel = jnp.pad(kernel, ((0, 0), (0, padding))).reshape(kernel.shape[0], blocks, size)
+    bias = jnp.pad(bias, (0, padding), constant_values=_NEVER).reshape(blocks, size)
     return jnp.moveaxis(kernel, 1, 0), bias, jnp.arange(blocks, dtype=jnp.int32) * size
 
 
-def _forward(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int) -> WordLoss:
+    return _blockwise_forward(x, kernel, bias, labels, blocks)[0]
+
+
+def _blockwise_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int
-) -> tuple[WordLoss, jax.Array]:
+) -> tuple[WordLoss, tuple[jax.Array, ...]]:
     def block(carry: _Four, part: _Three) -> tuple[_Four, None]:
-        largest, total, of_label, best = carry
+        largest, total, label_logit, best = carry
         weight, offset, first = part
         logits = _logits(x, weight, offset)
         top = jnp.max(logits, axis=-1)
@@ -83,17 +88,17 @@ def _forward(
         new = jnp.maximum(largest, top)
         total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
         is_label = labels[..., None] == first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        of_label += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        return (new, total, of_label, best), None
+        label_logit += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        return (new, total, label_logit, best), None
 
     zero = jnp.zeros(labels.shape, jnp.float32)
     start = (zero + _NEVER, zero, zero, jnp.zeros(labels.shape, jnp.int32))
-    (largest, total, of_label, best), _ = jax.lax.scan(block, start, _cut(kernel, bias, blocks))
+    (largest, total, label_logit, best), _ = jax.lax.scan(block, start, _cut(kernel, bias, blocks))
     log_sum = largest + jnp.log(total)
-    return WordLoss(log_sum - of_label, best == labels), log_sum
+    return WordLoss(log_sum - label_logit, best), (x, kernel, bias, labels, log_sum)
 
 
-def _backward(blocks: int, saved: tuple[jax.Array, ...], gradient: WordLoss) -> tuple[Any, ...]:
+def _blockwise_backward(blocks: int, saved: tuple[jax.Array, ...], gradient: WordLoss) -> tuple[Any, ...]:
     x, kernel, bias, labels, log_sum = saved
 
     def block(dx: jax.Array, part: _Three) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -113,16 +118,4 @@ def _backward(blocks: int, saved: tuple[jax.Array, ...], gradient: WordLoss) -> 
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype), dbias.reshape(-1)[:words].astype(bias.dtype), no_gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int) -> WordLoss:
-    return _forward(x, kernel, bias, labels, blocks)[0]
-
-
-def _blockwise_forward(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array, blocks: int
-) -> tuple[WordLoss, tuple[jax.Array, ...]]:
-    output, log_sum = _forward(x, kernel, bias, labels, blocks)
-    return output, (x, kernel, bias, labels, log_sum)
-
-
-_blockwise.defvjp(_blockwise_forward, _backward)
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -1,0 +1,1 @@
+"""What is visible, what is restored, and the loss: one file an objective."""

@@ -6,6 +6,7 @@ slots, ``P`` numbers in a patch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,122 +14,205 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3ae_jax.config.fields import FieldGroup, setting
+from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.order import hidden_count
-from m3ae_jax.data.pipeline import Group, grid, token_slots
-from m3ae_jax.models.autoencoder import AutoencoderOptions, MaskedAutoencoder
-from m3ae_jax.models.transformer import TransformerOptions
+from m3ae_jax.data.tokens import Group, modality_table
+from m3ae_jax.models.decoder import Decoder
+from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.models.fields import check_stack
+from m3ae_jax.models.transformer import stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
-from m3ae_jax.objectives.base import Batch, LossOutput, Params, Terms, abstract_batch
+from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, LossOutput, Objective, Params, Part, Restored, Terms
+from m3ae_jax.objectives.batch import row_total, summed, zeros_part
+from m3ae_jax.objectives.parts.pixels import denormalize_pixels, normalize_patches, normalize_pixels, patch_statistics
+from m3ae_jax.objectives.parts.prior import statistics_loss
 
 
-class M3AE:
-    """The objective; see `objectives.base.Objective` for the methods' contract."""
+class Fields(FieldGroup):
+    """What is hidden, how it is restored, and what the loss is; ``config.m3ae``."""
 
-    couples_examples = False
+    image_mask_ratio: float = setting(0.75, low=0.0, high=0.95, aliases=("mask_ratio", "masking_ratio"))
+    """Share of the patches that is hidden."""
+    text_mask_ratio: float = setting(0.75, low=0.0, high=0.95)
+    """Share of the words that is hidden."""
+    image_target_share: float = setting(1.0, low=0.01, high=1.0)
+    """Share of the hidden patches that a training step restores, drawn anew each step."""
+    decoder_width: int = setting(512, low=4, aliases=("decoder_dim",))
+    """Channels of the decoder."""
+    decoder_depth: int = setting(8, low=1, aliases=("decoder_layers",))
+    """Layers of the decoder."""
+    decoder_heads: int = setting(16, low=1, aliases=("decoder_num_heads",))
+    """Attention heads of the decoder."""
+    decoder_attention: str = setting("self", choices=("self", "cross"))
+    """What the decoder's target tokens attend to: self: each other and the visible ones, as in the paper; cross: the
+    visible ones alone, so that none depends on which others are targets (CrossMAE, arXiv 2401.14391)."""
+    output_head_depth: int = setting(0, low=0, high=100)
+    """0: one linear layer a modality; n: n hidden layers before it."""
+    use_type_embedding: bool = setting(True)
+    """A learned vector a modality, in encoder and decoder."""
+    image_positions: str = setting("sincos", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed"))
+    """In the encoder: sincos (fixed), or learned, as ViTs of other projects have them."""
+    image_weight: float = setting(1.0, low=0.0, loss=True)
+    """Factor of the pictures' loss."""
+    text_weight: float = setting(0.5, low=0.0, loss=True)
+    """Factor of the words' loss."""
+    normalize_patches: bool = setting(False, loss=True, aliases=("norm_pix_loss", "norm_pix"))
+    """Pixel targets with zero mean and unit variance in each patch (MAE's norm_pix_loss)."""
+    text_average: str = setting("example", choices=("example", "token"), loss=True)
+    """example: mean over captions of each caption's mean; token: mean over tokens."""
+
+    @staticmethod
+    def check(config: ConfigDict, path: str) -> None:
+        """Refuses a decoder that cannot be computed."""
+        check_stack(config, "m3ae.decoder_", config.m3ae.decoder_width, config.m3ae.decoder_heads)
+
+
+class M3AE(Objective):
+    """The objective; see `objectives.base` for the methods' contract."""
+
+    Fields = Fields
+    stacks = ("encoder/transformer/blocks", "decoder/transformer/blocks")
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
-        self._config = config
-        slots = token_slots(config)
-        ratios = {"image": config.model.image_mask_ratio, "text": config.model.text_mask_ratio}
-        self.groups = tuple(Group(m, m, slots[m], ratios[m]) for m in config.data.modalities)
-        weights = {"image": config.loss.image_weight, "text": config.loss.text_weight}
-        self.term_weights = {f"{m}_loss": weights[m] for m in config.data.modalities}
-        self.model = MaskedAutoencoder(autoencoder_options(config, vocab_size))
+        self._config, o = config, config.m3ae
+        self._modalities = modality_table(config, vocab_size)
+        self.groups = self.view(self._modalities, {"image": o.image_mask_ratio, "text": o.text_mask_ratio})
+        weights = {"image": o.image_weight, "text": o.text_weight}
+        self.term_weights = {f"{m}_loss": weights[m] for m in self._modalities}
+        modalities = tuple(self._modalities.values())
+        learned = ("image",) if o.image_positions == "learned" else ()
+        self._encoder = Encoder(stack_options(config), modalities, o.use_type_embedding, learned)
+        options = stack_options(
+            config,
+            width=o.decoder_width,
+            depth=o.decoder_depth,
+            heads=o.decoder_heads,
+            cross=o.decoder_attention == "cross",
+        )
+        self._decoder = Decoder(options, modalities, o.use_type_embedding, o.output_head_depth)
+        self.attention_maps = (config.model.depth, config.model.heads)
 
-    def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters, boxed with their logical axis names."""
-        shapes = abstract_batch(self.groups, 1, self.model.options.patch_values)
-        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        target = {name: group["target"] for name, group in batch["groups"].items()}
-        return self.model.init(rng, self._visible(batch), target)["params"]
+    def init(self, rng: jax.Array) -> Boxed:
+        """See `Objective.init`."""
+        part = zeros_part(self.groups)
+        visible, target = self._visible(part), _targets(part)
+        encoder, decoder = jax.random.split(rng)
+        encoded, of_encoder = self._encoder.init_with_output(encoder, visible)
+        of_decoder = self._decoder.init(decoder, encoded, visible, target)
+        return {"encoder": of_encoder["params"], "decoder": of_decoder["params"]}
 
-    def init_extra(self, params: Params) -> dict[str, Any]:
-        """Nothing beside the parameters."""
-        del params
-        return {}
+    def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
+        """See `Objective.view`: a group for each modality, of its name."""
+        return tuple(
+            Group(name, (modality,), RandomSubset(hidden.get(name, 0.0)))
+            for name, modality in self._modalities.items()
+            if name in inputs
+        )
 
-    def update_extra(self, extra: Any, new_params: Params, aux: Any, step: jax.Array) -> Any:
-        """Nothing to update."""
-        del new_params, aux, step
-        return extra
-
-    def loss(self, params: Params, extra: Any, batch: Batch, rng: jax.Array | None, step: jax.Array) -> LossOutput:
+    def loss(self, params: Params, extra: Any, part: Part, rng: jax.Array | None, step: jax.Array) -> LossOutput:
         """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
-        del extra, step
-        batch = self._asked(batch, rng)
-        restored = self._restore(params, batch, rng, features_of=("text",))
-        losses: dict[str, tuple[jax.Array, jax.Array]] = {}
+        part = self._restored_share(part, rng)
+        losses: Terms = {}
         metrics: Terms = {}
-        for name, target in self.targets(batch).items():
-            valid = batch["groups"][name]["target"]["valid"]
-            if name == "image":
-                error = jnp.mean(jnp.square(restored[name] - target), axis=-1)
-                losses["image_loss"] = _per_example(error, valid, "example")
-            else:
-                head, blocks = params["text_output"]["output"], self._config.loss.vocabulary_blocks
-                words = cross_entropy(restored[name], head["kernel"], head["bias"], target, blocks)
-                losses["text_loss"] = _per_example(words.loss, valid, self._config.loss.text_average)
-                metrics["text_accuracy"] = _sum(_per_example(words.correct, valid, "token"))
-        return LossOutput({name: _sum(loss) for name, loss in losses.items()}, metrics, per_example=losses)
+        for name, restored in self._token_losses(params, part, rng).items():
+            valid = part["groups"][name]["target"]["valid"]
+            average = "example" if restored.correct is None else self._config.m3ae.text_average
+            losses[f"{name}_loss"] = row_total(restored.loss, valid, average)
+            if restored.correct is not None:
+                metrics[f"{name}_accuracy"] = summed(row_total(restored.correct, valid, "token"))
+        return LossOutput({name: summed(loss) for name, loss in losses.items()}, metrics, per_example=losses)
 
-    def targets(self, batch: Batch) -> dict[str, jax.Array]:
-        """`image`: `[B, K, P] float32` in the loss's pixel space; `text`: `[B, K] int32`."""
-        values = {name: group["target"]["value"] for name, group in batch["groups"].items()}
+    def restore(self, params: Params, part: Part) -> dict[str, Restored]:
+        """See `objectives.base.Restores`."""
+        return self._token_losses(params, part, None)
+
+    def encode(self, params: Params, part: Part, rng: jax.Array | None = None) -> Encoded:
+        """See `objectives.base.Encodes`; pooled is ``cls``."""
+        encoded: Any = self._encoder.apply(
+            {"params": params["encoder"]}, self._visible(part), deterministic=rng is None, rngs=_dropout(rng)
+        )
+        return encoded
+
+    def attention(self, params: Params, part: Part, layer: int = -1) -> dict[str, dict[str, jax.Array]]:
+        """See `objectives.base.Attends`; these are the weights whatever ``compute.attention`` computes with."""
+        visible = self._visible(part)
+        _, sown = self._encoder.apply({"params": params["encoder"]}, visible, mutable=["intermediates"])
+        (maps,) = sown["intermediates"]["transformer"]["blocks"]["attention"]["attention"]
+        names = ["cls", *(m for m in self._modalities if m in visible)]
+        ends = np.cumsum([1, *(visible[m]["valid"].shape[1] for m in names[1:])])
+        place = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
+        weights = jnp.mean(maps[layer], axis=1)
+        return {query: {key: weights[:, place[query], place[key]] for key in names} for query in names}
+
+    def prior(self, train: Iterable[Part], validation: Iterable[Part]) -> dict[str, float]:
+        """See `objectives.base.Prior`: unigram frequencies of the words, the mean patch at each position."""
+        values, average = jax.jit(self._values), self._config.m3ae.text_average
+        return statistics_loss(self._modalities, values, average, train, validation)
+
+    def predict(
+        self, params: Params, part: Part, rng: jax.Array | None = None, features_of: tuple[str, ...] = ()
+    ) -> dict[str, jax.Array]:
+        """Predictions of the target tokens: of patches in the loss's pixel space, of words logits; float32.
+
+        Args:
+            params: parameters.
+            part: of a batch.
+            rng: of dropout; None: none.
+            features_of: groups of which what the last layer reads is returned instead.
+        """
+        encoded = self.encode(params, part, rng)
+        predicted: Any = self._decoder.apply(
+            {"params": params["decoder"]},
+            encoded,
+            self._visible(part),
+            _targets(part),
+            features_of=features_of,
+            deterministic=rng is None,
+            rngs=_dropout(None if rng is None else jax.random.fold_in(rng, 2)),
+        )
+        return predicted
+
+    def _token_losses(self, params: Params, part: Part, rng: jax.Array | None) -> dict[str, Restored]:
+        """Loss and restored value of each target token."""
+        predicted = self.predict(params, part, rng, features_of=("text",))
+        values = self._values(part)
+        restored = {}
+        for name, prediction in predicted.items():
+            if name == "text":
+                head = params["decoder"]["text_output"]["output"]
+                blocks = self._config.compute.vocabulary_blocks
+                words = cross_entropy(prediction, head["kernel"], head["bias"], values[name], blocks)
+                restored[name] = Restored(words.best, words.loss, words.best == values[name])
+            else:
+                error = jnp.mean(jnp.square(prediction - values[name]), axis=-1)
+                restored[name] = Restored(self._pixels(part, prediction), error)
+        return restored
+
+    def _values(self, part: Part) -> dict[str, jax.Array]:
+        """What is to be restored: `image`: `[B, K, P] float32` in the loss's pixel space; `text`: `[B, K] int32`."""
+        values = {name: group["target"]["value"] for name, group in part["groups"].items()}
         if "image" in values:
             values["image"] = normalize_pixels(values["image"], self._config)
-            if self._config.loss.normalize_patches:
+            if self._config.m3ae.normalize_patches:
                 values["image"] = normalize_patches(values["image"])
         return values
 
-    def reconstruct(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """`image`: `[B, K, P]` in the loss's pixel space; `text`: logits `[B, K, vocabulary]`; float32."""
-        return self._restore(params, batch, None)
+    def _pixels(self, part: Part, prediction: jax.Array) -> jax.Array:
+        """`[B, K, P] uint8` of predicted patches."""
+        if self._config.m3ae.normalize_patches:
+            # Only the patch's own statistics give such a prediction a colour, as in MAE's pictures.
+            target = part["groups"]["image"]["target"]["value"]
+            mean, std = patch_statistics(normalize_pixels(target, self._config))
+            prediction = prediction * std + mean
+        return denormalize_pixels(prediction, self._config)
 
-    def encode(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
-        """``{"cls": [B, D], "image": [B, V, D], "text": [B, V, D]}`` of what is visible."""
-        encoded: Any = self.model.apply(
-            {"params": params},
-            self._visible(batch),
-            deterministic=rng is None,
-            rngs={} if rng is None else {"dropout": rng},
-            method=MaskedAutoencoder.encode,
-        )
-        return {"cls": encoded.cls, **encoded.tokens}
-
-    def attention(self, params: Params, batch: Batch, layer: int = -1) -> dict[str, dict[str, jax.Array]]:
-        """See `Objective.attention`; these are the weights whatever ``model.attention`` computes with."""
-        visible = self._visible(batch)
-        _, found = self.model.apply(
-            {"params": params}, visible, method=MaskedAutoencoder.encode, mutable=["intermediates"]
-        )
-        (maps,) = found["intermediates"]["encoder"]["blocks"]["attention"]["attention"]
-        names = ["cls", *(m for m in self.model.options.modalities if m in visible)]
-        ends = np.cumsum([1, *(visible[m]["valid"].shape[1] for m in names[1:])])
-        part = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
-        weights = jnp.mean(maps[layer], axis=1)
-        return {asking: {asked: weights[:, part[asking], part[asked]] for asked in names} for asking in names}
-
-    def _restore(
-        self, params: Params, batch: Batch, rng: jax.Array | None, features_of: tuple[str, ...] = ()
-    ) -> dict[str, jax.Array]:
-        target = {name: group["target"] for name, group in batch["groups"].items()}
-        rngs = {} if rng is None else {"dropout": rng}
-        restored: Any = self.model.apply(
-            {"params": params},
-            self._visible(batch),
-            target,
-            features_of=features_of,
-            deterministic=rng is None,
-            rngs=rngs,
-        )
-        return restored
-
-    def _asked(self, batch: Batch, rng: jax.Array | None) -> Batch:
-        """The batch with as many target patches as a training step restores; without `rng` all of them."""
-        share = self._config.model.image_target_share
-        if rng is None or share == 1.0 or "image" not in batch["groups"]:
-            return batch
-        group = batch["groups"]["image"]
+    def _restored_share(self, part: Part, rng: jax.Array | None) -> Part:
+        """The part with as many target patches as a training step restores; without `rng` all of them."""
+        share = self._config.m3ae.image_target_share
+        if rng is None or share == 1.0 or "image" not in part["groups"]:
+            return part
+        group = part["groups"]["image"]
         valid = group["target"]["valid"]
         count = max(int(hidden_count(valid.shape[1], share)), 1)
         # Real patches in a random order, then padding.
@@ -138,100 +222,18 @@ class M3AE:
             name: jnp.take_along_axis(x, chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2)), axis=1)
             for name, x in group["target"].items()
         }
-        return {**batch, "groups": {**batch["groups"], "image": {**group, "target": target}}}
+        return {**part, "groups": {**part["groups"], "image": {**group, "target": target}}}
 
-    def _visible(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
-        visible = {name: dict(group["visible"]) for name, group in batch["groups"].items()}
+    def _visible(self, part: Part) -> dict[str, dict[str, jax.Array]]:
+        visible = {name: dict(group["visible"]) for name, group in part["groups"].items()}
         if "image" in visible:
             visible["image"]["value"] = normalize_pixels(visible["image"]["value"], self._config)
         return visible
 
 
-def autoencoder_options(config: ConfigDict, vocab_size: int) -> AutoencoderOptions:
-    """The model that a resolved config describes."""
-    m = config.model
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if m.compute_dtype == "auto" else m.compute_dtype)
-
-    def stack(width: int, depth: int, heads: int, cross: bool = False) -> TransformerOptions:
-        return TransformerOptions(
-            width=width,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=m.mlp_ratio,
-            dropout=m.dropout,
-            attention_dropout=m.attention_dropout,
-            drop_path=m.drop_path,
-            unroll=m.unroll,
-            remat=m.remat,
-            attention=m.attention,
-            attention_head_groups=m.attention_head_groups,
-            activation=m.activation,
-            epsilon=m.layer_norm_epsilon,
-            cross=cross,
-            dtype=dtype,
-        )
-
-    return AutoencoderOptions(
-        encoder=stack(m.width, m.depth, m.heads),
-        decoder=stack(m.decoder_width, m.decoder_depth, m.decoder_heads, m.decoder_attention == "cross"),
-        modalities=tuple(config.data.modalities),
-        grid=grid(config),
-        patch_values=3 * config.data.patch_size**2,
-        text_tokens=config.data.max_text_tokens,
-        vocab_size=vocab_size,
-        use_type_embedding=m.use_type_embedding,
-        output_head_depth=m.output_head_depth,
-        learned_positions=m.image_positions == "learned",
-    )
+def _targets(part: Part) -> dict[str, Any]:
+    return {name: group["target"] for name, group in part["groups"].items()}
 
 
-def _channels(values: tuple[float, ...], size: int) -> jax.Array:
-    """Per-channel constants for the `size` numbers of a patch, whose last axis is the channel."""
-    return jnp.tile(jnp.asarray(values, jnp.float32), size // len(values))
-
-
-def normalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
-    """`[..., P] uint8` to zero mean and unit variance by the data set's channel statistics (float32).
-
-    Float input is taken as normalised already.
-    """
-    if jnp.issubdtype(patches.dtype, jnp.floating):
-        return patches
-    size = patches.shape[-1]
-    mean, std = _channels(config.data.image_mean, size), _channels(config.data.image_std, size)
-    return (patches.astype(jnp.float32) / 255.0 - mean) / std
-
-
-def denormalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
-    """Inverse of `normalize_pixels`, to `[..., P] uint8`."""
-    size = patches.shape[-1]
-    pixels = patches * _channels(config.data.image_std, size) + _channels(config.data.image_mean, size)
-    return jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0).astype(jnp.uint8)
-
-
-def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each patch, `[..., 1]`; unbiased, 1e-6 under the root as in MAE's code."""
-    return jnp.mean(patches, -1, keepdims=True), jnp.sqrt(jnp.var(patches, -1, keepdims=True, ddof=1) + 1e-6)
-
-
-def normalize_patches(patches: jax.Array) -> jax.Array:
-    """Zero mean and unit variance within each patch, `[..., P] float32` (arXiv 2111.06377, section 3)."""
-    mean, std = patch_statistics(patches)
-    return (patches - mean) / std
-
-
-def _per_example(values: jax.Array, valid: jax.Array, over: str) -> tuple[jax.Array, jax.Array]:
-    """(sum, weight), `[B] float32`, of `[B, K]` values over valid slots.
-
-    ``token``: every valid slot counts the same. ``example``: every example that has one counts the same.
-    """
-    count = jnp.sum(valid, axis=-1, dtype=jnp.float32)
-    total = jnp.sum(jnp.where(valid, values, 0.0), axis=-1, dtype=jnp.float32)
-    if over == "token":
-        return total, count
-    return total / jnp.maximum(count, 1.0), (count > 0).astype(jnp.float32)
-
-
-def _sum(per_example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return jnp.sum(per_example[0]), jnp.sum(per_example[1])
+def _dropout(rng: jax.Array | None) -> dict[str, jax.Array]:
+    return {} if rng is None else {"dropout": rng}

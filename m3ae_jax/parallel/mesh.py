@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.models.placement import placed_by
 
@@ -42,6 +43,21 @@ RULES: Rules = {
     "mlp": ("tensor",),
 }
 LOGICAL_AXES = ("batch", "embed", "heads", "head_dim", "mlp", "vocab", "patch", "layers")
+
+
+class MeshFields(FieldGroup):
+    """How devices share a step."""
+
+    preset: str = setting("dp", choices=tuple(PRESETS), program=True)
+    """dp: parameters whole on each device; fsdp: over 16; fsdp_tp: heads and MLPs over 2 besides."""
+    data: int = setting(0, low=0, program=True, aliases=("data_parallel", "dp"))
+    """Devices along the axis of examples; 0: what remains."""
+    fsdp: int = setting(0, low=0, program=True)
+    """Devices that share the parameters; 0: as the preset says."""
+    tensor: int = setting(0, low=0, program=True, aliases=("tp", "model_axis"))
+    """Devices that share heads and MLPs; 0: as the preset says."""
+    rules: tuple[str, ...] = setting((), program=True)
+    """Changes to the rules of parallel/mesh.py: LOGICAL:MESH, or LOGICAL: (kept whole)."""
 
 
 def mesh_rules(config: ConfigDict) -> Rules:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.attention import KERNELS
-from m3ae_jax.objectives.base import Objective, abstract_batches, build
+from m3ae_jax.objectives.base import Objective, build
+from m3ae_jax.objectives.batch import abstract_batch
 from m3ae_jax.parallel.mesh import activations_on, batch_parts, batch_sharding, check_batch_size, make_mesh, mesh_rules
 from m3ae_jax.plan.chips import Topology
 from m3ae_jax.plan.hlo import Array, Collective, Program
@@ -23,11 +24,11 @@ from m3ae_jax.train.step import abstract_state, jit_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one step on one chip; bytes.
+    """What the compiler reports of one step on one chip; bytes.
 
     Attributes:
         fits: whether it compiles within the chip's memory.
-        missing: bytes too many, if it does not fit and the compiler says so.
+        missing: bytes too many, if it does not fit and the compiler reports it.
         arguments: state and batch (the new state takes the old one's place).
         temporaries: everything else at the worst moment.
         code: the program.
@@ -37,7 +38,7 @@ class Compiled:
         collectives: traffic with other chips.
         largest: arrays.
         seconds: that compiling took here.
-        note: the compiler's own words where it failed.
+        note: the compiler's message where it failed.
     """
 
     fits: bool
@@ -58,21 +59,21 @@ def for_tpu(config: ConfigDict) -> ConfigDict:
     """A resolved config as it would run on TPUs.
 
     Raises:
-        UserError: it asks for what TPUs have not.
+        UserError: it needs what TPUs lack.
     """
     config = config.copy_and_resolve_references()
-    if KERNELS[config.model.attention] not in (None, "tpu"):
-        raise UserError(f"model.attention={config.model.attention!r} is not for TPUs: use xla or flash")
-    if config.model.compute_dtype == "auto":
-        config.model.compute_dtype = "bfloat16"
+    if KERNELS[config.compute.attention] not in (None, "tpu"):
+        raise UserError(f"compute.attention={config.compute.attention!r} is not for TPUs: use xla or flash")
+    if config.compute.dtype == "auto":
+        config.compute.dtype = "bfloat16"
     return config
 
 
 def no_tpu_here() -> None:
-    """Tells libtpu not to look for a TPU, before JAX first looks for devices; else it complains of what it lacks."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask: this is not a TPU VM
+    """Keeps libtpu from looking for a TPU, before JAX first looks for devices; else it warns of what it lacks."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server: this is not a TPU VM
     for name, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16")):
-        # Not used here; libtpu puts a warning in place of what it does not find, and later complains of it.
+        # Not used here; libtpu puts a warning in place of what it does not find, and later warns of it.
         if os.environ.get(name, "WARNING").startswith("WARNING"):
             os.environ[name] = value
 
@@ -95,7 +96,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         options["chips_per_host_bounds"] = (2, 4, 1)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    name = f"{topology.generation}:{'x'.join(map(str, topology.shape))}"
+    name = str(dataclasses.replace(topology, slices=1))
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # whatever libtpu raises: it has no class of its own
@@ -153,7 +154,7 @@ def _lower(objective: Objective, config: ConfigDict, mesh: Any) -> Any:
     chain = optimizer(config, schedule(config, 100_000, 10_000_000))  # the lengths change constants alone
     state = abstract_state(objective, chain, mesh, config.seed, rules)
     rows = batch_sharding(mesh)
-    shapes = abstract_batches(config, objective, config.batch_size, batch_parts(mesh) * config.micro_batches)
+    shapes = abstract_batch(config, objective, config.batch_size, batch_parts(mesh) * config.micro_batches)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
     names = tuple(sorted(config.data.mixture))
     jitted = jit_train_step(
@@ -177,10 +178,8 @@ def _too_large(message: str, seconds: float) -> Compiled:
     used = amount(rf"(?:Used|temporaries \(|requires?) ?{number} ?(?:of|\)|)")
     available = amount(rf"(?:of|available HBM \(|limit of) ?{number}\)? ?(?:hbm)?")
     missing = amount(rf"[Ee]xceeded hbm capacity by {number}") or max(0, used - available)
-    arrays = {}
-    for size, shape in re.findall(r"Size: ([\d.]+[KMGT]?).*?Shape: (\w+\[[\d,]*\])", message, flags=re.DOTALL):
-        match = re.match(r"([\d.]+)([KMGT]?)", size)
-        arrays[shape] = Array(shape, int(float(match[1]) * _UNITS[match[2]]) if match else 0)
+    sizes = re.findall(r"Size: ([\d.]+)([KMGT]?).*?Shape: (\w+\[[\d,]*\])", message, flags=re.DOTALL)
+    arrays = {shape: Array(shape, int(float(size) * _UNITS[unit])) for size, unit, shape in sizes}
     return Compiled(
         fits=False,
         missing=missing,

@@ -1,0 +1,1 @@
+"""``python -m m3ae_jax.sweep``: a grid of runs, compared."""

@@ -1,6 +1,6 @@
 r"""Trains a config at all points of a grid, with several seeds, and compares what the evaluations say.
 
-    python -m m3ae_jax.sweep --config=configs/tiny.py --grid="config.model.text_mask_ratio=0.15,0.5,0.75,0.9" \
+    python -m m3ae_jax.sweep --config=configs/tiny.py --grid="config.m3ae.text_mask_ratio=0.15,0.5,0.75,0.9" \
         --seeds=3 --eval=probe
 
 The same command goes on with a sweep that was stopped, at whatever moment; what is done is not done again. Each run

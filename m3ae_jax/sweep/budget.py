@@ -19,7 +19,7 @@ class Budget:
     Attributes:
         steps: of training.
         examples: seen in all of them.
-        flops: of all of them, by the matrix products in closed form (`plan.estimate.flops_per_example`).
+        flops: of all of them, by the matrix products in closed form (`train.flops.flops_per_example`).
     """
 
     steps: int
@@ -77,7 +77,7 @@ class Budgets:
     def _plain(self, overrides: tuple[tuple[str, str], ...]) -> Budget:
         key = tuple(o for o in overrides if o[0] != "seed")
         if key not in self._cached:
-            from m3ae_jax.plan.estimate import flops_per_example
+            from m3ae_jax.train.flops import flops_per_example
             from m3ae_jax.train.setup import data_sizes
 
             config = self._config.copy_and_resolve_references()

@@ -10,8 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import m3ae_jax.evals as evals
 from m3ae_jax.config import apply_overrides, resolve
+from m3ae_jax.evals.base import place
+from m3ae_jax.evals.run import check
 from m3ae_jax.sweep.budget import Budgets
 from m3ae_jax.sweep.grid import Axis, Overrides, Run, make_runs, parse_grid
 from m3ae_jax.sweep.results import Results, RunResult
@@ -55,7 +56,7 @@ class Sweep:
         for run in self.runs:
             config = self.config.copy_and_resolve_references()
             apply_overrides(config, self._budgets.overrides(run))
-            evals.check(resolve(config))
+            check(resolve(config))
 
     def jobs(self) -> list[Job]:
         """The jobs that make the runs, one for each."""
@@ -78,7 +79,7 @@ class Sweep:
         scalars: dict[str, float] = {}
         for name in self.config.evals:
             try:
-                scalars |= json.loads(evals.place(folder, name, steps).read_text(encoding="utf-8"))
+                scalars |= json.loads(place(folder, name, steps).read_text(encoding="utf-8"))
             except (OSError, ValueError):  # a kill while it was written
                 return {}
         return {name: value for name, value in scalars.items() if name != "step"}

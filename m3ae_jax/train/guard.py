@@ -1,4 +1,4 @@
-"""Steps that would do harm: found and skipped on the device, so that the host need not wait for a verdict.
+"""Steps that would do harm: detected and skipped on the device, so that the host need not wait for a verdict.
 
 A step is skipped if its loss or its gradient is not finite, or if its loss lies far above those of the steps before
 (as Levanter and others do). All devices decide alike: they judge the same two numbers.
@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from m3ae_jax.config.fields import FieldGroup, setting
+
 WINDOW = 128
 """Accepted steps whose losses are the recent distribution; before so many nothing is called a spike."""
 
@@ -17,6 +19,15 @@ FINE, NOT_FINITE, SPIKE = 0, 1, 2
 VERDICTS = ("fine", "its loss or gradient was not finite", "its loss was far above the recent ones")
 
 _LEAST_DEVIATION = 0.01  # of the mean: a run that hardly varies any more must not skip every ripple
+
+
+class AnomalyFields(FieldGroup):
+    """Steps that are skipped: they change nothing, but are counted."""
+
+    spike: float = setting(10.0, low=0.0)
+    """Standard deviations above the mean of the last 128 losses from which on a step is skipped; 0: never."""
+    stop_after: int = setting(20, low=1, identifies=False)
+    """Skipped steps in a row after which the run stops."""
 
 
 @flax.struct.dataclass

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
-from m3ae_jax import config as config_lib
-from m3ae_jax import console, evals
+import m3ae_jax.config as config_lib
+import m3ae_jax.console as console
 from m3ae_jax.atomic import replacing
-from m3ae_jax.checkpoint.init_from import take_weights
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.errors import LOST, STOPPED, Stopped, UserError
-from m3ae_jax.evals.reconstructions import Reconstructions
-from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.metrics.events import Events
-from m3ae_jax.metrics.writers import MetricWriter, read_rows
+from m3ae_jax.metrics.writers import MetricWriter
 from m3ae_jax.parallel.mesh import put_batch
 from m3ae_jax.parallel.processes import tells_of_a_loss
-from m3ae_jax.plan.estimate import flops_per_example
-from m3ae_jax.report.pictures import curves
-from m3ae_jax.report.run import build_run
+from m3ae_jax.train.flops import flops_per_example
 from m3ae_jax.train.guard import FINE, VERDICTS
+from m3ae_jax.train.hooks import Hooks
 from m3ae_jax.train.identity import Identity
 from m3ae_jax.train.profile import Profile
 from m3ae_jax.train.progress import Progress, Start, memory
@@ -48,17 +43,23 @@ _EVERY_STEP = ("loss", "gradient_norm", "skipped")
 _OUTPUTS = ("checkpoints", "report.html", "pictures")
 
 
-def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...] = ()) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    allow_config_change: tuple[str, ...] = (),
+    hooks: Callable[[Setup, Path], Hooks] = lambda setup, workdir: Hooks(),
+) -> TrainState:
     """Trains, or goes on with, the run in `workdir`.
 
     Args:
         config: as loaded and overridden, not yet resolved.
         workdir: the run's folder; made if missing.
         allow_config_change: names of what may differ from what the run has (`identity.Identity`).
+        hooks: made of the run's parts and folder; what happens beside the steps.
 
     Raises:
         UserError: the config, the data or the folder does not fit, or the run cannot go on.
-        Stopped: a signal asked for it.
+        Stopped: by a signal.
     """
     start = Start()
     resolved = config_lib.resolve(config)
@@ -66,6 +67,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
         setup = prepare(resolved)
     identity = Identity(resolved, setup.identity(), allow_config_change)
     identity.check_allowed()
+    beside = hooks(setup, workdir)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(_opened(workdir, identity))
@@ -74,16 +76,16 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: tuple[str, ...
         stack.callback(log.removeHandler, events)
         if first:
             console.log_to(workdir / "log.txt")
-            stack.callback(build_page, workdir)
-        stack.enter_context(_ending_told(events))
+            stack.callback(_page, beside, workdir)
+        stack.enter_context(_ending_recorded(events))
         try:
             checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
             stack.enter_context(contextlib.closing(checkpoints))
             writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
-            return _Loop(setup, workdir, identity, checkpoints, writer, events, start).run()
+            return _Loop(setup, workdir, identity, checkpoints, writer, events, start, beside).run()
         except Exception as error:
             if tells_of_a_loss(error):
-                _leave_alone(workdir, events, error)
+                _leave_alone(workdir, events, error, beside)
             raise
 
 
@@ -119,8 +121,8 @@ def _lock(file: int, workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ending_told(events: Events) -> Iterator[None]:
-    """Writes down how the run ended."""
+def _ending_recorded(events: Events) -> Iterator[None]:
+    """Records how the run ended."""
     try:
         yield
     except Stopped as stopped:
@@ -137,7 +139,7 @@ def _ending_told(events: Events) -> Iterator[None]:
         raise
 
 
-def _leave_alone(workdir: Path, events: Events, error: Exception) -> NoReturn:
+def _leave_alone(workdir: Path, events: Events, error: Exception, hooks: Hooks) -> NoReturn:
     """Ends this process at once, to be started again, as another one is gone.
 
     An ordinary end would wait for the lost one, in the last save's barriers and in JAX's own, until JAX aborts with a
@@ -146,31 +148,23 @@ def _leave_alone(workdir: Path, events: Events, error: Exception) -> NoReturn:
     log.debug("lost", exc_info=error)
     events.add("preempted", LOST)
     if jax.process_index() == 0:
-        build_page(workdir)
+        _page(hooks, workdir)
     print(f"error: {LOST}", file=sys.stderr)
     console.leave(STOPPED)
 
 
-def fresh_state(setup: Setup) -> TrainState:
-    """What a run begins with: fresh parameters, or those of ``init_from``."""
-    state = setup.init_state()
-    if not setup.config.init_from:
-        return state
-    params, matched = take_weights(state.params, setup.config.init_from)
-    for line in matched.lines():
-        log.info(line)
-    return dataclasses.replace(state, params=params, extra=setup.objective.init_extra(params))
-
-
-def build_page(workdir: Path) -> None:
-    """Rebuilds the run's page; a full disk or the like is told and stops nothing."""
-    with _may_fail(workdir / "report.html"):
-        build_run(workdir)
+def _page(hooks: Hooks, workdir: Path) -> None:
+    with may_fail(workdir / "report.html"):
+        hooks.page()
 
 
 @contextlib.contextmanager
-def _may_fail(file: Path) -> Iterator[None]:
-    """What is told to people, and not needed to go on."""
+def may_fail(file: Path) -> Iterator[None]:
+    """A context for what people look at and a run does not need: a full disk or the like is logged and stops nothing.
+
+    Args:
+        file: what is written, for the message.
+    """
     try:
         yield
     except (OSError, UserError) as error:
@@ -187,12 +181,11 @@ class _Loop:
         writer: MetricWriter,
         events: Events,
         start: Start,
+        hooks: Hooks,
     ) -> None:
         self._setup, self._workdir, self._identity = setup, workdir, identity
         self._checkpoints, self._writer, self._events = checkpoints, writer, events
-        self._validate = Validation(setup)
-        self._draw = Reconstructions(setup, workdir / "pictures")
-        self._start = start
+        self._start, self._hooks = start, hooks
         self._metrics: dict[str, float] = {}
         self._priors: dict[str, float] = {}
         self._replaced = Replacements()
@@ -225,12 +218,12 @@ class _Loop:
         log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
         evals_every = setup.steps("eval.evals_every") if setup.config.eval.evals_every else total
         if start == 0:
-            self._priors = priors(setup)
+            self._priors = self._hooks.prior()
             self._evaluate(state)
         log.info(self._progress.formula())
         log.info("compiling the step; then %d steps from step %d", total - start, start)
         self._progress.start(start)
-        figures: dict[str, jax.Array] = {}
+        metrics: dict[str, jax.Array] = {}
         with (
             StopFlag() as stop,
             Profile(setup.config.profile, self._workdir / "profile", self._events) as profile,
@@ -239,19 +232,19 @@ class _Loop:
             for step in range(start + 1, total + 1):
                 self._metrics = {}
                 watchdog.stage("waiting for data")
-                batch = self._progress.waiting(lambda: next(batches), figures)
+                batch = self._progress.waiting(lambda: next(batches), metrics)
                 self._replaced.add(batch)
                 profile.before(step)
                 compiling = step == start + 1
                 watchdog.stage("compiling the step" if compiling else "running steps", patient=compiling)
                 with self._progress.spent_on("compile") if compiling else contextlib.nullcontext():
-                    state, figures = step_fn(state, put_batch(batch, setup.mesh))
-                watchdog.started(step, figures["loss"])
-                profile.after(step, figures)
-                self._since_log.append({name: figures[name] for name in _EVERY_STEP})
+                    state, metrics = step_fn(state, put_batch(batch, setup.mesh))
+                watchdog.started(step, metrics["loss"])
+                profile.after(step, metrics)
+                self._since_log.append({name: metrics[name] for name in _EVERY_STEP})
                 last = step == total or stop.at(step)
                 if step % log_every == 0 or step == start + 1 or last:
-                    self._log(step, figures, state)
+                    self._log(step, metrics, state)
                 if step % eval_every == 0 or step == total:
                     self._evaluate(state)
                 if step % evals_every == 0 and step < total:
@@ -275,19 +268,19 @@ class _Loop:
         if step is not None:
             state = self._restored(step)
             self._save_config()
-            self._tell("resumed", f"going on from step {step} of {self._workdir}", step)
+            self._announce("resumed", f"going on from step {step} of {self._workdir}", step)
             return state
         self._save_config()
-        state = fresh_state(setup)
+        state = setup.fresh_state()
         _log_overview(setup, state)
-        self._tell("started", f"{setup.total_steps} steps of {setup.config.batch_size} examples", 0)
+        self._announce("started", f"{setup.total_steps} steps of {setup.config.batch_size} examples", 0)
         return state
 
     def _restored(self, step: int) -> TrainState:
         # The checkpoint's own copy of the config counts: config.json may have been lost or edited.
         changed = self._identity.check(str(self._workdir), self._checkpoints.meta(step))
         for line in changed:
-            self._tell("config", f"going on with another {line}", step)
+            self._announce("config", f"going on with another {line}", step)
         try:
             return self._checkpoints.restore(step, self._setup.abstract_state())
         except (ValueError, KeyError, TypeError) as error:
@@ -307,16 +300,16 @@ class _Loop:
         except OSError as error:
             raise UserError(f"--workdir={self._workdir} cannot be written: {error.strerror}") from None
 
-    def _tell(self, kind: str, text: str, step: int) -> None:
+    def _announce(self, kind: str, text: str, step: int) -> None:
         log.info(text)
         self._events.add(kind, text, step)
 
-    def _log(self, step: int, figures: dict[str, jax.Array], state: TrainState) -> None:
+    def _log(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
         self._watchdog.stage(f"waiting for step {step}")
-        values = {name: float(value) for name, value in jax.device_get(figures).items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._events.step = step
-        values["skipped_steps"] = float(self._tell_every_step(step))
-        values |= self._replaced.figures()
+        values["skipped_steps"] = float(self._record_every_step(step))
+        values |= self._replaced.metrics()
         values |= self._setup.train_data.progress(step)
         values["learning_rate"] = float(self._setup.learning_rate(max(int(state.guard.accepted) - 1, 0)))
         timing = self._progress.interval(step)
@@ -328,25 +321,25 @@ class _Loop:
         self._priors = {}
         log.info(self._progress.line(step, values, timing))
         if parts:
-            told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
-            log.info("  the first step was done after %.1f s: %s", sum(parts.values()), told)
+            listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+            log.info("  the first step was done after %.1f s: %s", sum(parts.values()), listed)
         self._replaced.check(self._setup.config.data.max_bad_fraction)
         self._check_skipped(state)
 
-    def _tell_every_step(self, step: int) -> int:
-        """Writes down loss and verdict of all steps since the last time; how many were skipped."""
-        of_steps = jax.device_get(self._since_log)
-        first = step - len(of_steps) + 1
+    def _record_every_step(self, step: int) -> int:
+        """Records loss and verdict of all steps since the last time; returns how many were skipped."""
+        steps = jax.device_get(self._since_log)
+        first = step - len(steps) + 1
         self._since_log = []
-        columns = {name: [float(of[name]) for of in of_steps] for name in _EVERY_STEP}
+        columns = {name: [float(one[name]) for one in steps] for name in _EVERY_STEP}
         self._writer.every_step(first, columns)
-        skipped = [i for i, of in enumerate(of_steps) if int(of["skipped"]) != FINE]
+        skipped = [i for i, one in enumerate(steps) if int(one["skipped"]) != FINE]
         for i in skipped:
             slots = self._setup.slots(first + i)
             where = ", ".join(f"{name} {low}-{high}" for name, (low, high) in slots.items())
             log.warning(
                 "step %d was skipped: %s (loss %g, gradient norm %g); positions %s",
-                *(first + i, VERDICTS[int(of_steps[i]["skipped"])]),
+                *(first + i, VERDICTS[int(steps[i]["skipped"])]),
                 *(columns["loss"][i], columns["gradient_norm"][i], where),
                 extra={"kind": "skipped", "step": first + i},
             )
@@ -366,58 +359,45 @@ class _Loop:
     def _evaluate(self, state: TrainState) -> None:
         self._watchdog.stage("evaluating", patient=True)
         with self._progress.spent_on("evaluation"):
-            self._metrics = self._validate(state)
+            self._metrics = self._hooks.validate(state)
             step = int(state.step)
             self._writer.scalars(step, self._metrics | (self._priors if step == 0 else {}))
-            self._show(state)
+            picture = None
+            with may_fail(self._workdir / "pictures"):
+                picture = self._hooks.draw(state)
+            if picture is not None:
+                self._writer.image(step, "reconstructions", picture)
             if self._metrics:
                 shown = " ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items())
-                self._tell("evaluated", f"  validation at step {step}: {shown}", step)
+                self._announce("evaluated", f"  validation at step {step}: {shown}", step)
             if step == 0 and self._metrics and self._priors:
                 log.info("  to beat: %s", " ".join(f"{k} {v:.4f}" for k, v in self._priors.items()))
             if jax.process_index() == 0:
-                build_page(self._workdir)
-
-    def _show(self, state: TrainState) -> None:
-        picture = None
-        with _may_fail(self._workdir / "pictures"):
-            picture = self._draw(state)
-        if picture is not None:
-            self._writer.image(int(state.step), "reconstructions", picture)
+                _page(self._hooks, self._workdir)
 
     def _save(self, state: TrainState) -> None:
         self._watchdog.stage("saving")
         with self._progress.spent_on("checkpoint"):
             self._check_skipped(state)
-            meta = {**self._identity.others, "config": self._setup.config.to_dict()}
+            meta = {
+                **self._identity.others,
+                "config": self._setup.config.to_dict(),
+                "modalities": self._setup.modalities(),
+            }
             self._checkpoints.save(state, meta, self._metrics)
             self._events.add("saved", "checkpoint", int(state.step))
 
     def _finish(self, state: TrainState) -> None:
         where, step = self._workdir, int(state.step)
-        self._draw_curves(step)
+        if jax.process_index() == 0:
+            with may_fail(where / "curves.png"):
+                self._hooks.curves(step)
         self._run_evals(state)
         self._events.add("finished", f"all {self._setup.total_steps} steps are done", step)
         log.info("done: checkpoints in %s, the run's page %s, pictures in %s", *(where / p for p in _OUTPUTS))
 
     def _run_evals(self, state: TrainState) -> None:
-        where, step, names = self._workdir / "evals", int(state.step), self._setup.config.evals
-        for number, name in enumerate(names, 1):
-            if evals.place(where, name, step).exists():
-                continue
-            self._watchdog.stage(f"evaluating: {name}", patient=True)
-            log.info("evaluation %d of %d: %s", number, len(names), name)
-            result = evals.run(name, self._setup, state)
-            result.write(self._writer, step)
-            log.info(result.text)
-            if jax.process_index() == 0:
-                with _may_fail(where):
-                    result.save(where, step)
-
-    def _draw_curves(self, step: int) -> None:
-        if jax.process_index() == 0:
-            with _may_fail(self._workdir / "curves.png"):
-                curves(read_rows(self._workdir, until=step), self._workdir / "curves.png", self._workdir.name)
+        self._hooks.evaluate(state, self._writer, lambda name: self._watchdog.stage(name, patient=True))
 
 
 def _log_overview(setup: Setup, state: TrainState) -> None:

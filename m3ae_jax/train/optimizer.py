@@ -9,7 +9,31 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import steps
+from m3ae_jax.config.durations import steps
+from m3ae_jax.config.fields import FieldGroup, setting
+
+
+class OptimizerFields(FieldGroup):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = setting(1.5e-4, low=0.0, aliases=("lr", "base_lr", "blr"))
+    """For 256 examples: the peak is this times batch_size / 256."""
+    final_learning_rate: float = setting(0.0, low=0.0, aliases=("min_lr", "end_lr"))
+    """Where the cosine ends, scaled likewise."""
+    warmup: str = setting("5 epochs", duration=True, low=0, aliases=("warmup_steps", "warmup_epochs"))
+    """How long the rate rises from 0."""
+    b1: float = setting(0.9, low=0.0, high=0.999999, aliases=("beta1",))
+    """Decay of Adam's first moment."""
+    b2: float = setting(0.95, low=0.0, high=0.999999, aliases=("beta2",))
+    """Decay of Adam's second moment."""
+    weight_decay: float = setting(0.05, low=0.0, aliases=("wd",))
+    """Decay of the weights, times the learning rate."""
+    no_decay: tuple[str, ...] = setting(("bias", "scale", "embedding", "cls_token"))
+    """Parameters whose name ends so are not decayed."""
+    clip_norm: float = setting(0.0, low=0.0, aliases=("grad_clip", "clip", "clip_grad"))
+    """Greatest norm of the whole gradient; 0: any."""
+    first_moment_dtype: str = setting("float32", choices=("float32", "bfloat16"), aliases=("mu_dtype",))
+    """bfloat16 takes two bytes a parameter less."""
 
 
 def schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Schedule:
@@ -49,7 +73,7 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
 
 
 def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Clip (if asked for), Adam's moments, decay of the weights, learning rate.
+    """Clip (by `clip_norm`), Adam's moments, decay of the weights, learning rate.
 
     Its update takes ``fine``, a scalar bool: where it is False, the optimizer's state stays as it was. None: True.
     """
@@ -73,7 +97,7 @@ def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gradie
 def scale_by_adam(b1: float, b2: float, eps: float, first_moment_dtype: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, whose moments stay as they were where ``fine`` is False.
 
-    The update is made of the moments that are kept. When they were chosen after it, XLA's CPU back end computed them
+    The update is made of the moments that are stored. When they were chosen after it, XLA's CPU back end computed them
     for themselves and once more for the parameters, of copies of the old ones (docs/performance.md).
     """
     of = optax.scale_by_adam(b1, b2, eps=eps, mu_dtype=first_moment_dtype)

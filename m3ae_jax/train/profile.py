@@ -17,12 +17,12 @@ log = logging.getLogger("m3ae_jax")
 class Profile:
     """Traces from before the first of the steps until the last one is done on the device; each process its own.
 
-    A profiler that fails is told of and stops nothing.
+    A profiler that fails is logged and stops nothing.
 
     Args:
         steps: ``"A-B"`` or nothing.
         folder: gets the trace.
-        events: is told.
+        events: records where the trace is.
     """
 
     def __init__(self, steps: str, folder: Path, events: Events) -> None:
@@ -52,10 +52,10 @@ class Profile:
             self._steps = None
             log.warning("no profile: %s", " ".join(str(error).split()))
 
-    def after(self, step: int, figures: Any) -> None:
+    def after(self, step: int, metrics: Any) -> None:
         """Ends after the last step."""
         if self._running and self._steps is not None and step >= self._steps[1]:
-            jax.block_until_ready(figures)
+            jax.block_until_ready(metrics)
             self._stop()
 
     def _stop(self) -> None:

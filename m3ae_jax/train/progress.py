@@ -14,27 +14,13 @@ from typing import Any
 
 import jax
 
-from m3ae_jax import console
-from m3ae_jax.plan.chips import CHIPS
+import m3ae_jax.console as console
+from m3ae_jax.parallel.chips import peak_flops
 
 KINDS = ("startup", "compile", "data_wait", "evaluation", "checkpoint")
 """What takes time beside the steps."""
 
-_PEAKS = (
-    # Name of the device as JAX tells it, and its bfloat16 operations per second by the vendor's data sheet (dense).
-    (r"TPU v4", CHIPS["v4"].flops),
-    (r"TPU v5 ?(lite|e)", CHIPS["v5e"].flops),
-    (r"TPU v5p?", CHIPS["v5p"].flops),
-    (r"TPU v6 ?(lite|e)", CHIPS["v6e"].flops),
-    (r"NVIDIA (H100|H200|GH200)(?!.*(PCIe|NVL)).*", 989.4e12),
-    (r"NVIDIA A100.*", 312e12),
-)
 _GIB = 2**30
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Published bfloat16 operations per second of one device; None if it is not in the table."""
-    return next((flops for pattern, flops in _PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
 def process_age() -> float:
@@ -74,7 +60,7 @@ class Progress:
         total: steps of the run.
         flops_per_example: of matrix products, forward and backward, in closed form.
         devices: that take part.
-        device_kind: as JAX tells it.
+        device_kind: as JAX names it.
         start: of the run.
     """
 
@@ -86,23 +72,24 @@ class Progress:
         self._peak = peak_flops(device_kind)
         self._start, self._begun = start, start.begun
         self._spent = dict.fromkeys(KINDS, 0.0)
-        self._waited = self._pause = 0.0
         self._first_step = 0
-        self._last = (time.perf_counter(), 0)
+        self._begin_interval(time.perf_counter(), 0)
+
+    def _begin_interval(self, now: float, step: int) -> None:
+        self._last, self._waited, self._pause = (now, step), 0.0, 0.0
 
     def start(self, step: int) -> None:
         """Begins counting at a step."""
         now = time.perf_counter()
         self._spent["startup"] = now - self._begun - sum(self._spent.values())
         self._first_step = step
-        self._last = (now, step)
-        self._waited = self._pause = 0.0
+        self._begin_interval(now, step)
 
-    def waiting(self, get: Callable[[], Any], figures: dict[str, Any]) -> Any:
+    def waiting(self, get: Callable[[], Any], metrics: dict[str, Any]) -> Any:
         """Calls `get`; counts its time as waiting for data if the device had run out of work by its end."""
         begin = time.perf_counter()
         batch = get()
-        if all(value.is_ready() for value in figures.values()):
+        if all(value.is_ready() for value in metrics.values()):
             seconds = time.perf_counter() - begin
             self._waited += seconds
             self._spent["data_wait"] += seconds
@@ -126,7 +113,7 @@ class Progress:
         count = step - self._last[1]
         rate = count * self._batch_size / seconds
         done = self._flops * count / seconds
-        figures = {
+        metrics = {
             "examples_per_second": rate,
             "examples_per_second_per_chip": rate / self._devices,
             "teraflops_per_second_per_chip": done / 1e12,
@@ -134,8 +121,8 @@ class Progress:
             "data_wait_share": min(self._waited / seconds, 1.0),
             "seconds_per_step": seconds / max(count, 1),
         }
-        self._last, self._waited, self._pause = (now, step), 0.0, 0.0
-        return figures
+        self._begin_interval(now, step)
+        return metrics
 
     def first_step(self, step: int) -> dict[str, float]:
         """Seconds from the program's start to the end of its first step, by what they went to; ``{}`` later."""
@@ -186,10 +173,10 @@ def host_peak_bytes() -> int:
 
 
 def memory() -> dict[str, float]:
-    """GiB that this process has resident, and the most that its first device has held where that is told."""
+    """GiB that this process has resident, and the most that its first device has held where JAX reports it."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    host = int(found[1]) * 1024 if found else host_peak_bytes()
+    resident = re.search(r"VmRSS:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    host = int(resident[1]) * 1024 if resident else host_peak_bytes()
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"memory/device_gib": stats["peak_bytes_in_use"] / _GIB} if "peak_bytes_in_use" in stats else {}
     return {"memory/host_gib": host / _GIB, **device}

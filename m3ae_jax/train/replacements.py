@@ -1,4 +1,4 @@
-"""Examples that did not decode and were replaced: counted, told, and too many of them refused."""
+"""Examples that did not decode and were replaced: counted, reported, and too many of them refused."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ class Replacements:
         self._nothing = False
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Takes the attempts of this process's rows of a batch."""
-        for part in batch.get("parts", {"": batch}).values():
+        """Takes the attempts of this process's rows of a batch, ``{part: rows}``."""
+        for part in batch.values():
             attempt, reason = part["example"]["attempt"], part["example"]["reason"]
             self._counts[: len(REASONS)] += np.bincount(reason[attempt > 0], minlength=len(REASONS)).astype(np.int32)
             self._counts[-2:] += np.array([attempt.size, (attempt == ATTEMPTS).sum()], np.int32)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Of what was added since the last call: replaced draws, in all and by reason."""
         gathered = np.asarray(multihost_utils.process_allgather(self._counts), np.int64)
-        *found, draws, nothing = gathered.reshape(-1, len(self._counts)).sum(0).tolist()
+        *counts, draws, nothing = gathered.reshape(-1, len(self._counts)).sum(0)
         self._counts[:] = 0
-        counts = np.array(found)
         self.by_reason += counts
-        self.draws += draws
-        self._nothing = nothing == draws
+        self.draws += int(draws)
+        self._nothing = bool(nothing == draws)
         named = {f"replaced/{r.replace(' ', '_')}": float(n) for r, n in zip(REASONS, counts, strict=True) if r and n}
-        return {"replaced_examples": float(counts.sum()), **named}
+        return {"replaced_examples": float(sum(counts)), **named}
 
     def summary(self) -> str:
         """All replacements so far, in one line."""

@@ -6,29 +6,27 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax import config as config_lib
+import m3ae_jax.checkpoint.manifest as manifest
+import m3ae_jax.config as config_lib
 from m3ae_jax.atomic import replacing
-from m3ae_jax.checkpoint import manifest
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals.reconstructions import row_of
 from m3ae_jax.metrics.writers import read_every_step
-from m3ae_jax.objectives.base import Batch, mean
-from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch, put_whole_batch
-from m3ae_jax.report.pictures import reconstruction_sheet
+from m3ae_jax.objectives.base import Batch
+from m3ae_jax.objectives.batch import mean
+from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.guard import VERDICTS
+from m3ae_jax.train.hooks import Hooks
 from m3ae_jax.train.identity import Identity
-from m3ae_jax.train.loop import build_page, fresh_state
 from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState, step_gradient
 
@@ -38,7 +36,12 @@ WORST = 8
 """Examples that are shown."""
 
 
-def replay(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
+def replay(
+    config: ConfigDict,
+    workdir: Path,
+    step: int,
+    hooks: Callable[[Setup, Path], Hooks] = lambda setup, workdir: Hooks(),
+) -> dict[str, Any]:
     """Restores the nearest checkpoint before a step, does the steps up to it, and looks into the step itself.
 
     On the device layout and versions of the run the loss is the recorded one, bit for bit. Writes
@@ -48,6 +51,7 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
         config: the run's, as loaded and overridden.
         workdir: the run's folder.
         step: from 1 on.
+        hooks: draw the worst examples and the run's page.
 
     Returns:
         What the JSON file holds: ``loss``, ``recorded_loss`` (None if none was), ``equal``, ``terms``,
@@ -64,20 +68,27 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
     begin = int(state.step)
     log.info("replaying step %d from step %d: %d steps to do", step, begin, step - begin)
     step_fn = setup.train_step()
-    look = setup.jit(_look(setup))
+    inspect = setup.jit(_inspection(setup))
     with contextlib.closing(iter(setup.train_batches(begin))) as batches:
         for _ in range(begin + 1, step):
             state, _ = step_fn(state, put_batch(next(batches), setup.mesh))
         batch = put_batch(next(batches), setup.mesh)
-    inside = fetch(look(state, batch))
+    inside = fetch(inspect(state, batch))
     on_host = fetch(batch)
     worst = _worst(setup, on_host, inside["per_example"])
-    sheet = _sheet(setup, state, on_host, worst, step)
-    _, figures = step_fn(state, batch)
-    found = _report(setup, workdir, step, begin, {k: float(v) for k, v in figures.items()}, inside["norms"], worst)
+    beside = hooks(setup, workdir)
+    rows = [(on_host[one["part"]], one["row"]) for one in worst]
+    drawn = beside.replayed(state, rows, f"step {step}: the largest losses first")
+    if drawn is not None:
+        for one, caption in zip(worst, drawn[1], strict=True):
+            one["caption"] = caption
+    _, metrics = step_fn(state, batch)
+    report = _report(setup, workdir, step, begin, {k: float(v) for k, v in metrics.items()}, inside["norms"], worst)
     if jax.process_index() == 0:
-        _write(workdir, found, sheet)
-    return found
+        _write(workdir, report, drawn and drawn[0])
+        beside.page()
+        log.info("in %s and on the run's page %s", workdir / "replay", workdir / "report.html")
+    return report
 
 
 def _nearest(setup: Setup, workdir: Path, step: int) -> TrainState:
@@ -85,10 +96,11 @@ def _nearest(setup: Setup, workdir: Path, step: int) -> TrainState:
     folder = workdir / "checkpoints"
     identity = Identity(setup.config, setup.identity())
     for before in manifest.finished(folder):
-        wrong = manifest.problems(folder / str(before)) if before < step else None
-        if wrong:
+        if before >= step:
+            continue
+        if wrong := manifest.problems(folder / str(before)):
             log.warning("checkpoint %s is damaged: %s", folder / str(before), manifest.summary(wrong))
-        elif before < step:
+        else:
             with contextlib.closing(Checkpoints(folder, keep=1, read_only=True)) as checkpoints:
                 identity.check(str(workdir), checkpoints.meta(before))
                 return checkpoints.restore(before, setup.abstract_state())
@@ -97,40 +109,39 @@ def _nearest(setup: Setup, workdir: Path, step: int) -> TrainState:
         raise UserError(f"--workdir={workdir} holds no run")
     identity.check(str(workdir), {"config": config_lib.load(str(saved)).to_dict()})
     log.info("no checkpoint before step %d is left: from the start of the run", step)
-    return fresh_state(setup)
+    return setup.fresh_state()
 
 
-def _look(setup: Setup) -> Callable[[TrainState, Batch], dict[str, Any]]:
-    """What the step does not tell: gradient norms of each layer, each example's loss."""
+def _inspection(setup: Setup) -> Callable[[TrainState, Batch], dict[str, Any]]:
+    """What the step does not report: gradient norms of each layer, each example's loss."""
     config, objective = setup.config, setup.objective
     gradient = step_gradient(objective, config.seed, config.micro_batches, len(setup.train_data.names))
-    axes = nn.get_partition_spec(jax.eval_shape(objective.init, jax.random.key(0)))
 
-    def look(state: TrainState, batch: Batch) -> dict[str, Any]:
+    def inspect(state: TrainState, batch: Batch) -> dict[str, Any]:
         grads, output = gradient(state, batch)
-        parts = output.per_example if "parts" in batch else {"train": output.per_example}
         losses = {
             name: sum(objective.term_weights[term] * mean(*pair) for term, pair in terms.items())
-            for name, terms in parts.items()
+            for name, terms in output.per_example.items()
+            if terms
         }
-        return {"norms": layer_norms(grads, axes), "per_example": losses}
+        return {"norms": layer_norms(grads, objective.stacks), "per_example": losses}
 
-    return look
+    return inspect
 
 
-def layer_norms(grads: Any, axes: Any) -> dict[str, jax.Array]:
-    """Norms of each module's gradients; of stacked layers one each, as ``encoder/blocks/3``.
+def layer_norms(grads: Any, stacks: Sequence[str]) -> dict[str, jax.Array]:
+    """Norms of each module's gradients; of stacked layers one each, as ``encoder/transformer/blocks/3``.
 
     Args:
         grads: like the parameters.
-        axes: logical axes of each, `jax.sharding.PartitionSpec` leaves.
+        stacks: paths of the layer stacks (`Objective.stacks`), whose leaves have the layers as first axis.
     """
     squares: dict[str, jax.Array] = {}
-    for (path, leaf), names in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(axes), strict=True):
-        keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        name = "/".join(keys[:2]) if len(keys) > 2 else keys[0]
-        stacked = tuple(names)[:1] == ("layers",)
-        layers = {f"{name}/{i}": leaf[i] for i in range(leaf.shape[0])} if stacked else {name: leaf}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        stack = next((stack for stack in stacks if name.startswith(f"{stack}/")), None)
+        module = "/".join(name.split("/")[:-1][:2]) or name
+        layers = {f"{stack}/{i}": leaf[i] for i in range(leaf.shape[0])} if stack else {module: leaf}
         for key, layer in layers.items():
             squares[key] = squares.get(key, jnp.float32(0.0)) + jnp.sum(jnp.square(layer))
     return {name: jnp.sqrt(square) for name, square in squares.items()}
@@ -138,37 +149,16 @@ def layer_norms(grads: Any, axes: Any) -> dict[str, jax.Array]:
 
 def _worst(setup: Setup, batch: Batch, losses: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """The examples with the largest loss, those first whose loss is not finite."""
-    found = []
-    for name, values in losses.items():
-        example = (batch["parts"][name] if "parts" in batch else batch)["example"]
-        for row, loss in enumerate(np.asarray(values, np.float64).tolist()):
-            source = int(example["source"][row])
-            told = {
-                "position": int(example["position"][row]),
-                "source": setup.train_data.members[source].name,
-                "index": int(example["index"][row]),
-                "loss": loss,
-            }
-            found.append({"part": name, "row": row, **told})
-    return sorted(found, key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))[:WORST]
-
-
-def _sheet(setup: Setup, state: TrainState, batch: Batch, worst: list[dict[str, Any]], step: int) -> Any:
-    """Pictures and captions of the worst examples, and what the model makes of them; adds their captions to `worst`."""
-    reconstruct = setup.jit(setup.objective.reconstruct)
-    drawn: dict[int, Any] = {}
-    unit = batch_parts(setup.mesh)
-    for part in {one["part"] for one in worst}:
-        mine = [i for i, one in enumerate(worst) if one["part"] == part]
-        rows = [worst[i]["row"] for i in mine]
-        rows += rows[:1] * (-len(rows) % unit)
-        whole = batch["parts"][part] if "parts" in batch else batch
-        few = jax.tree.map(lambda x, rows=rows: np.asarray(x)[np.array(rows)], whole)
-        guesses = fetch(reconstruct(state.params, put_whole_batch(few, setup.mesh)))
-        for place, i in enumerate(mine):
-            drawn[i] = row_of(setup, few, guesses, place)
-            worst[i]["caption"] = "".join(word.text for word in drawn[i].words).strip()
-    return reconstruction_sheet([drawn[i] for i in range(len(worst))], f"step {step}: the largest losses first")
+    examples = []
+    for part, values in losses.items():
+        columns = [batch[part]["example"][name].tolist() for name in ("position", "source", "index")]
+        rows = zip(*columns, np.asarray(values, np.float64).tolist(), strict=True)
+        for row, (position, number, index, loss) in enumerate(rows):
+            source = setup.train_data.members[number].name
+            examples.append(
+                {"part": part, "row": row, "position": position, "source": source, "index": index, "loss": loss}
+            )
+    return sorted(examples, key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))[:WORST]
 
 
 def _report(
@@ -176,56 +166,49 @@ def _report(
     workdir: Path,
     step: int,
     begin: int,
-    figures: dict[str, float],
+    metrics: dict[str, float],
     norms: dict[str, np.ndarray],
     worst: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    recorded = read_every_step(workdir, step)
-    loss = figures["loss"]
-    equal = None if recorded is None else np.array_equal(loss, recorded["loss"], equal_nan=True)
-    found: dict[str, Any] = {
+    loss, recorded = metrics["loss"], (read_every_step(workdir, step) or {}).get("loss")
+    equal = None if recorded is None else np.array_equal(loss, recorded, equal_nan=True)
+    report: dict[str, Any] = {
         "step": step,
         "from_step": begin,
         "loss": loss,
-        "recorded_loss": None if recorded is None else recorded["loss"],
+        "recorded_loss": recorded,
         "equal": equal,
-        "verdict": VERDICTS[int(figures["skipped"])],
-        "terms": {name: value for name, value in figures.items() if name.endswith(("loss", "accuracy"))},
-        "gradient_norms": {"all": figures["gradient_norm"], **{name: float(norm) for name, norm in norms.items()}},
+        "verdict": VERDICTS[int(metrics["skipped"])],
+        "terms": {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))},
+        "gradient_norms": {"all": metrics["gradient_norm"], **{name: float(norm) for name, norm in norms.items()}},
         "slots": setup.slots(step),
         "worst": [{k: v for k, v in one.items() if k not in ("part", "row")} for one in worst],
     }
-    said = {None: "no loss was recorded", True: "the recorded one, bit for bit"}
-    log.info(
-        "step %d: loss %.9g, %s; %s",
-        step,
-        loss,
-        said.get(equal, f"NOT the recorded {found['recorded_loss']}: another device layout, machine or version?"),
-        found["verdict"],
-    )
-    for name, norm in found["gradient_norms"].items():
+    other = f"NOT the recorded {recorded}: another device layout, machine or version?"
+    comparison = {None: "no loss was recorded", True: "the recorded one, bit for bit", False: other}[equal]
+    log.info("step %d: loss %.9g, %s; %s", step, loss, comparison, report["verdict"])
+    for name, norm in report["gradient_norms"].items():
         log.info("  gradient norm %-28s %.6g", name, norm)
-    for one in found["worst"]:
+    for one in report["worst"]:
         log.info("  loss %.4f  %s %d (position %d)", one["loss"], one["source"], one["index"], one["position"])
-    return found
+    return report
 
 
-def _write(workdir: Path, found: dict[str, Any], sheet: Any) -> None:
-    place = workdir / "replay" / f"step_{found['step']}.json"
+def _write(workdir: Path, report: dict[str, Any], sheet: Any | None) -> None:
+    place = workdir / "replay" / f"step_{report['step']}.json"
     try:
         with replacing(place) as fresh:
-            fresh.write_text(json.dumps(_finite(found), indent=1) + "\n", encoding="utf-8")
-        sheet.save(place.with_suffix(".png"))
+            fresh.write_text(json.dumps(_finite(report), indent=1) + "\n", encoding="utf-8")
+        if sheet is not None:
+            sheet.save(place.with_suffix(".png"))
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    build_page(workdir)
-    log.info("in %s and on the run's page %s", place.parent, workdir / "report.html")
 
 
 def _finite(value: Any) -> Any:
     """As JSON can hold it: null for what is not a finite number."""
     if isinstance(value, dict):
-        return {key: _finite(of) for key, of in value.items()}
+        return {key: _finite(member) for key, member in value.items()}
     if isinstance(value, list):
-        return [_finite(of) for of in value]
+        return [_finite(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

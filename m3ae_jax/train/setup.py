@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -13,17 +13,19 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3ae_jax import console, evals
-from m3ae_jax.config import resolve, steps, to_json
+import m3ae_jax.console as console
+from m3ae_jax.checkpoint.init_from import load_into
+from m3ae_jax.config import default, difference, resolve, steps, to_json
 from m3ae_jax.data.mixture import Mixture, open_mixture
 from m3ae_jax.data.order import ORDER_VERSION
-from m3ae_jax.data.pipeline import Batches, Feed, Group, eval_view
+from m3ae_jax.data.pipeline import Batches, Feed, eval_view, together
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Source
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
+from m3ae_jax.data.tokens import Group, restricted
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.attention import KERNELS
-from m3ae_jax.objectives.base import Batch, Objective, build
+from m3ae_jax.objectives.base import Batch, Load, Objective, build
 from m3ae_jax.parallel.mesh import (
     Rules,
     activations_on,
@@ -34,7 +36,15 @@ from m3ae_jax.parallel.mesh import (
     mesh_rules,
 )
 from m3ae_jax.train.optimizer import optimizer, schedule
-from m3ae_jax.train.step import STATE_VERSION, TrainState, abstract_state, init_state, jit_train_step
+from m3ae_jax.train.step import (
+    STATE_VERSION,
+    TrainState,
+    abstract_state,
+    check_micro_batches,
+    extra_of,
+    init_state,
+    jit_train_step,
+)
 
 T = TypeVar("T")
 
@@ -69,48 +79,52 @@ class Setup:
         return max(1, steps(name, text, self.config.batch_size, self.train_data.epoch_examples))
 
     def train_batches(self, start_step: int) -> Generator[dict[str, Any], None, None]:
-        """The training batches of this process from a step on; of a mixture ``{"parts": {name: batch}}``."""
-        data = self.train_data
+        """The training batches of this process from a step on, ``{part: rows}``."""
         parts = {}
-        for part in data.parts:
-            feed, groups = data.feed(part, self.config), self._groups(part.modalities)
-            parts[part.name] = self._batches(feed, groups, part.size, start_step, self.total_steps)
-        if not data.names:
-            (only,) = parts.values()
-            yield from only
-            return
-        with contextlib.ExitStack() as stack:
-            open_ = [stack.enter_context(contextlib.closing(iter(batches))) for batches in parts.values()]
-            for of_parts in zip(*open_, strict=True):
-                yield {"parts": dict(zip(parts, of_parts, strict=True))}
+        for part in self.train_data.parts:
+            feed, groups = self.train_data.feed(part, self.config), restricted(self.objective.groups, part.modalities)
+            parts[part.name] = self.batches(feed, groups, part.size, start_step, self.total_steps)
+        return together(parts)
 
     def slots(self, step: int) -> dict[str, tuple[int, int]]:
         """First and last slot of each part of the batch that step number `step` (from 1 on) trains on.
 
-        Of one source these are its draws, ``example.position``; the name is then ``train``.
+        Of a part with one source these are its draws, ``example.position``.
         """
-        sizes = {part.name if self.train_data.names else "train": part.size for part in self.train_data.parts}
-        return {name: ((step - 1) * size, step * size - 1) for name, size in sizes.items()}
+        return {part.name: ((step - 1) * part.size, step * part.size - 1) for part in self.train_data.parts}
 
     @functools.cached_property
     def val_batches(self) -> Batches | None:
-        """The fixed validation batches: the same examples, pixels and masks each time."""
+        """The fixed validation batches, each a part: the same examples, pixels and masks each time."""
         if self.val_source is None:
             return None
         return self.eval_batches(self.val_source, self.config.eval.examples)
 
     def eval_batches(self, source: Source, examples: int) -> Batches:
-        """The first `examples` of a source, in order, unaugmented, the last batch padded with invalid examples."""
-        parts = batch_parts(self.mesh)
-        size = -(-min(self.config.eval.batch_size, examples) // parts) * parts
+        """The first `examples` of a source, in order, unaugmented; the last batch is padded with invalid examples.
+
+        Each is a part.
+        """
+        size = self.eval_rows(examples)
         view = eval_view(self.config, source, examples)
-        groups = self._groups(source.modalities)
-        return self._batches(Feed((source,), (view,)), groups, size, 0, -(-view.end // size))
+        groups = restricted(self.objective.groups, source.modalities)
+        return self.batches(Feed((source,), (view,)), groups, size, 0, -(-view.end // size))
 
-    def _groups(self, modalities: tuple[str, ...]) -> tuple[Group, ...]:
-        return tuple(group for group in self.objective.groups if group.modality in modalities)
+    def eval_rows(self, examples: int, size: int = 0) -> int:
+        """Rows of a batch of an evaluation: `size` (0: ``eval.batch_size``) or all examples, as the mesh needs it."""
+        parts = batch_parts(self.mesh)
+        return -(-min(size or self.config.eval.batch_size, examples) // parts) * parts
 
-    def _batches(self, feed: Feed, groups: tuple[Group, ...], size: int, start: int, stop: int) -> Batches:
+    def batches(self, feed: Feed, groups: tuple[Group, ...], size: int, start: int, stop: int) -> Batches:
+        """This process's rows of batches of one part.
+
+        Args:
+            feed: where examples come from.
+            groups: what of them is needed.
+            size: rows of all processes.
+            start: first step.
+            stop: one past the last step.
+        """
         return Batches(
             self.config,
             groups,
@@ -121,6 +135,17 @@ class Setup:
             start_step=start,
             stop_step=stop,
         )
+
+    def fresh_state(self) -> TrainState:
+        """What a run begins with: fresh parameters, and what ``init_from`` and the objective load into the state."""
+        state = self.init_state()
+        first = (Load(self.config.init_from),) if self.config.init_from else ()
+        loads = (*first, *self.objective.loads())
+        params = _loaded(state.params, "params", loads)
+        if params is not state.params:
+            extra = extra_of(self.objective, params, self.abstract_state(), self.config.seed)
+            state = dataclasses.replace(state, params=params, extra=extra)
+        return dataclasses.replace(state, extra=_loaded(state.extra, "extra", loads))
 
     def init_state(self) -> TrainState:
         """A fresh state on the mesh."""
@@ -167,10 +192,14 @@ class Setup:
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
 
+    def modalities(self) -> list[dict[str, Any]]:
+        """The table of the objective's modalities, JSON-able: stored with each checkpoint."""
+        table = {m.name: m for group in self.objective.groups for m in group.modalities}
+        return [dataclasses.asdict(modality) for modality in table.values()]
+
     def derived(self) -> dict[str, Any]:
         """Values that follow from the config and its data, for people to read."""
-        config = self.config
-        data = self.train_data
+        config, data = self.config, self.train_data
         warmup = steps("optimizer.warmup", config.optimizer.warmup, config.batch_size, data.epoch_examples)
         return {
             **derived(config, self.tokenizer.vocab_size if self.tokenizer else 0),
@@ -184,6 +213,17 @@ class Setup:
         }
 
 
+def _loaded(tree: Any, name: str, loads: Iterable[Load]) -> Any:
+    """``params`` or ``extra`` with the loads that go into it."""
+    for load in loads:
+        into, _, branch = load.into.partition("/")
+        if into not in ("params", "extra"):
+            raise UserError(f"an objective's load of {load.path} goes into {load.into!r}: not params or extra")
+        if into == name:
+            tree = load_into(tree, load.path, branch, load.source, complete=load.complete)
+    return tree
+
+
 def derived(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
     """Values that follow from a resolved config alone."""
     objective = build(config, vocab_size)
@@ -192,7 +232,10 @@ def derived(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
         "peak_learning_rate": config.optimizer.learning_rate * config.batch_size / 256,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "vocab_size": vocab_size,
-        "tokens (visible, target)": {group.name: group.budget for group in objective.groups},
+        "token slots": {
+            group.name: {name: spec["valid"].shape[1] for name, spec in group.spec(1).items()}
+            for group in objective.groups
+        },
     }
 
 
@@ -202,7 +245,6 @@ def prepare(config: ConfigDict) -> Setup:
     Raises:
         UserError: the data or the tokenizer is missing, or does not fit the config.
     """
-    evals.check(config)
     mesh = make_mesh(config)
     _check_device(config)
     check_batch_size(config, mesh)
@@ -224,7 +266,7 @@ def prepare(config: ConfigDict) -> Setup:
             )
         tokenizer = load_tokenizer(config.data.tokenizer)
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
-    check_micro_batches(config, objective)
+    check_micro_batches(objective, config.micro_batches)
     examples = train_data.epoch_examples
     total = max(1, steps("duration", config.duration, config.batch_size, examples))
     learning_rate = schedule(config, total, examples)
@@ -243,22 +285,9 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def _check_device(config: ConfigDict) -> None:
-    needs, backend = KERNELS[config.model.attention], jax.default_backend()
+    needs, backend = KERNELS[config.compute.attention], jax.default_backend()
     if needs not in (None, backend):
-        raise UserError(f"model.attention={config.model.attention!r} needs a {needs}, here is a {backend}: use xla")
-
-
-def check_micro_batches(config: ConfigDict, objective: Objective) -> None:
-    """Refuses micro-batches for an objective whose examples look at each other.
-
-    Raises:
-        UserError: as said.
-    """
-    if config.micro_batches > 1 and objective.couples_examples:
-        raise UserError(
-            f"micro_batches={config.micro_batches}: objective={config.objective!r} compares the examples of a batch "
-            "with each other, so it cannot be cut: set micro_batches=1"
-        )
+        raise UserError(f"compute.attention={config.compute.attention!r} needs a {needs}, here is a {backend}: use xla")
 
 
 def data_sizes(config: ConfigDict) -> tuple[int, int]:
@@ -275,11 +304,17 @@ BERT_VOCABULARY = 30_522
 
 
 def describe(config: ConfigDict) -> str:
-    """``--mode=print_config``: the resolved config and what follows from it, as far as its data can be opened."""
+    """``--mode=print_config``: what differs from the default, the resolved config, and what follows from it.
+
+    The last only as far as the data can be opened.
+    """
+    changes = difference(default(config.objective), config)
+    differs = "\n".join(f"  {name}={value!r} (default {before!r})" for name, before, value in changes) or "  nothing"
     resolved = resolve(config)
     try:
         values = prepare(resolved).derived()
     except UserError as error:
         vocabulary = BERT_VOCABULARY if "text" in resolved.data.modalities else 0
         values = {**derived(resolved, vocabulary), "not known yet": error}
-    return f"{to_json(resolved)}\nderived:\n{console.table(list(values.items()))}"
+    table = console.table(list(values.items()))
+    return f"differs from the default:\n{differs}\n\n{to_json(resolved)}\nderived:\n{table}"

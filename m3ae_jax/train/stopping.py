@@ -1,4 +1,4 @@
-"""Asked to stop, by SIGTERM (a preemption, a time limit) or SIGINT (Ctrl-C): where a run may be left."""
+"""Requests to stop, by SIGTERM (a preemption, a time limit) or SIGINT (Ctrl-C): where a run may be left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -33,10 +33,10 @@ class StopFlag:
         """Whether to stop after this step."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self.asked
+        return self.requested
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.asked and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

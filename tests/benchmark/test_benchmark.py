@@ -32,7 +32,7 @@ from m3ae_jax.data.order import hidden_count
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
 from m3ae_jax.parallel.mesh import make_mesh
-from m3ae_jax.plan.flops import matmul_flops
+from m3ae_jax.train.flops import matmul_flops
 
 BENCHMARK = Path(timing.__file__).parent
 OBJECTIVES = ("m3ae", "mae", "mamo", "simla", "fourm")
@@ -49,7 +49,7 @@ def test_the_input_benchmark_measures_every_stage(monkeypatch):
     monkeypatch.setattr(input, "_PICTURES", 80)
     monkeypatch.setattr(input, "_SECONDS", 0.0)
     figures = input.measure(config(), repeats=2)
-    assert list(figures.stages) == ["read", "draw", "decode", "crop and resize", "patch", "tokenize", "mask and batch"]
+    assert list(figures.stages) == ["read", "draw", "decode", "crop and resize", "patch", "tokenize", "mask"]
     assert min(figures.stages.values()) > 0 and len(figures.rates) == 2 and min(figures.rates) > 0
     text = figures.text()
     assert "80 JPEGs of 256 px" in text and "to 32 px and at most 16 tokens" in text
@@ -77,7 +77,7 @@ def small(**fields):
     c = config()
     c.data.tokenizer, c.batch_size = "scenes", 8
     c.model.width, c.model.depth, c.model.heads = 16, 1, 2
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 16, 1, 2
+    c.m3ae.decoder_width, c.m3ae.decoder_depth, c.m3ae.decoder_heads = 16, 1, 2
     for name, value in fields.items():
         c.data[name] = value
     return c
@@ -86,7 +86,9 @@ def small(**fields):
 def test_a_ready_batch_is_masked_as_the_config_says():
     c = small()
     batch = step.ready_batch(c, build(c, 50), 1, 50, caption_tokens=6.0)
-    image, text = batch["groups"]["image"], batch["groups"]["text"]
+    ((name, part),) = batch.items()
+    image, text = part["groups"]["image"], part["groups"]["text"]
+    assert name == "image+text" and part["example"]["valid"].all()
     assert image["visible"]["value"].shape == (8, 4, 192) and image["target"]["valid"].all()
     length = text["visible"]["valid"].sum(1) + text["target"]["valid"].sum(1)
     assert len(set(length)) > 1 and length.min() >= 1 and length.max() <= 16
@@ -143,7 +145,7 @@ def test_the_other_program_is_of_pictures_alone():
         UserError, match=r"--against='vitmae' is not one of m3ae, m3ae_256, vit_mae; did you mean 'vit_mae'"
     ):
         step.measure(small(), repeats=1, against="vitmae")
-    with pytest.raises(UserError, match=r"take configs/mae_base\.py"):
+    with pytest.raises(UserError, match=r"take configs/mae\.py"):
         step.measure(small(), repeats=1, against="vit_mae")
 
 
@@ -237,10 +239,10 @@ def test_vit_mae_trains_beside_ours(tmp_path):
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         pytest.skip("needs PyTorch and transformers: pip install -e '.[parity]'")
     # In a process of its own, as a user runs it: PyTorch's triton crashes where TensorFlow has been loaded before it.
-    sizes = ("width=16", "depth=1", "heads=2", "decoder_width=16", "decoder_depth=1", "decoder_heads=2")
+    sizes = [f"{group}{name}" for group in ("model.", "m3ae.decoder_") for name in ("width=16", "depth=1", "heads=2")]
     command = [sys.executable, "-m", "m3ae_jax.benchmark", "--what=step", "--against=vit_mae", "--repeats=2"]
     command += ["--config.data.modalities=image", "--config.batch_size=8", f"--output={tmp_path / 'figures.json'}"]
-    done = subprocess.run([*command, *(f"--config.model.{size}" for size in sizes)], capture_output=True, text=True)
+    done = subprocess.run([*command, *(f"--config.{size}" for size in sizes)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     against = json.loads((tmp_path / "figures.json").read_text())["against"]
     assert len(against["seconds"]) == 2 and min(against["seconds"]) > 0 and "ViTMAE" in done.stdout
@@ -281,8 +283,9 @@ def test_encoding_is_timed_by_batch_size(monkeypatch):
 
 @pytest.mark.slow
 def test_training_with_data_is_timed_beside_ready_batches():
-    sizes = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
-    fields = {**{f"model.{name}": str(size) for name, size in sizes.items()}, "batch_size": "8"}
+    sizes = {"width": "16", "depth": "1", "heads": "2"}
+    fields = {group + name: size for group in ("model.", "m3ae.decoder_") for name, size in sizes.items()}
+    fields["batch_size"] = "8"
     c = load("configs/tiny.py")
     apply_overrides(c, list(fields.items()))
     figures = end_to_end.measure(resolve(c), repeats=2, start=("configs/tiny.py", list(fields.items())), steps=3)

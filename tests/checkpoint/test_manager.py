@@ -63,3 +63,20 @@ def test_restore_find_and_read_only(tmp_path):
     assert np.array_equal(load_params(str(run / "checkpoints" / "10"))["layer"]["kernel"], np.full((2, 3), 10.0))
     with pytest.raises(UserError, match="no checkpoint at"):
         find(str(tmp_path / "nothing"))
+
+
+def test_another_state_than_the_stored_one_is_named(tmp_path):
+    """As after a change of an objective's code, of which the config knows nothing."""
+    run = tmp_path / "run"
+    writer = Checkpoints(run / "checkpoints", keep=3)
+    writer.save(state(10), {}, {})
+    writer.wait()
+    other = abstract().replace(extra={"queue": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    with pytest.raises(UserError, match=r"checkpoints/10 holds another state .*: extra/queue is missing; .*init_from="):
+        writer.restore(10, other)
+    kernel = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    other = abstract().replace(params={"layer": {"kernel": kernel}})
+    with pytest.raises(UserError, match=r"kernel \(2, 3\) instead of \(2, 4\), params/layer/bias is not expected"):
+        writer.restore(10, other)
+    assert int(writer.restore(10, abstract()).step) == 10
+    writer.close()

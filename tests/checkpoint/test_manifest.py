@@ -13,7 +13,7 @@ import pytest
 from orbax.checkpoint.path import atomicity
 
 from m3ae_jax.checkpoint import manifest
-from m3ae_jax.checkpoint.init_from import take_weights
+from m3ae_jax.checkpoint.init_from import load_into
 from m3ae_jax.checkpoint.manager import RETRY_AFTER, Checkpoints, find, load_params
 from m3ae_jax.errors import UserError
 from m3ae_jax.train.step import TrainState
@@ -116,7 +116,7 @@ def test_readers_refuse_damage_and_touch_nothing(folder):
     reader.close()
     for path in (folder, folder / "2"):  # starting from older weights than were requested would be another run
         with pytest.raises(UserError, match="2 is damaged: state/d/"):
-            take_weights(state(0).params, str(path))
+            load_into(state(0).params, str(path))
     assert load_params(str(folder / "1"))["layer"]["kernel"][0, 0] == 1.0
     assert sorted(folder.rglob("*")) == before
 

@@ -14,17 +14,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from m3ae_jax import config as config_lib
 from m3ae_jax import inference
-from m3ae_jax.checkpoint.init_from import take_weights
+from m3ae_jax.checkpoint.init_from import load_into
 from m3ae_jax.convert import check, convert
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError
-from m3ae_jax.objectives.base import build
+from m3ae_jax.objectives.m3ae import M3AE
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("m3ae", "m3ae_head", "m3ae_notype", "mae", "mae_notype")
 SIZES = [
     ("model.heads", "4"),
-    ("model.decoder_heads", "4"),
+    ("m3ae.decoder_heads", "4"),
     ("data.image_size", "32"),
     ("data.max_text_tokens", "16"),
 ]
@@ -64,8 +64,7 @@ def test_the_parity_weights_give_the_references_outputs(parity: Path, variant: s
     want = dict(np.load(parity / f"{variant}.npz"))
     config = converted.config
     batch = batch_of(want, tuple(config.data.modalities))
-    objective = build(config, inference.vocabulary(converted.params))
-    got = jax.jit(objective.reconstruct)(converted.params, batch)
+    got = jax.jit(M3AE(config, converted.vocabulary).predict)(converted.params, batch)
     assert set(got) == set(config.data.modalities)
     for m, output in got.items():
         target = batch["groups"][m]["target"]
@@ -110,8 +109,8 @@ def test_a_full_checkpoint_with_code_in_it(parity: Path, tmp_path: Path) -> None
     full = convert.import_weights(file)
     plain = convert.import_weights(parity / "m3ae_params.pkl", overrides=SIZES)
     jax.tree.map(np.testing.assert_array_equal, full.params, plain.params)
-    assert full.config.model.heads == full.config.model.decoder_heads == 4
-    assert full.config.model.image_mask_ratio == 0.5
+    assert full.config.model.heads == full.config.m3ae.decoder_heads == 4
+    assert full.config.m3ae.image_mask_ratio == 0.5
     assert full.config.data.image_size == 32 and full.config.data.max_text_tokens == 16
     assert full.config.data.image_mean == (0.485, 0.456, 0.406)
 
@@ -120,7 +119,7 @@ def test_a_full_checkpoint_with_code_in_it(parity: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("variant", ["m3ae", "m3ae_head", "mae_notype"])
 def test_there_and_back_is_the_identity(parity: Path, tmp_path: Path, variant: str, suffix: str) -> None:
     converted = convert.import_weights(parity / f"{variant}_params.pkl", overrides=SIZES)
-    stored = inference.Stored(converted.config, converted.params, 0, "")
+    stored = inference.Stored(converted.config, converted.params, 0, "", converted.vocabulary)
     file = tmp_path / f"back.{suffix}"
     report = convert.export_weights(stored, "m3ae", file)
     assert not report.unused and not report.notes
@@ -137,7 +136,7 @@ def test_heads_of_unknown_number_are_requested(parity: Path) -> None:
     file = parity / "m3ae_params.pkl"
     with pytest.raises(UserError, match=r"encoder \(64 wide\) has: give --config.model.heads=N"):
         convert.import_weights(file)
-    with pytest.raises(UserError, match=r"decoder \(48 wide\) has: give --config.model.decoder_heads=N"):
+    with pytest.raises(UserError, match=r"decoder \(48 wide\) has: give --config.m3ae.decoder_heads=N"):
         convert.import_weights(file, overrides=SIZES[:1])
 
 
@@ -168,7 +167,10 @@ def test_a_wrong_conversion_is_seen(parity: Path) -> None:
             lambda flat: flat.pop("params/encoder/Block_1/LayerNorm_0/scale"),
             "has encoder/Block_0/LayerNorm_0/scale but",
         ),
-        (lambda flat: flat.pop("params/encoder/LayerNorm_0/bias"), "lacks what the encoder needs: encoder/norm/bias"),
+        (
+            lambda flat: flat.pop("params/encoder/LayerNorm_0/bias"),
+            "lacks what the encoder needs: encoder/transformer/norm/bias",
+        ),
         (lambda flat: flat.pop("params/decoder/LayerNorm_0/bias"), "a part of the decoder alone"),
         (lambda flat: flat.update({"params/adapter": np.zeros(3)}), "no place for: adapter"),
         (lambda flat: flat.pop("params/cls_token"), "no M3AE parameters"),
@@ -201,8 +203,7 @@ def test_a_converted_run_is_as_any_other(parity: Path, tmp_path: Path) -> None:
     config = config_lib.load(str(run / "config.json"))
     assert config_lib.difference(config, converted.config) == []
     fresh = jax.tree.map(lambda x: jax.numpy.zeros_like(x), converted.params)
-    params, matched = take_weights(fresh, str(run))
-    assert not matched.missing and not matched.unused and not matched.other_shape
+    params = load_into(fresh, str(run), complete=True)
     jax.tree.map(np.testing.assert_array_equal, params, converted.params)
     jax.tree.map(np.testing.assert_array_equal, inference.read(str(run)).params, converted.params)
     with pytest.raises(UserError, match="holds a run already"):
@@ -242,10 +243,10 @@ def test_the_command_line_both_ways(parity: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", convert.FORMATS)
 def test_a_decoder_that_a_format_does_not_know_is_refused(name: str) -> None:
     config = config_lib.default()
-    config.model.decoder_attention = "cross"
+    config.m3ae.decoder_attention = "cross"
     convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=True)
     if name in ("timm", "safetensors"):  # without a decoder, and ours as it is
         convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=False)
     else:
-        with pytest.raises(UserError, match=r"model\.decoder_attention='cross'.*--encoder_only leaves it out"):
+        with pytest.raises(UserError, match=r"m3ae\.decoder_attention='cross'.*--encoder_only leaves it out"):
             convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=False)

@@ -13,14 +13,14 @@ from m3ae_jax.convert import check, convert, safetensors, torch_file
 from m3ae_jax.data.images import patchify
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.embeddings import sincos_2d
-from m3ae_jax.objectives.base import build
+from m3ae_jax.objectives.m3ae import M3AE
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 32, 2, 4, 8, 4
 DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = 16, 1, 2
 IMAGE = PATCH * SIDE
-HEADS_GIVEN = [("model.heads", str(HEADS)), ("model.decoder_heads", str(DECODER_HEADS))]
+HEADS_GIVEN = [("model.heads", str(HEADS)), ("m3ae.decoder_heads", str(DECODER_HEADS))]
 VISIBLE = np.array([3, 0, 9, 14])
 HIDDEN = np.setdiff1d(np.arange(SIDE * SIDE), VISIBLE)
 
@@ -147,17 +147,17 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def assert_same_reconstruction(converted: convert.Converted, model: Any, pixels: np.ndarray) -> None:
-    got = jax.jit(build(converted.config, 0).reconstruct)(converted.params, batch_of(pixels))["image"]
+    got = jax.jit(M3AE(converted.config, 0).predict)(converted.params, batch_of(pixels))["image"]
     assert_close(np.asarray(got), of_torch(model, pixels)[:, HIDDEN])
 
 
 def assert_same_features(converted: convert.Converted, want: np.ndarray, pixels: np.ndarray) -> None:
-    got = jax.jit(build(converted.config, 0).encode)(converted.params, batch_of(pixels))
-    assert_close(np.concatenate([got["cls"][:, None], got["image"]], axis=1), want)
+    got = jax.jit(M3AE(converted.config, 0).encode)(converted.params, batch_of(pixels))
+    assert_close(np.concatenate([got.pooled["cls"][:, None], got.tokens["image"]], axis=1), want)
 
 
 def stored(converted: convert.Converted) -> inference.Stored:
-    return inference.Stored(converted.config, converted.params, 0, "")
+    return inference.Stored(converted.config, converted.params, 0, "", converted.vocabulary)
 
 
 def same(left: Any, right: Any) -> None:
@@ -238,7 +238,7 @@ def test_a_mae_gives_the_same_reconstruction(mae: Any, pixels: np.ndarray, tmp_p
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     converted = convert.import_weights(tmp_path / "mae.pth", overrides=HEADS_GIVEN)
     assert converted.format == "mae" and not converted.report.missing and not converted.report.unused
-    assert converted.config.model.activation == "gelu" and not converted.config.model.use_type_embedding
+    assert converted.config.model.activation == "gelu" and not converted.config.m3ae.use_type_embedding
     assert_same_reconstruction(converted, mae, pixels)
     assert_same_features(converted, of_torch(mae, pixels, "encode"), pixels)
     assert check.compare(converted).close
@@ -254,7 +254,7 @@ def test_a_mae_gives_the_same_reconstruction(mae: Any, pixels: np.ndarray, tmp_p
 def test_the_encoder_alone_leaves_a_fresh_decoder(mae: Any, pixels: np.ndarray, tmp_path: Path) -> None:
     state = {name: value for name, value in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": state}, tmp_path / "mae.pth")
-    converted = convert.import_weights(tmp_path / "mae.pth", "mae", [*HEADS_GIVEN, ("model.decoder_depth", "1")])
+    converted = convert.import_weights(tmp_path / "mae.pth", "mae", [*HEADS_GIVEN, ("m3ae.decoder_depth", "1")])
     assert any("freshly drawn" in note for note in converted.report.notes)
     assert all(path.startswith(("decoder", "image_")) for path in converted.report.missing)
     assert_same_features(converted, of_torch(mae, pixels, "encode"), pixels)
@@ -266,7 +266,7 @@ def test_a_cls_position_goes_into_the_cls_token(pixels: np.ndarray, tmp_path: Pa
         model.pos_embed[:, 0] = 0.3
     torch.save(model.state_dict(), tmp_path / "mae.pth")
     converted = convert.import_weights(tmp_path / "mae.pth", overrides=HEADS_GIVEN)
-    assert "CLS position: added to cls_token" in converted.report.notes
+    assert "CLS position: added to encoder/cls_token" in converted.report.notes
     assert_same_reconstruction(converted, model, pixels)
     with torch.no_grad():
         model.decoder_pos_embed[:, 0] = 0.3
@@ -287,17 +287,18 @@ def test_another_resolution_takes_other_positions(mae: Any, tmp_path: Path) -> N
 def test_type_embeddings_go_into_the_tables_and_back(mae: Any, pixels: np.ndarray, tmp_path: Path) -> None:
     torch.save(mae.state_dict(), tmp_path / "mae.pth")
     converted = convert.import_weights(tmp_path / "mae.pth", overrides=HEADS_GIVEN)
-    converted.config.model.use_type_embedding = True
+    converted.config.m3ae.use_type_embedding = True
     rng = np.random.default_rng(1)
     for stack, width in (("encoder", WIDTH), ("decoder", DECODER_WIDTH)):
-        converted.params[f"image_{stack}_type_embedding"] = rng.standard_normal((1, 1, width)).astype(np.float32)
+        place = converted.params[stack].setdefault("image" if stack == "encoder" else "image_masks", {})
+        place["type_embedding"] = rng.standard_normal((1, 1, width)).astype(np.float32)
     report = convert.export_weights(stored(converted), "mae", tmp_path / "back.pth")
     assert not report.unused
     model = MAE()
     model.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True)["model"])
     assert_same_reconstruction(converted, model.eval(), pixels)
     again = convert.import_weights(tmp_path / "back.pth", overrides=HEADS_GIVEN)
-    assert again.config.model.use_type_embedding
+    assert again.config.m3ae.use_type_embedding
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.params, converted.params)
 
 
@@ -307,7 +308,7 @@ def test_what_a_format_cannot_express_is_noted(mae: Any, tmp_path: Path) -> None
     converted.config.model.update(activation="gelu_tanh", layer_norm_epsilon=1e-5)
     notes = convert.export_weights(stored(converted), "mae", tmp_path / "back.pth").notes
     assert [note.split(":")[0] for note in notes] == ["DIFFERS", "DIFFERS"]
-    converted.config.model.output_head_depth = 1
+    converted.config.m3ae.output_head_depth = 1
     with pytest.raises(UserError, match=r"output_head_depth=1"):
         convert.export_weights(stored(converted), "mae", tmp_path / "back.pth")
     converted.config.objective = "mine:Objective"
@@ -330,21 +331,20 @@ def test_a_vit_with_learned_positions_gives_the_same_features(
         "head.weight": np.zeros((10, WIDTH), np.float32)
     }
     safetensors.save(tmp_path / "vit.safetensors", arrays, {})
-    overrides = [*HEADS_GIVEN[:1], ("model.decoder_width", "16"), ("model.decoder_depth", "1")]
+    overrides = [*HEADS_GIVEN[:1], ("m3ae.decoder_width", "16"), ("m3ae.decoder_depth", "1")]
     converted = convert.import_weights(tmp_path / "vit.safetensors", overrides=overrides)
-    assert converted.format == "timm" and converted.config.model.image_positions == "learned"
+    assert converted.format == "timm" and converted.config.m3ae.image_positions == "learned"
     assert converted.report.unused == ["head.weight (of its classifier)"]
     assert_same_features(converted, of_torch(model, pixels, "encode"), pixels)
     assert check.compare(converted).close
     report = convert.export_weights(stored(converted), "timm", tmp_path / "back.safetensors")
-    assert all(name.startswith(("decoder", "image_")) for name in report.unused)
+    assert all(name.startswith("decoder/") for name in report.unused)
     again = convert.import_weights(tmp_path / "back.safetensors", overrides=overrides)
     same(again.params["encoder"], converted.params["encoder"])
-    same(again.params["image_position_embedding"], converted.params["image_position_embedding"])
     larger = convert.import_weights(
         tmp_path / "vit.safetensors", overrides=[*overrides, ("data.image_size", str(2 * IMAGE))]
     )
-    assert larger.params["image_position_embedding"].shape == (4 * SIDE * SIDE, WIDTH)
+    assert larger.params["encoder"]["image"]["position_embedding"].shape == (4 * SIDE * SIDE, WIDTH)
     assert "positions (encoder): interpolated for 8 x 8 patches, there are 4 x 4" in larger.report.notes
 
 
@@ -386,7 +386,7 @@ def of_vitmae(model: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 def assert_same_as_vitmae(converted: convert.Converted, model: Any, pixels: np.ndarray) -> None:
-    got = jax.jit(build(converted.config, 0).reconstruct)(converted.params, batch_of(pixels))["image"]
+    got = jax.jit(M3AE(converted.config, 0).predict)(converted.params, batch_of(pixels))["image"]
     assert_close(np.asarray(got), of_vitmae(model, pixels)[:, HIDDEN])
 
 

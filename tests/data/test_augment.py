@@ -10,9 +10,11 @@ from PIL import Image
 from m3ae_jax.config import default
 from m3ae_jax.data.augment import OPERATIONS, RandAugment
 from m3ae_jax.data.images import unpatchify
+from m3ae_jax.data.masking import WHOLE
 from m3ae_jax.data.order import Order, fold_seed
-from m3ae_jax.data.pipeline import Batches, Feed, Group, View, generator
+from m3ae_jax.data.pipeline import Batches, Feed, View, generator
 from m3ae_jax.data.sources.scenes import SceneOptions, ScenesSource
+from m3ae_jax.data.tokens import Group, modality_table
 
 FILL = (10, 20, 30)
 
@@ -82,7 +84,7 @@ def config() -> ConfigDict:
 def pictures(change, rows=None, augment=True):
     source = ScenesSource("train", SceneOptions(image_size=24))
     view = View(Order(len(source), 5), 5, augment=augment, change=change)
-    group = Group("image", "image", 9, 0.0)
+    group = Group("image", (modality_table(config(), 0)["image"],), WHOLE)
     batches = Batches(config(), (group,), Feed((source,), (view,)), None, batch_size=8, rows=rows, stop_step=2)
     result = [batch["groups"]["image"]["visible"]["value"] for batch in batches]
     return unpatchify(np.concatenate(result), 8, (3, 3))

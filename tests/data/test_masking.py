@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3ae_jax.data.masking import TokenSet, random_subset, split, take
-from m3ae_jax.data.order import hidden_count, token_budget
+from m3ae_jax.data.masking import WHOLE, RandomSubset, random_subset, split, take
+from m3ae_jax.data.order import RandomStream, hidden_count, token_budget
+from m3ae_jax.data.tokens import Group, Modality, TokenSet
 
 L = 20
 RATIOS = [k / 20 for k in range(20)]
@@ -36,7 +39,7 @@ def check_partition(real: np.ndarray, hidden: np.ndarray, ratio: float) -> None:
     parts = split(value, real, hidden, budget)
     counts = hidden_count(real.sum(1), ratio)
     for name, slots, chosen in (("visible", budget[0], real & ~hidden), ("target", budget[1], real & hidden)):
-        part = {key: np.asarray(array) for key, array in parts[name].items()}
+        part: Any = parts[name]
         assert part["value"].shape == part["position"].shape == part["valid"].shape == (rows, slots)
         assert [str(array.dtype) for array in part.values()] == ["int32", "int32", "bool"]
         assert positions(parts[name]) == [list(np.flatnonzero(row)) for row in chosen]
@@ -50,7 +53,7 @@ def check_partition(real: np.ndarray, hidden: np.ndarray, ratio: float) -> None:
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_every_caption_length_splits_into_a_partition(ratio: float) -> None:
     real = prefixes()
-    hidden = random_subset(noise(L + 1), real, ratio).numpy()
+    hidden = random_subset(noise(L + 1), real, ratio)
     np.testing.assert_array_equal(hidden.sum(1), hidden_count(np.arange(L + 1), ratio))
     assert not (hidden & ~real).any()
     check_partition(real, hidden, ratio)
@@ -66,13 +69,13 @@ def test_any_real_tokens_and_equal_noise(real: list[list[bool]], ratio: float, t
     """Real tokens need not come first, and equal noise may not change a count."""
     mask = np.array(real)
     coarse = np.floor(noise(len(real)) * ties).astype(np.float32) / ties
-    check_partition(mask, random_subset(coarse, mask, ratio).numpy(), ratio)
+    check_partition(mask, random_subset(coarse, mask, ratio), ratio)
 
 
 def test_patches_go_with_their_positions() -> None:
     value = np.random.default_rng(1).integers(0, 256, (3, L, 2, 5), np.uint8)
     chosen = np.random.default_rng(2).random((3, L)) < 0.3
-    tokens = {key: np.asarray(array) for key, array in take(value, chosen, L).items()}
+    tokens = take(value, chosen, L)
     assert tokens["value"].dtype == np.uint8 and tokens["value"].shape == (3, L, 2, 5)
     for row in range(3):
         count = chosen[row].sum()
@@ -98,14 +101,54 @@ def test_rows_without_a_token_are_empty_in_both_parts() -> None:
 
 def test_masks_differ_between_examples_and_follow_the_noise() -> None:
     real = np.ones((64, L), bool)
-    masks = random_subset(noise(64), real, 0.5).numpy()
+    masks = random_subset(noise(64), real, 0.5)
     assert len({mask.tobytes() for mask in masks}) > 60
     np.testing.assert_array_equal(random_subset(noise(64), real, 0.5), masks)
-    assert (random_subset(noise(64, seed=1), real, 0.5).numpy() != masks).any()
+    assert (random_subset(noise(64, seed=1), real, 0.5) != masks).any()
 
 
 def test_every_real_token_is_hidden_equally_often() -> None:
     real = np.arange(L) < np.full((8000, 1), 12)
-    share = random_subset(noise(8000), real, 0.25).numpy().mean(0)
+    share = random_subset(noise(8000), real, 0.25).mean(0)
     np.testing.assert_allclose(share[:12], 0.25, atol=5 * (0.25 * 0.75 / 8000) ** 0.5)
     assert not share[12:].any()
+
+
+WORDS = Modality("text", "text", L, vocabulary=100)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.75, 1.0])
+def test_a_masker_does_what_its_description_says(ratio: float) -> None:
+    group = Group("text", (WORDS,), RandomSubset(ratio))
+    streams = [RandomStream(3, draw) for draw in range(L + 1)]
+    draws = np.stack([group.masker.draw(stream, group.modalities) for stream in streams])
+    value, real = np.arange((L + 1) * L, dtype=np.int32).reshape(L + 1, L), prefixes()
+    sets = group.masker(draws, {"text": (value, real)})
+    described = {name: {key: (x.shape, x.dtype.type) for key, x in tokens.items()} for name, tokens in sets.items()}
+    spec = group.spec(L + 1)
+    assert described == {name: {key: (x.shape, x.dtype) for key, x in tokens.items()} for name, tokens in spec.items()}
+    np.testing.assert_array_equal(sets["target"]["valid"].sum(1), hidden_count(real.sum(1), ratio))
+    again = group.masker(draws, {"text": (value, real)})
+    assert all(np.array_equal(again[name][key], sets[name][key]) for name in sets for key in sets[name])
+
+
+def test_a_whole_group_shows_everything() -> None:
+    sets = WHOLE(noise(L + 1), {"text": (np.zeros((L + 1, L), np.int32), prefixes())})
+    np.testing.assert_array_equal(sets["visible"]["valid"], prefixes())
+    assert sets["target"]["valid"].shape == (L + 1, 0)
+
+
+def test_a_group_is_restricted_to_modalities() -> None:
+    image = Modality("image", "picture", 4, features=12, grid=(2, 2))
+    group = Group("all", (WORDS, image), WHOLE)
+    assert group.restricted(("image", "sound")) == Group("all", (image,), WHOLE)
+    assert group.restricted(("text", "image")) == group and group.restricted(("sound",)) is None
+
+
+@pytest.mark.parametrize("counts", [(8, 5, 5), (1, 17), (3, 0, 1, 1, 1), (18,)])
+def test_a_stream_gives_the_same_numbers_in_whatever_pieces_they_are_taken(counts: tuple[int, ...]) -> None:
+    whole, stream = RandomStream(7, 2**40 + 1).take(18), RandomStream(7, 2**40 + 1)
+    pieces = np.concatenate([stream.take(count) for count in counts])
+    np.testing.assert_array_equal(pieces, whole[: len(pieces)])
+    assert whole.dtype == np.float32 and (whole >= 0).all() and (whole < 1).all()
+    assert not np.array_equal(whole, RandomStream(7, 2**40).take(18))

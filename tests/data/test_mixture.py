@@ -10,14 +10,15 @@ from PIL import Image
 
 from m3ae_jax.config import apply_overrides, default, from_json, resolve, source_fields, to_json
 from m3ae_jax.data import mixture as mixture_lib
+from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.mixture import Member, Mixture, apportion, cut, cut_mixture, open_mixture, spread
 from m3ae_jax.data.order import Order
-from m3ae_jax.data.pipeline import Batches, Group
+from m3ae_jax.data.pipeline import Batches
 from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.tokens import Group, modality_table, restricted
 from m3ae_jax.errors import UserError
 
 BOTH, TEXT, IMAGE = ("image", "text"), ("text",), ("image",)
-GROUPS = (Group("image", "image", 4, 0.5), Group("text", "text", 8, 0.5))
 
 
 class Colours:
@@ -49,6 +50,9 @@ def config(**changes):
     return c
 
 
+GROUPS = tuple(Group(name, (m,), RandomSubset(0.5)) for name, m in modality_table(config(), 100).items())
+
+
 def mixed(batch_size=8, unit=2):
     members = (
         Member("few", Colours(5), BOTH, 1.0),
@@ -65,7 +69,7 @@ def batches(data, start=0, stop=6, rows=None):
     c = config()
     found = {}
     for part in data.parts:
-        groups = tuple(g for g in GROUPS if g.modality in part.modalities)
+        groups = restricted(GROUPS, part.modalities)
         mine = None if rows is None else np.arange(part.size)[rows(part.size)]
         options = {"batch_size": part.size, "start_step": start, "stop_step": stop, "rows": mine}
         found[part.name] = list(Batches(c, groups, data.feed(part, c), load_tokenizer("scenes"), **options))
@@ -231,7 +235,8 @@ def test_a_single_source_is_a_mixture_of_one():
     assert data.names == () and data.progress(3) == {}
     assert data.fingerprint == data.members[0].source.fingerprint
     assert data.epoch_examples == len(data.members[0].source)
-    assert cut_mixture(c, 4096, 1) == ()
+    (part,) = cut_mixture(c, 4096, 1)
+    assert (part.name, part.size, part.members) == ("image+text", 4096, (0,))
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,21 @@ from PIL import Image
 
 from m3ae_jax.config import default
 from m3ae_jax.data import images, pipeline
+from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.order import ATTEMPTS, Order
-from m3ae_jax.data.pipeline import Batches, Feed, Group, View, eval_view, grid, token_slots, train_view
+from m3ae_jax.data.pipeline import Batches, Feed, View, eval_view, train_view
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Record
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
+from m3ae_jax.data.tokens import Group, Modality, modality_table, patch_grid
 from m3ae_jax.errors import UserError
 
 N = 10
 B = 4
 PATCHES = 16
 WORDS = 6
-IMAGE = Group("image", "image", PATCHES, 0.5)
-TEXT = Group("text", "text", WORDS, 0.5)
+IMAGE = Group("image", (Modality("image", "picture", PATCHES, features=48, grid=(4, 4)),), RandomSubset(0.5))
+TEXT = Group("text", (Modality("text", "text", WORDS, vocabulary=1000),), RandomSubset(0.5))
 BROKEN = b"not a picture"
 CONTRACT = {
     "groups.image.visible.value": ((B, 8, 48), np.uint8),
@@ -45,8 +47,10 @@ CONTRACT = {
     "groups.text.target.position": ((B, 3), np.int32),
     "groups.text.target.valid": ((B, 3), np.bool_),
     "example.source": ((B,), np.int32),
-    "example.position": ((B,), np.int64),
-    "example.index": ((B,), np.int64),
+    "example.position": ((B,), np.int32),
+    "example.index": ((B,), np.int32),
+    "example.image_id": ((B,), np.int32),
+    "example.caption_id": ((B,), np.int32),
     "example.attempt": ((B,), np.int32),
     "example.reason": ((B,), np.int32),
     "example.valid": ((B,), np.bool_),
@@ -179,7 +183,7 @@ def whole() -> list[dict[str, Any]]:
 
 def test_batch_contract(whole: list[dict[str, Any]]) -> None:
     for batch in whole:
-        assert list(batch) == ["groups", "example", "aux"] and batch["aux"] == {}
+        assert set(batch) == {"groups", "example"}
         assert {name: (array.shape, array.dtype.type) for name, array in leaves(batch)} == CONTRACT
     np.testing.assert_array_equal(column(whole, "example.position"), np.arange(5 * B))
     view = train_view(config(), source())
@@ -190,7 +194,8 @@ def test_batch_contract(whole: list[dict[str, Any]]) -> None:
 
 def test_slots_and_views_follow_the_config() -> None:
     c = config()
-    assert grid(c) == (4, 4) and token_slots(c) == {"image": PATCHES, "text": WORDS}
+    assert patch_grid(c) == (4, 4)
+    assert modality_table(c, 1000) == {group.name: group.modalities[0] for group in (IMAGE, TEXT)}
     c.data.caption_fraction = 0.5
     training, validation = train_view(c, source()), eval_view(c, source(), 7)
     assert training.order.shuffle and training.augment and training.caption_fraction == 0.5
@@ -436,14 +441,15 @@ def test_build_source() -> None:
 LEFT_EARLY = """
 import contextlib, sys
 from configs.tiny import get_config
-from m3ae_jax.data.pipeline import Batches, Feed, Group, train_view
+from m3ae_jax.data.masking import WHOLE
+from m3ae_jax.data.pipeline import Batches, Feed, train_view
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.tokens import Group, modality_table
 
 c = get_config()
-side = c.data.image_size // c.data.patch_size
 source = build_source(c, "train")
-groups = (Group("image", "image", side * side, 0.5), Group("text", "text", 16, 0.5))
+groups = tuple(Group(name, (modality,), WHOLE) for name, modality in modality_table(c, 0).items())
 batches = Batches(c, groups, Feed((source,), (train_view(c, source),)), load_tokenizer("scenes"), batch_size=8)
 with contextlib.closing(iter(batches)) as endless:
     print(sorted(next(endless)))
@@ -455,4 +461,26 @@ def test_the_process_can_end_while_batches_are_read_ahead() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", LEFT_EARLY], cwd=root, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['aux', 'example', 'groups']"
+    assert done.stdout.strip() == "['example', 'groups']"
+
+
+def test_equal_pictures_and_captions_have_equal_ids() -> None:
+    records = [record(index) for index in range(N)]
+    records[3]["image"], records[4]["caption"], records[5]["caption"] = records[2]["image"], records[1]["caption"], b""
+    view = View(Order(N, 0, shuffle=False), seed=5, augment=False)
+    found = list(batches(FakeSource(records), view, batch_size=N, stop_step=1))
+    picture, caption = column(found, "example.image_id"), column(found, "example.caption_id")
+    assert picture[3] == picture[2] and caption[4] == caption[1]
+    assert len(set(picture.tolist())) == N - 1 and len(set(caption.tolist())) == N - 1
+    assert caption[5] == 0 and (picture > 0).all() and np.flatnonzero(caption == 0).tolist() == [5]
+
+
+def test_draws_beyond_31_bits_are_told_modulo_and_stay_different_examples() -> None:
+    far = 2**31 // B + 2
+    found = list(batches(source(), start_step=far, stop_step=far + 1))
+    np.testing.assert_array_equal(column(found, "example.position"), (far * B + np.arange(B)) % 2**31)
+    assert_paired(found)
+    near = list(batches(source(), start_step=2, stop_step=3))
+    assert not np.array_equal(
+        column(found, "groups.image.target.position"), column(near, "groups.image.target.position")
+    )

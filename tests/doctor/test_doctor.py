@@ -32,9 +32,9 @@ SMALL = {
     "model.width": "32",
     "model.depth": "1",
     "model.heads": "2",
-    "model.decoder_width": "32",
-    "model.decoder_depth": "1",
-    "model.decoder_heads": "2",
+    "m3ae.decoder_width": "32",
+    "m3ae.decoder_depth": "1",
+    "m3ae.decoder_heads": "2",
     "data.image_size": "32",
     "data.patch_size": "8",
 }

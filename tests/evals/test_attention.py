@@ -1,14 +1,18 @@
 """Attention between words and patches: weights against NumPy, figures against loops, and the marks in the picture."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from jax.tree_util import keystr
 
 from m3ae_jax import config as config_lib
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import attention, check
+from m3ae_jax.evals import attention
 from m3ae_jax.evals.attention import Pairs
 from m3ae_jax.evals.clean import clean_batches
+from m3ae_jax.evals.run import check_objective
 from m3ae_jax.models import attention as kernels
 from m3ae_jax.models.embeddings import sincos_1d, sincos_2d
 from m3ae_jax.objectives.base import build
@@ -18,11 +22,13 @@ from m3ae_jax.train import setup as run_setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
+ATTENTION = "encoder/transformer/blocks/attention/"
+
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.heads, c.model.decoder_depth = 16, 2, 4, 1
-    c.model.decoder_heads = 4
+    c.model.width, c.model.depth, c.model.heads, c.m3ae.decoder_depth = 16, 2, 4, 1
+    c.m3ae.decoder_heads = 4
     c.data.image_size = 24
     c.eval.batch_size, c.eval.attention.examples, c.eval.attention.pictures = 4, 6, 2
     c.evals = ("attention",)
@@ -39,9 +45,11 @@ def setup():
 def state(setup):
     """Fresh, but with positions that tell patches from each other enough for uneven attention."""
     state = setup.init_state()
-    grown = jax.tree.map(lambda x: x * 3.0, state.params["encoder"]["blocks"]["attention"])
-    blocks = {**state.params["encoder"]["blocks"], "attention": grown}
-    return state.replace(params={**state.params, "encoder": {**state.params["encoder"], "blocks": blocks}})
+
+    def grown(path, x):
+        return x * 3.0 if keystr(path, simple=True, separator="/").startswith(ATTENTION) else x
+
+    return state.replace(params=jax.tree_util.tree_map_with_path(grown, state.params))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +70,15 @@ def whole(weights):
 
 def first_layer(setup, params, batch):
     """The first layer's weights `[B, N, N]`, in NumPy and float64 from the parameters."""
-    p, data = jax.tree.map(lambda x: np.asarray(x, np.float64), params), setup.config.data
+    p, data = jax.tree.map(lambda x: np.asarray(x, np.float64), params["encoder"]), setup.config.data
     image, text = (batch["groups"][name]["visible"] for name in ("image", "text"))
     pixels = (image["value"] / 255 - np.tile(data.image_mean, 64)) / np.tile(data.image_std, 64)
-    patches = pixels @ p["image_embedding"]["kernel"] + p["image_embedding"]["bias"] + np.asarray(sincos_2d(16, (3, 3)))
-    words = p["text_embedding"]["embedding"][text["value"]] + np.asarray(sincos_1d(16, np.arange(16)))[text["position"]]
-    patches, words = patches + p["image_encoder_type_embedding"], words + p["text_encoder_type_embedding"]
+    of_patch, of_word = p["image"]["embedding"], p["text"]["embedding"]["embedding"]
+    patches = pixels @ of_patch["kernel"] + of_patch["bias"] + np.asarray(sincos_2d(16, (3, 3)))
+    words = of_word[text["value"]] + np.asarray(sincos_1d(16, np.arange(16)))[text["position"]]
+    patches, words = patches + p["image"]["type_embedding"], words + p["text"]["type_embedding"]
     x = np.concatenate([np.broadcast_to(p["cls_token"], (len(patches), 1, 16)), patches, words], axis=1)
-    block = jax.tree.map(lambda leaf: leaf[0], p["encoder"]["blocks"])
+    block = jax.tree.map(lambda leaf: leaf[0], p["transformer"]["blocks"])
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     x = x * block["norm_attention"]["scale"] + block["norm_attention"]["bias"]
     q, k, _ = np.einsum("bnd,dthc->tbhnc", x, block["attention"]["qkv"]["kernel"]) + np.expand_dims(
@@ -109,11 +118,11 @@ def test_rows_sum_to_one_and_padding_is_not_looked_at(setup, state, batch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.unroll": "false"},
-        {"model.remat": "full", "model.unroll": "false"},
-        {"model.attention_head_groups": 2},
-        {"model.attention": "cudnn"},
-        {"model.attention": "flash"},
+        {"compute.unroll": "false"},
+        {"compute.remat": "full", "compute.unroll": "false"},
+        {"compute.attention_head_groups": 2},
+        {"compute.attention": "cudnn"},
+        {"compute.attention": "flash"},
     ],
 )
 def test_however_it_is_computed_the_weights_are_the_same(setup, state, batch, changes, monkeypatch):
@@ -194,9 +203,10 @@ def test_eight_devices_say_the_same(setup, state, pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", [2, -3])
-def test_a_layer_that_is_not_there_is_told(layer):
+def test_a_layer_that_is_not_there_is_told(setup, layer):
+    other = dataclasses.replace(setup, config=config(**{"eval.attention.layer": layer}))
     with pytest.raises(UserError, match=rf"eval\.attention\.layer={layer}: the encoder has 2, 0 to 1, or -1") as error:
-        check(config(**{"eval.attention.layer": layer}))
+        check_objective(other)
     assert "\n" not in str(error.value)
 
 
@@ -235,7 +245,7 @@ def known(setup, pairs):
 
 
 def test_the_patch_that_words_look_at_is_marked(setup, pairs):
-    row = attention.row_of(setup, known(setup, pairs), 0)
+    row = attention.attended(setup, known(setup, pairs), 0)
     assert row.patch == 5 and row.to_words.argmax() == 1 and row.to_words.sum() == pytest.approx(1)
     assert len(row.to_patches) == 2 and all(
         share.argmax() == 5 or number == 0 for number, share in row.to_patches.items()

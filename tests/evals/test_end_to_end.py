@@ -7,10 +7,9 @@ import jax
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax import evals
-from m3ae_jax.errors import UserError
+from m3ae_jax.evals.run import EVALUATIONS, evaluate, train_and_evaluate
 from m3ae_jax.parallel.mesh import make_mesh
-from m3ae_jax.train import loop, setup
+from m3ae_jax.train import setup
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +18,8 @@ SMALL = {
     "duration": "2 steps",
     "model.width": "32",
     "model.depth": "1",
-    "model.decoder_width": "32",
-    "model.decoder_depth": "1",
+    "m3ae.decoder_width": "32",
+    "m3ae.decoder_depth": "1",
     "data.scenes.image_size": "32",
     "data.image_size": "32",
     "optimizer.warmup": "1 steps",
@@ -41,10 +40,10 @@ SMALL = {
 
 def test_all_evaluations_run_and_repeat(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    names = tuple(name for name in evals.NAMES if name != "grounding")
+    names = tuple(name for name in EVALUATIONS if name != "grounding")
     config = config_lib.load("configs/tiny.py")
     config_lib.apply_overrides(config, [*SMALL.items(), ("evals", ",".join(names))])
-    loop.train(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
     first = {}
     for name in names:
         found = json.loads((tmp_path / "evals" / f"{name}_2.json").read_text())
@@ -58,12 +57,7 @@ def test_all_evaluations_run_and_repeat(tmp_path, monkeypatch):
     assert first["retrieval"]["retrieval/chance/image_to_text/recall@1"] < 0.2
     assert first["masked_prediction"]["masked_prediction/text/0.5/n"] > 10
 
-    alone = config_lib.load("configs/eval/probe.py")
-    config_lib.apply_overrides(alone, [(k, v) for k, v in SMALL.items() if k.startswith("eval.")])
-    with pytest.raises(UserError, match="--mode=eval"):
-        setup.prepare(config_lib.resolve(alone))
-    alone.evals = names
-    again = evals.evaluate(alone, tmp_path)
+    again = evaluate(config_lib.load(str(tmp_path / "config.json")), tmp_path)
     for name in names:
         for key, value in first[name].items():
             assert key == "step" or again[key] == pytest.approx(value, abs=1e-4), key

@@ -1,8 +1,5 @@
 """What is encoded: every example once, all tokens visible, on any mesh; what cannot be is refused."""
 
-import glob
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -11,9 +8,11 @@ from m3ae_jax import config as config_lib
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.scenes import SceneOptions
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import check, features, masked_prediction
+from m3ae_jax.evals import features, masked_prediction
 from m3ae_jax.evals.clean import clean_batches
-from m3ae_jax.evals.labelled import LABELS, LabelledScenes, open_labelled
+from m3ae_jax.evals.fields import LABELS
+from m3ae_jax.evals.labelled import LabelledScenes, open_labelled
+from m3ae_jax.evals.run import check
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.decoder_depth = 16, 1, 1
+    c.model.width, c.model.depth, c.m3ae.decoder_depth = 16, 1, 1
     c.data.image_size = 24
     c.eval.batch_size, c.eval.train_examples, c.eval.test_examples = 16, 21, 9
     c.evals = ("knn",)
@@ -129,7 +128,6 @@ def test_labelled_hdf5(shared, setup):
         ({"eval.label": "count"}, r"all scenes have 1"),
         ({"evals": "retrieval", "data.modalities": "image"}, r"needs data\.modalities"),
         ({"evals": "retrieval", "data.val.source": "hdf5"}, r"data\.val\.path is empty"),
-        ({"eval.alone": "true"}, r"--mode=eval"),
         ({"evals": "prob"}, r"did you mean 'probe'"),
     ],
 )
@@ -162,14 +160,6 @@ def test_shuffled_partners_are_others(setup):
         assert (swapped["visible"]["value"] != group["visible"]["value"]).any(axis=(1, 2))[:11].all()
         alone = np.arange(len(valid)) == 3
         assert not jax.device_get(masked_prediction.exchanged(group, alone)[1]).any()
-
-
-@pytest.mark.parametrize("path", sorted(glob.glob("configs/eval/*.py")))
-def test_evaluation_configs(path):
-    c = config_lib.load(path)
-    assert c.eval.alone and len(c.evals) == 1 and c.evals[0] in path
-    assert f"--config={path}" in Path(path).read_text(encoding="utf-8")
-    config_lib.resolve(c)
 
 
 @pytest.mark.parametrize(

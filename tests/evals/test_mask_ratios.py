@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.decoder_depth = 16, 1, 1
+    c.model.width, c.model.depth, c.m3ae.decoder_depth = 16, 1, 1
     c.data.image_size = 24
     c.eval.batch_size, c.eval.pictures = 4, 6
     c.evals = ("mask_ratios",)
@@ -52,14 +52,17 @@ def test_each_ratio_hides_its_share_of_every_example(found):
     assert found.sums["image", 0.75][1] == 6 * hidden_count(9, 0.75)
 
 
+@pytest.mark.slow
 def test_figures_are_the_scorers(setup, found):
     state = setup.init_state()
     (batch,) = clean_batches(setup, setup.val_source, 6, size=6)
     for ratio in mask_ratios.RATIOS:
         position = batch["example"]["position"]
-        groups = {name: hidden_at_random(group, position, ratio) for name, group in batch["groups"].items()}
+        groups = {
+            name: hidden_at_random(setup, name, group, position, ratio) for name, group in batch["groups"].items()
+        }
         wanted = scorer(setup)(state.params, {"groups": groups})
-        for name, figure in (("image", "error"), ("text", "correct")):
+        for name, figure in (("image", "loss"), ("text", "correct")):
             total, count = (float(np.sum(wanted[name][key])) for key in (figure, "count"))
             np.testing.assert_allclose(found.sums[name, ratio], [total, count], rtol=1e-4)
 
@@ -78,7 +81,7 @@ def test_evaluation_repeats_and_says_so_in_a_table(setup, found):
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_one_modality_will_do_and_four_are_drawn_where_no_number_is_given(modality):
     alone = run_setup.prepare(
-        config(**{"data.modalities": modality, "eval.pictures": 0, "loss.normalize_patches": "true"})
+        config(**{"data.modalities": modality, "eval.pictures": 0, "m3ae.normalize_patches": "true"})
     )
     result = mask_ratios.evaluate(alone, alone.init_state())
     assert result.scalars["mask_ratios/n"] == 4

@@ -12,10 +12,11 @@ from PIL import Image
 from m3ae_jax import config as config_lib
 from m3ae_jax.data import images
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import check, features, labelled, linear, robustness
+from m3ae_jax.evals import features, labelled, linear, robustness
 from m3ae_jax.evals.clean import clean_batches
 from m3ae_jax.evals.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from m3ae_jax.evals.labelled import open_labelled
+from m3ae_jax.evals.run import check
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
 
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.decoder_depth = 16, 1, 1
+    c.model.width, c.model.depth, c.m3ae.decoder_depth = 16, 1, 1
     c.data.image_size = 24
-    c.eval.batch_size, c.eval.train_examples, c.eval.test_examples = 8, 64, 21
+    c.eval.batch_size, c.eval.train_examples, c.eval.test_examples = 8, 170, 21
     c.eval.robustness.epsilons, c.eval.robustness.pgd_steps = (0.0, 8.0), 3
     c.eval.label, c.evals = "color", ("robustness",)
     config_lib.apply_overrides(c, [(k, str(v)) for k, v in changes.items()])
@@ -96,13 +97,14 @@ def test_one_step_of_pgd_goes_as_far_as_is_said():
     np.testing.assert_allclose(found, x + np.clip(0.04 + 0.2 * sign, -0.08, 0.08), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attacks_on_a_model_raise_its_loss_and_more_steps_raise_it_more(setup):
     params = setup.init_state().params
     train = features.encoded(setup, setup.init_state(), "train")
     probe = linear.swept(train.features["trained/image/cls"], train.label, len(train.classes), (1e-3,))
-    noted = labelled.Noted(open_labelled(setup.config, "test"))
-    batch = next(clean_batches(setup, noted, 8))
-    group, label = batch["groups"]["image"], noted.label_of(batch["example"]["index"])
+    labels = labelled.LabelRecorder(open_labelled(setup.config, "test"))
+    batch = next(clean_batches(setup, labels, 8))
+    group, label = batch["groups"]["image"], labels.label_of(batch["example"]["index"])
     pixels = group["visible"]["value"].astype(np.float32) / 255
     encode, pooled = jax.jit(robustness._of_encoder(setup)), features.encoder(setup)
     np.testing.assert_allclose(  # the pixels as they come and in [0, 1] are the same picture
@@ -139,6 +141,7 @@ def test_where_pgd_starts_is_the_examples_own():
 # --- the evaluation
 
 
+@pytest.mark.slow
 def test_every_picture_is_judged_once_and_the_clean_ones_as_by_the_probe(setup, judged):
     state, result = judged
     found, (train, test) = result.scalars, (features.encoded(setup, state, part) for part in ("train", "test"))
@@ -153,7 +156,7 @@ def test_every_picture_is_judged_once_and_the_clean_ones_as_by_the_probe(setup, 
         assert found[f"robustness/{name}/corruptions"] == pytest.approx(np.mean(of_kinds))
         hits = np.array(of_kinds) * 21 * len(SEVERITIES)
         np.testing.assert_allclose(hits, np.round(hits), atol=1e-6)  # whole pictures, all of them
-    assert found["robustness/majority"] == features.majority(train, test)
+    assert found["robustness/majority"] == features.majority(train.label, test.label)
     lines = result.text.splitlines()
     assert "| PGD, 8/255 |" in result.text and len({line.count("|") for line in lines}) == 1
 
@@ -163,18 +166,19 @@ def test_corrupted_pictures_are_judged_as_the_probe_judges_them(setup, judged):
     state, result = judged
     train = features.encoded(setup, state, "train")
     probe = linear.swept(train.features["pixels"], train.label, len(train.classes))
-    noted, hits = labelled.Noted(open_labelled(setup.config, "test")), []
-    for batch in clean_batches(setup, noted, 21):
+    labels, hits = labelled.LabelRecorder(open_labelled(setup.config, "test")), []
+    for batch in clean_batches(setup, labels, 21):
         value, example = batch["groups"]["image"]["visible"]["value"], batch["example"]
         for severity in SEVERITIES:
             whole = images.unpatchify(value, 8, (3, 3))
             changed = [corrupted(x, "contrast", severity, p) for x, p in zip(whole, example["position"], strict=True)]
             patches = {"visible": {"value": images.patchify(np.stack(changed), 8)}}
             x = features.raw_pixels(setup, {"groups": {"image": patches}})["pixels"]
-            hits.append((probe.logits(x).argmax(1) == noted.label_of(example["index"]))[example["valid"]])
+            hits.append((probe.logits(x).argmax(1) == labels.label_of(example["index"]))[example["valid"]])
     assert result.scalars["robustness/pixels/contrast"] == pytest.approx(np.concatenate(hits).mean())
 
 
+@pytest.mark.slow
 def test_pictures_alone_will_do_and_fewer_may_be_asked_for():
     changes = {"data.modalities": "image", "eval.robustness.examples": 5, "eval.robustness.pooling": "mean"}
     alone = run_setup.prepare(config(**changes, **{"eval.robustness.epsilons": "4"}))

@@ -10,17 +10,20 @@ import optax
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax import evals
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals import finetune, linear_probe, supervised
-from m3ae_jax.objectives.m3ae import normalize_pixels
+from m3ae_jax.evals.labelled import LabelRecorder
+from m3ae_jax.evals.run import check, run
+from m3ae_jax.objectives.parts.pixels import normalize_pixels
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
+
+BLOCKS = "encoder/transformer/blocks"
 
 
 def config(name, **changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.heads, c.model.decoder_depth = 16, 2, 2, 1
+    c.model.width, c.model.depth, c.model.heads, c.m3ae.decoder_depth = 16, 2, 2, 1
     c.data.image_size = c.data.scenes.image_size = 24
     c.eval.batch_size, c.eval.train_examples, c.eval.test_examples = 16, 40, 21
     c.evals = (name,)
@@ -61,7 +64,7 @@ def test_sums_and_cross_entropy_against_numpy():
     loss = supervised.cross_entropy(jnp.asarray(logits), jnp.asarray(target))
     np.testing.assert_allclose(loss, -(target * log_p).sum(1), rtol=1e-5)
     np.testing.assert_array_equal(supervised.counted(batch), weight)
-    found = jax.device_get(supervised.sums(logits, label, batch, loss, weight))
+    found = jax.device_get(supervised.sums(logits, batch, supervised.Answers(target, label, weight)))
     rank = (-logits).argsort(1).argsort(1)[np.arange(9), np.maximum(label, 0)]
     assert found["count"] == 7 and found["unlabelled"] == 1 and found["left_out"] == 1
     assert found["correct"] == (rank[:7] == 0).sum() and found["top5"] == (rank[:7] < 5).sum()
@@ -82,7 +85,8 @@ def test_chosen_examples_are_those_of_the_other_evaluations(one_device):
         def read(self, indices):
             return [Record(caption=b"a red circle", label=int(i)) for i in indices]
 
-    chosen = supervised.Chosen(Counting(), 12)
+    chosen = LabelRecorder(Counting(), 12)
+    assert len(chosen) == 12 and len(LabelRecorder(Counting(), 50)) == len(LabelRecorder(Counting())) == 50
     found = [record["label"] for record in chosen.read(np.arange(12))]
     setup = prepared("linear_probe")
     usual = [b["example"]["index"][b["example"]["valid"]] for b in clean_batches(setup, Counting(), 12)]
@@ -133,9 +137,9 @@ def test_what_cannot_be_is_told_in_one_line(name, changes, told):
 
 
 def test_an_input_that_is_not_there_is_told():
-    changes = {"data.modalities": "image", "eval.finetune.input": "both", "model.use_type_embedding": "false"}
+    changes = {"data.modalities": "image", "eval.finetune.input": "both", "m3ae.use_type_embedding": "false"}
     with pytest.raises(UserError, match=r"eval\.finetune\.input='both' needs image and text: data has only image"):
-        evals.check(config("finetune", **changes))
+        check(config("finetune", **changes))
 
 
 def test_divergence_is_said(one_device, caplog):
@@ -235,12 +239,13 @@ def test_separable_features_are_learnt(one_device, name):
     assert float(found["correct"]) / 500 > 0.99
 
 
+@pytest.mark.slow
 def test_linear_probe_on_scenes_reads_words_and_leaves_the_encoder_alone(one_device, state):
     changes = {"input": "text", "pooling": "mean", "optimizer": "sgd", "duration": "60 steps", "learning_rate": 5.0}
     fields = {f"eval.linear_probe.{k}": v for k, v in changes.items()}
     setup = prepared("linear_probe", **fields, **{"eval.train_examples": 160})
     before = jax.device_get(state.params)
-    found = evals.run("linear_probe", setup, state)
+    found = run("linear_probe", setup, state)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
     # The caption names the shape, so even an untrained encoder tells it.
     assert found.scalars["linear_probe/accuracy"] > found.scalars["linear_probe/majority"] + 0.3
@@ -258,54 +263,61 @@ def test_layers_and_their_rates():
     shape = jax.ShapeDtypeStruct
     tuned = {
         "encoder": {
-            "encoder/blocks/mlp_in/kernel": shape((3, 4, 8), jnp.float32),
-            "encoder/blocks/norm_mlp/scale": shape((3, 4), jnp.float32),
-            "encoder/norm/scale": shape((4,), jnp.float32),
-            "image_embedding/kernel": shape((12, 4), jnp.float32),
-            "image_embedding/bias": shape((4,), jnp.float32),
-            "text_embedding/embedding": shape((9, 4), jnp.float32),
-            "image_position_embedding": shape((9, 4), jnp.float32),
-            "image_encoder_type_embedding": shape((1, 1, 4), jnp.float32),
-            "cls_token": shape((1, 1, 4), jnp.float32),
+            f"{BLOCKS}/mlp_in/kernel": shape((3, 4, 8), jnp.float32),
+            f"{BLOCKS}/norm_mlp/scale": shape((3, 4), jnp.float32),
+            "encoder/transformer/norm/scale": shape((4,), jnp.float32),
+            "encoder/image/embedding/kernel": shape((12, 4), jnp.float32),
+            "encoder/image/embedding/bias": shape((4,), jnp.float32),
+            "encoder/text/embedding/embedding": shape((9, 4), jnp.float32),
+            "encoder/image/position_embedding": shape((9, 4), jnp.float32),
+            "encoder/image/type_embedding": shape((1, 1, 4), jnp.float32),
+            "encoder/cls_token": shape((1, 1, 4), jnp.float32),
         },
         "norm": {"scale": shape((4,), jnp.float32), "bias": shape((4,), jnp.float32)},
         "head": {"kernel": shape((4, 2), jnp.float32), "bias": shape((2,), jnp.float32)},
     }
-    stacked = {"encoder/blocks/mlp_in/kernel", "encoder/blocks/norm_mlp/scale"}
-    rates = finetune.layer_rates(tuned, stacked, 0.5)
+    stacked = {f"{BLOCKS}/mlp_in/kernel", f"{BLOCKS}/norm_mlp/scale"}
+    rates = finetune.layer_rates(tuned, (BLOCKS, "decoder/transformer/blocks"), 0.5)
     blocks = [0.5**3, 0.5**2, 0.5]  # layers 1, 2 and 3 of 4
-    assert rates["encoder"]["encoder/blocks/mlp_in/kernel"].shape == (3, 1, 1)
-    np.testing.assert_allclose(rates["encoder"]["encoder/blocks/mlp_in/kernel"].ravel(), blocks)
-    np.testing.assert_allclose(rates["encoder"]["encoder/blocks/norm_mlp/scale"][:, 0], blocks)
+    assert rates["encoder"][f"{BLOCKS}/mlp_in/kernel"].shape == (3, 1, 1)
+    np.testing.assert_allclose(rates["encoder"][f"{BLOCKS}/mlp_in/kernel"].ravel(), blocks)
+    np.testing.assert_allclose(rates["encoder"][f"{BLOCKS}/norm_mlp/scale"][:, 0], blocks)
     others = {name: float(rate) for name, rate in rates["encoder"].items() if name not in stacked}
-    assert others.pop("encoder/norm/scale") == 1.0
+    assert others.pop("encoder/transformer/norm/scale") == 1.0
     assert set(others.values()) == {0.5**4}
     assert {float(x) for part in ("norm", "head") for x in rates[part].values()} == {1.0}
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_how_fast(one_device, state):
     """Adam's first step, a sign, moves each layer by its rate; decay spares what it should."""
     setup = prepared("finetune", **{"eval.finetune.warmup": "0 steps", "eval.finetune.weight_decay": 0.5})
     task = supervised.Task(setup, "finetune")
     (tuned, moments), solver, _ = finetune._begin(task, state.params)
     names = set(tuned["encoder"])
-    assert "encoder/blocks/attention/qkv/kernel" in names and "cls_token" in names and "image_embedding/kernel" in names
+    assert {f"{BLOCKS}/attention/qkv/kernel", "encoder/cls_token", "encoder/image/embedding/kernel"} <= names
     assert not [name for name in names if "decoder" in name or "text" in name or "mask" in name or "output" in name]
-    assert finetune._stacked(setup) & names == {name for name in names if "/blocks/" in name}
+    assert {name for name in names if name.startswith(setup.objective.stacks)} == {n for n in names if "/blocks/" in n}
     ones = jax.tree.map(jnp.ones_like, tuned)
     updates, _ = solver.update(ones, moments, tuned)
     # -rate * layer * (sign + decay * value); the rate is 1e-3 at first, depth 2.
-    kernel = tuned["encoder"]["encoder/blocks/mlp_in/kernel"]
+    kernel = tuned["encoder"][f"{BLOCKS}/mlp_in/kernel"]
     wanted = -1e-3 * np.array([0.75**2, 0.75]).reshape(2, 1, 1) * (1 + 0.5 * np.asarray(kernel))
-    np.testing.assert_allclose(updates["encoder"]["encoder/blocks/mlp_in/kernel"], wanted, rtol=1e-4)
-    for name, layer in (("cls_token", 0.75**3), ("encoder/norm/scale", 1.0), ("image_embedding/bias", 0.75**3)):
+    np.testing.assert_allclose(updates["encoder"][f"{BLOCKS}/mlp_in/kernel"], wanted, rtol=1e-4)
+    layers = {
+        "encoder/cls_token": 0.75**3,
+        "encoder/transformer/norm/scale": 1.0,
+        "encoder/image/embedding/bias": 0.75**3,
+    }
+    for name, layer in layers.items():
         np.testing.assert_allclose(updates["encoder"][name], -1e-3 * layer, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(updates["head"]["kernel"], -1e-3 * (1 + 0.5 * tuned["head"]["kernel"]), rtol=1e-4)
     np.testing.assert_allclose(updates["norm"]["scale"], -1e-3, rtol=1e-4)
     merged = finetune.merged(state.params, jax.tree.map(lambda x: x + 1, tuned["encoder"]))
     assert jax.tree.structure(merged) == jax.tree.structure(state.params)
-    np.testing.assert_allclose(merged["cls_token"], state.params["cls_token"] + 1)
-    assert merged["decoder"]["norm"]["scale"] is state.params["decoder"]["norm"]["scale"]
+    before, after = state.params["encoder"], merged["encoder"]
+    np.testing.assert_allclose(after["cls_token"], before["cls_token"] + 1)
+    assert jax.tree.leaves(merged["decoder"])[0] is jax.tree.leaves(state.params["decoder"])[0]
 
 
 PLACES = finetune.places(4, (3, 3))
@@ -357,7 +369,8 @@ def test_blended_pictures_and_answers(one_device):
     shares = []
     for seed in range(12):
         key = jax.random.key(seed)
-        mixed, target, larger, weight = finetune.blended(mix, key, batch, 5, 0.1)
+        mixed, answers = finetune.blended(mix, key, batch, 5, 0.1)
+        target, larger, weight = answers.target, answers.label, answers.weight
         own = np.asarray(finetune.draw_weights(key, places, 0.8, 1.0, 0.5))
         wanted = own * normal + (1 - own) * normal[::-1]
         np.testing.assert_allclose(mixed["groups"]["image"]["visible"]["value"], wanted, atol=1e-5)
@@ -369,9 +382,9 @@ def test_blended_pictures_and_answers(one_device):
         assert weight.tolist() == [0, 1, 1, 0]  # the last picture does not decode, and is part of the first
         shares.append(share)
     assert len(set(shares)) > 8
-    _, target, larger, weight = finetune.blended(None, jax.random.key(0), batch, 5, 0.0)
-    np.testing.assert_array_equal(target, np.eye(5)[label])
-    assert larger is label and weight.tolist() == [1, 1, 1, 0]
+    _, answers = finetune.blended(None, jax.random.key(0), batch, 5, 0.0)
+    np.testing.assert_array_equal(answers.target, np.eye(5)[label])
+    assert answers.label is label and answers.weight.tolist() == [1, 1, 1, 0]
 
 
 def test_nothing_is_mixed_with_captions(one_device):
@@ -380,6 +393,7 @@ def test_nothing_is_mixed_with_captions(one_device):
         assert finetune._mixer(setup) is None
 
 
+@pytest.mark.slow
 def test_each_step_draws_anew_and_the_same_when_repeated(one_device, state):
     found = {}
     for name, changes in {"mix": {"drop_path": 0.0}, "drop": {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.9}}.items():
@@ -396,27 +410,28 @@ def test_each_step_draws_anew_and_the_same_when_repeated(one_device, state):
 def test_drop_path_is_off_without_a_key(one_device, state):
     setup = prepared("finetune", **{"model.drop_path": 0.5})
     params, batch = state.params, next(supervised.Task(setup, "finetune").train_batches())
-    encode = jax.jit(lambda key: setup.objective.encode(params, batch, key)["cls"])
-    plain = setup.objective.encode(params, batch)["cls"]
+    encode = jax.jit(lambda key: setup.objective.encode(params, batch, key).pooled["cls"])
+    plain = setup.objective.encode(params, batch).pooled["cls"]
     first, second = encode(jax.random.key(1)), encode(jax.random.key(2))
     # The first of two blocks is never left out, the second with probability 1/2: then its input is the result.
     differs = np.abs(np.asarray(first - second)).max(1) > 1e-6
     assert differs.sum() > 0
     assert (np.abs(np.asarray(first - plain)).max(1) > 1e-6).any()
     np.testing.assert_array_equal(first, encode(jax.random.key(1)))
-    np.testing.assert_allclose(plain, setup.objective.encode(params, batch, None)["cls"])
+    np.testing.assert_allclose(plain, setup.objective.encode(params, batch, None).pooled["cls"])
 
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": 0.0, "crop_scale": "(1.0,1.0)", "crop_ratio": "(1.0,1.0)"}
 PLAIN |= {"label_smoothing": 0.0, "flip": "false", "drop_path": 0.0}
 
 
+@pytest.mark.slow
 def test_finetuning_beats_the_majority_and_keeps_the_state(one_device, state):
-    changes = PLAIN | {"duration": "60 steps", "learning_rate": 1e-2, "batch_size": 40}
+    changes = PLAIN | {"duration": "100 steps", "learning_rate": 1e-2, "batch_size": 40}
     fields = {f"eval.finetune.{k}": v for k, v in changes.items()}
     setup = prepared("finetune", **fields, **{"eval.train_examples": 160, "eval.label": "color"})
     before = jax.device_get(state.params)
-    found = evals.run("finetune", setup, state).scalars
+    found = run("finetune", setup, state).scalars
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
     assert found["finetune/accuracy"] > found["finetune/majority"] + 0.3
     assert found["finetune/train_loss"] < 1.0 and found["finetune/test_examples"] == 21
@@ -431,7 +446,7 @@ def test_eight_devices_say_what_one_does(name, monkeypatch):
         monkeypatch.setattr(run_setup, "make_mesh", lambda c, n=devices: make_mesh(c, jax.devices()[:n]))
         setup = prepared(name, **extra)
         assert setup.mesh.size == devices
-        found.append(evals.run(name, setup, setup.init_state()).scalars)
+        found.append(run(name, setup, setup.init_state()).scalars)
         assert found[-1][f"{name}/test_examples"] == 21
     for other in found[1:]:
         assert set(other) == set(found[0])

@@ -13,8 +13,9 @@ from m3ae_jax.convert.convert import Converted, write_run
 from m3ae_jax.convert.formats import Foreign
 from m3ae_jax.convert.keymap import Report
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import check, features, tsne
+from m3ae_jax.evals import features, tsne
 from m3ae_jax.evals.labelled import open_labelled
+from m3ae_jax.evals.run import check
 from m3ae_jax.objectives.base import build
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.report.pictures import ClassMap, class_maps
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def config(**changes):
     c = config_lib.load("configs/tiny.py")
-    c.model.width, c.model.depth, c.model.decoder_depth = 16, 1, 1
+    c.model.width, c.model.depth, c.m3ae.decoder_depth = 16, 1, 1
     c.data.image_size = 24
     c.eval.batch_size, c.eval.test_examples, c.eval.label = 16, 21, "color"
     c.evals = ("tsne",)
@@ -103,7 +104,7 @@ def test_an_untrained_encoder_stands_beside(setup):
 def other_run(folder, **changes):
     c = config(**{"evals": "", **changes})
     params = jax.device_get(nn.unbox(jax.jit(build(c, 0).init)(jax.random.key(7))))
-    write_run(Converted("safetensors", c, params, Report(), Foreign({})), folder)
+    write_run(Converted("safetensors", c, params, Report(), Foreign({}), 0), folder)
     return params
 
 

@@ -31,7 +31,7 @@ SHRUNK = [
             "optimizer.warmup=1 steps",
             "model.width=32",
             "model.depth=2",
-            "model.decoder_width=16",
+            "m3ae.decoder_width=16",
             "mesh.preset=fsdp",
         )
     ),
@@ -89,6 +89,34 @@ def test_two_processes_train_as_one(tmp_path):
     val = {name: [r["val/loss"] for r in rows(tmp_path / name) if "val/loss" in r] for name in ("two", "one")}
     assert np.allclose(val["two"], val["one"], rtol=1e-5)
     assert (tmp_path / "two" / "pictures" / "step_00000004.png").exists()
+
+
+TOY = """
+from m3ae_jax.config import default
+
+
+def get_config():
+    c = default("tests.objectives.toy:Toy")
+    c.batch_size, c.duration, c.optimizer.warmup = 16, "4 steps", "1 steps"
+    c.log_every, c.checkpoint.every, c.eval.every, c.eval.examples = "1 steps", "4 steps", "4 steps", 16
+    c.data.train.source = c.data.val.source = c.data.tokenizer = "scenes"
+    c.data.image_size = c.data.scenes.image_size = 32
+    c.mesh.preset = "fsdp"
+    return c
+"""
+
+
+def test_two_processes_train_an_objective_of_ones_own_as_one(tmp_path):
+    """With a teacher, a queue and negatives of the whole batch."""
+    config = tmp_path / "toy.py"
+    config.write_text(TOY)
+    codes, outputs = finish(start_two(f"--config={config}", f"--workdir={tmp_path / 'two'}"))
+    assert codes == [0, 0], outputs
+    codes, outputs = finish([start(f"--config={config}", f"--workdir={tmp_path / 'one'}", devices=8)])
+    assert codes == [0], outputs
+    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert list(two) == [1, 2, 3, 4]
+    assert np.allclose([two[s] for s in two], [one[s] for s in one], rtol=1e-5)
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on_from_their_checkpoint(tmp_path):

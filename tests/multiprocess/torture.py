@@ -65,8 +65,8 @@ FIELDS = {
     "optimizer.warmup": "4 steps",
     "model.width": 32,
     "model.depth": 1,
-    "model.decoder_width": 16,
-    "model.decoder_depth": 1,
+    "m3ae.decoder_width": 16,
+    "m3ae.decoder_depth": 1,
     "model.dropout": 0.1,  # so that random numbers have to go on too
 }
 

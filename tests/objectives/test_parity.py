@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 
 from m3ae_jax import config as configs
 from m3ae_jax.data.images import patchify
-from m3ae_jax.models.autoencoder import Encoded
-from m3ae_jax.objectives.base import Batch, LossOutput, mean, total_loss
+from m3ae_jax.models.encoder import Encoded
+from m3ae_jax.objectives.base import LossOutput, Part
+from m3ae_jax.objectives.batch import mean, total_loss
 from m3ae_jax.objectives.m3ae import M3AE
 from m3ae_jax.train.optimizer import decay_mask, optimizer, schedule
 
@@ -37,27 +38,28 @@ VARIANTS = (*M3AE_VARIANTS, "mae", "mae_notype")
 _BLOCK = r"(?P<stack>encoder|decoder)/Block_(?P<layer>\d+)"
 _HEAD = r"decoder_(?P<modality>image|text)_output"
 OURS: tuple[tuple[str, str], ...] = (
-    (rf"{_BLOCK}/LayerNorm_0/(?P<leaf>\w+)", "{stack}/blocks/norm_attention/{leaf}"),
-    (rf"{_BLOCK}/Attention_0/Dense_0/(?P<leaf>\w+)", "{stack}/blocks/attention/qkv/{leaf}"),
-    (rf"{_BLOCK}/Attention_0/Dense_1/(?P<leaf>\w+)", "{stack}/blocks/attention/out/{leaf}"),
-    (rf"{_BLOCK}/LayerNorm_1/(?P<leaf>\w+)", "{stack}/blocks/norm_mlp/{leaf}"),
-    (rf"{_BLOCK}/TransformerMLP_0/fc1/(?P<leaf>\w+)", "{stack}/blocks/mlp_in/{leaf}"),
-    (rf"{_BLOCK}/TransformerMLP_0/fc2/(?P<leaf>\w+)", "{stack}/blocks/mlp_out/{leaf}"),
-    (r"(?P<stack>encoder|decoder)/LayerNorm_0/(?P<leaf>\w+)", "{stack}/norm/{leaf}"),
-    (rf"{_HEAD}/LayerNorm_(?P<n>\d+)/(?P<leaf>\w+)", "{modality}_output/norm_{n}/{leaf}"),
-    (r"decoder_input_projection/(?P<leaf>\w+)", "decoder_projection/{leaf}"),
-    (r"image_embedding/(?P<leaf>\w+)", "image_embedding/{leaf}"),
-    (r"text_embedding/embedding", "text_embedding/embedding"),
-    (r"(?P<stack>\w+coder)_(?P<modality>image|text)_type_embedding", "{modality}_{stack}_type_embedding"),
-    (r"(?P<modality>image|text)_mask_embedding", "{modality}_mask_embedding"),
-    (r"cls_token", "cls_token"),
+    (rf"{_BLOCK}/LayerNorm_0/(?P<leaf>\w+)", "{stack}/transformer/blocks/norm_attention/{leaf}"),
+    (rf"{_BLOCK}/Attention_0/Dense_0/(?P<leaf>\w+)", "{stack}/transformer/blocks/attention/qkv/{leaf}"),
+    (rf"{_BLOCK}/Attention_0/Dense_1/(?P<leaf>\w+)", "{stack}/transformer/blocks/attention/out/{leaf}"),
+    (rf"{_BLOCK}/LayerNorm_1/(?P<leaf>\w+)", "{stack}/transformer/blocks/norm_mlp/{leaf}"),
+    (rf"{_BLOCK}/TransformerMLP_0/fc1/(?P<leaf>\w+)", "{stack}/transformer/blocks/mlp_in/{leaf}"),
+    (rf"{_BLOCK}/TransformerMLP_0/fc2/(?P<leaf>\w+)", "{stack}/transformer/blocks/mlp_out/{leaf}"),
+    (r"(?P<stack>encoder|decoder)/LayerNorm_0/(?P<leaf>\w+)", "{stack}/transformer/norm/{leaf}"),
+    (rf"{_HEAD}/LayerNorm_(?P<n>\d+)/(?P<leaf>\w+)", "decoder/{modality}_output/norm_{n}/{leaf}"),
+    (r"decoder_input_projection/(?P<leaf>\w+)", "decoder/projection/{leaf}"),
+    (r"image_embedding/(?P<leaf>\w+)", "encoder/image/embedding/{leaf}"),
+    (r"text_embedding/embedding", "encoder/text/embedding/embedding"),
+    (r"encoder_(?P<modality>image|text)_type_embedding", "encoder/{modality}/type_embedding"),
+    (r"decoder_(?P<modality>image|text)_type_embedding", "decoder/{modality}_masks/type_embedding"),
+    (r"(?P<modality>image|text)_mask_embedding", "decoder/{modality}_masks/mask_embedding"),
+    (r"cls_token", "encoder/cls_token"),
 )
 # The last Dense_n of a head is our `output`, those before it are our hidden layers.
 HEAD_DENSE = {
-    0: ((rf"{_HEAD}/Dense_0/(?P<leaf>\w+)", "{modality}_output/output/{leaf}"),),
+    0: ((rf"{_HEAD}/Dense_0/(?P<leaf>\w+)", "decoder/{modality}_output/output/{leaf}"),),
     1: (
-        (rf"{_HEAD}/Dense_0/(?P<leaf>\w+)", "{modality}_output/hidden_0/{leaf}"),
-        (rf"{_HEAD}/Dense_1/(?P<leaf>\w+)", "{modality}_output/output/{leaf}"),
+        (rf"{_HEAD}/Dense_0/(?P<leaf>\w+)", "decoder/{modality}_output/hidden_0/{leaf}"),
+        (rf"{_HEAD}/Dense_1/(?P<leaf>\w+)", "decoder/{modality}_output/output/{leaf}"),
     ),
 }
 
@@ -103,17 +105,19 @@ class Case:
             width=theirs["emb_dim"],
             depth=theirs["depth"],
             heads=theirs["num_heads"],
+            mlp_ratio=float(theirs["mlp_ratio"]),
+        )
+        c.m3ae.update(
             decoder_width=theirs["dec_emb_dim"],
             decoder_depth=theirs["dec_depth"],
             decoder_heads=theirs["dec_num_heads"],
-            mlp_ratio=float(theirs["mlp_ratio"]),
             image_mask_ratio=theirs["image_mask_ratio"],
             text_mask_ratio=theirs["text_mask_ratio"],
             output_head_depth=self.head_depth,
             use_type_embedding="notype" not in self.variant,
-            compute_dtype="float32",
+            text_weight=0.5,
         )
-        c.loss.text_weight = 0.5
+        c.compute.dtype = "float32"
         c.optimizer.update(
             learning_rate=1e-2,
             warmup="2 steps",
@@ -170,18 +174,18 @@ class Case:
         assert not set(visible) & set(target)
         return {"visible": self.token_set(modality, visible), "target": self.token_set(modality, target)}
 
-    def batch(self) -> Batch:
+    def batch(self) -> Part:
         """The main pass."""
         modalities = self.config.data.modalities
         masks = {m: (self.want[f"mask/{m}_ids_restore"], self.want[f"mask/{m}_mask"]) for m in modalities}
         return {"groups": {m: self.group(m, *masks[m]) for m in modalities}}
 
-    def alone(self, modality: str) -> Batch:
+    def alone(self, modality: str) -> Part:
         """The pass of an M3AE over one modality, with masks of its own."""
         ids, mask = self.want[f"{modality}_only/{modality}_ids_restore"], self.want[f"{modality}_only/{modality}_mask"]
         return {"groups": {modality: self.group(modality, ids, mask)}}
 
-    def whole(self, *modalities: str) -> Batch:
+    def whole(self, *modalities: str) -> Part:
         """Nothing hidden."""
         positions = {m: np.arange(self.values(m).shape[1]) for m in modalities}
         return {"groups": {m: {"visible": self.token_set(m, p)} for m, p in positions.items()}}
@@ -228,7 +232,7 @@ def reference_total(case: Case, output: LossOutput) -> jax.Array:
 class Pass:
     """All forward figures of a batch."""
 
-    encoded: dict[str, jax.Array]
+    encoded: Encoded
     outputs: dict[str, jax.Array]
     loss: LossOutput
 
@@ -241,12 +245,12 @@ def forward(case: Case, passes: str) -> Pass:
     @jax.jit
     def run(params: Any) -> tuple[Any, ...]:
         loss = case.objective.loss(params, {}, batch, None, jnp.int32(0))
-        return case.objective.encode(params, batch), case.objective.reconstruct(params, batch), loss
+        return case.objective.encode(params, batch), case.objective.predict(params, batch), loss
 
     return Pass(*run(case.params))
 
 
-def reference_accuracy(case: Case, logits: jax.Array, batch: Batch) -> np.ndarray:
+def reference_accuracy(case: Case, logits: jax.Array, batch: Part) -> np.ndarray:
     """The reference's text accuracy, over all examples as its text loss."""
     target = batch["groups"]["text"]["target"]
     valid = target["valid"]
@@ -260,7 +264,7 @@ def at_targets(reference: np.ndarray, group: Mapping[str, Any]) -> np.ndarray:
     return reference[rows, group["target"]["position"]][group["target"]["valid"]]
 
 
-def assert_outputs_close(case: Case, outputs: dict[str, jax.Array], batch: Batch, prefix: str) -> None:
+def assert_outputs_close(case: Case, outputs: dict[str, jax.Array], batch: Part, prefix: str) -> None:
     assert outputs.keys() == batch["groups"].keys()
     for name, group in batch["groups"].items():
         want = at_targets(case.want[f"{prefix}/{name}_output"], group)
@@ -285,12 +289,12 @@ def test_patches(case: Case) -> None:
 def test_encoder_on_visible_tokens(case: Case) -> None:
     encoded = forward(case, "main").encoded
     if "enc/x" in case.want:
-        assert_close(jnp.concatenate([encoded["cls"][:, None], encoded["image"]], axis=1), case.want["enc/x"], "enc/x")
+        assert_close(all_tokens(encoded), case.want["enc/x"], "enc/x")
         return
-    assert_close(encoded["cls"][:, None], case.want["enc/cls"], "enc/cls")
+    assert_close(encoded.pooled["cls"][:, None], case.want["enc/cls"], "enc/cls")
     for name, group in case.batch()["groups"].items():
         valid = group["visible"]["valid"]
-        assert_close(encoded[name][valid], case.want[f"enc/{name}"][valid], f"enc/{name}")
+        assert_close(encoded.tokens[name][valid], case.want[f"enc/{name}"][valid], f"enc/{name}")
 
 
 @variants(*VARIANTS)
@@ -355,22 +359,25 @@ def test_plain_encoder(case: Case, name: str) -> None:
             assert_close(got, want, f"rep/attention/Block_{layer}")
     else:
         encoded = jax.jit(case.objective.encode)(case.params, batch)
-    got = jnp.concatenate([encoded["cls"][:, None], *(encoded[m] for m in modalities)], axis=1)
-    assert_close(got[real], case.want[f"rep/{name}"][real], f"rep/{name}")
+    assert_close(all_tokens(encoded)[real], case.want[f"rep/{name}"][real], f"rep/{name}")
 
 
-def encode_with_maps(case: Case, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
+def all_tokens(encoded: Encoded) -> jax.Array:
+    """`[B, 1 + tokens, D]`, CLS first."""
+    return jnp.concatenate([encoded.pooled["cls"][:, None], *encoded.tokens.values()], axis=1)
+
+
+def encode_with_maps(case: Case, batch: Part) -> tuple[Encoded, jax.Array]:
     """The features as `Objective.encode` gives them, and the attention maps `[layers, B, H, N, N]`."""
     visible = {name: group["visible"] for name, group in batch["groups"].items()}
 
     @jax.jit
     def run(params: Any) -> tuple[Encoded, Any]:
-        encode = functools.partial(case.objective.model.apply, method="encode", mutable=["intermediates"])
-        return encode({"params": params}, visible)
+        return case.objective._encoder.apply({"params": params["encoder"]}, visible, mutable=["intermediates"])
 
     encoded, state = run(case.params)
-    (maps,) = state["intermediates"]["encoder"]["blocks"]["attention"]["attention"]
-    return {"cls": encoded.cls, **encoded.tokens}, maps
+    (maps,) = state["intermediates"]["transformer"]["blocks"]["attention"]["attention"]
+    return encoded, maps
 
 
 def real_tokens(case: Case, modalities: tuple[str, ...]) -> np.ndarray:

@@ -7,16 +7,16 @@ import sys
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax.plan import plan
+from m3ae_jax.plan.plan import plan
 
 SMALL = {
     "batch_size": "64",
     "model.width": "128",
     "model.depth": "3",
     "model.heads": "2",
-    "model.decoder_width": "128",
-    "model.decoder_depth": "1",
-    "model.decoder_heads": "2",
+    "m3ae.decoder_width": "128",
+    "m3ae.decoder_depth": "1",
+    "m3ae.decoder_heads": "2",
     "data.image_size": "64",
     "data.max_text_tokens": "8",
     "duration": "1000 steps",

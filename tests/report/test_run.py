@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import Result
+from m3ae_jax.evals.base import Result
 from m3ae_jax.report import charts, measured, page, results
 from m3ae_jax.report.charts import Line, Series
 from m3ae_jax.report.run import build_run

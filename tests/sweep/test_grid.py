@@ -5,9 +5,9 @@ import pytest
 from m3ae_jax import config as config_lib
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError
-from m3ae_jax.plan.estimate import flops_per_example
 from m3ae_jax.sweep.budget import Budgets
 from m3ae_jax.sweep.grid import make_runs, parse_grid
+from m3ae_jax.train.flops import flops_per_example
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def config():
 
 
 def test_an_axis_has_fields_and_values(config):
-    (axis,) = parse_grid(["config.model.text_mask_ratio=0.15, 0.5"], config)
-    assert axis.fields == ("model.text_mask_ratio",) and axis.values == (("0.15",), ("0.5",))
+    (axis,) = parse_grid(["config.m3ae.text_mask_ratio=0.15, 0.5"], config)
+    assert axis.fields == ("m3ae.text_mask_ratio",) and axis.values == (("0.15",), ("0.5",))
     assert axis.name == "text_mask_ratio"
 
 
@@ -49,11 +49,11 @@ def test_no_grid_is_one_point(config):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ("model.text_mask_ratio", "FIELD=VALUE"),
-        ("model.text_mask_ratio=", "FIELD=VALUE"),
-        ("model.text_mask_ration=0.5", "did you mean --config.model.text_mask_ratio"),
-        ("model.text_mask_ratio=0.5,half", "'half' is not a number"),
-        ("model.text_mask_ratio=0.5,0.5", "twice"),
+        ("m3ae.text_mask_ratio", "FIELD=VALUE"),
+        ("m3ae.text_mask_ratio=", "FIELD=VALUE"),
+        ("model.text_mask_ration=0.5", "did you mean --config.m3ae.text_mask_ratio"),
+        ("m3ae.text_mask_ratio=0.5,half", "'half' is not a number"),
+        ("m3ae.text_mask_ratio=0.5,0.5", "twice"),
         ("model.width=64;model.width=96", "names model.width twice"),
         ("seed=1,2", "--seeds"),
         ("model.width:model.heads=64:2,96", "needs 2 values"),

@@ -17,7 +17,7 @@ SMALL = {
     "model.width": 32,
     "model.depth": 1,
     "model.heads": 2,
-    "model.decoder_width": 32,
+    "m3ae.decoder_width": 32,
     "eval.examples": 8,
     "eval.pictures": 0,
     "eval.train_examples": 40,

@@ -5,9 +5,10 @@ import logging
 import jax
 import pytest
 
+from m3ae_jax.evals.run import train_and_evaluate
 from m3ae_jax.metrics.writers import read_rows
 from m3ae_jax.parallel.mesh import make_mesh
-from m3ae_jax.train import loop, setup
+from m3ae_jax.train import setup
 from m3ae_jax.train.watchdog import Watchdog
 from tests.train.test_loop import shrunk
 
@@ -64,7 +65,7 @@ def test_nothing_is_compiled_after_the_first_steps(config, captions, tmp_path, t
     if config == "configs/tiny.py":
         changes |= {"data.modalities": ("text",), "data.train.source": "text", "data.train.path": captions}
         changes |= {"data.val.source": "text", "data.val.path": captions, "eval.pictures": 0}
-    loop.train(shrunk(config, **changes), tmp_path / "run")
+    train_and_evaluate(shrunk(config, **changes), tmp_path / "run")
     assert after(told, "compiling the step")  # the step itself
     # Two log lines and an evaluation later all that a run does has been done once.
     assert after(told, "step 3/8") == []
@@ -100,7 +101,7 @@ def test_no_step_is_waited_for_between_log_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(Watchdog, "started", goes_on)
     monkeypatch.setattr(Watchdog, "look", lambda self: None)  # a thread of its own, which may wait
     changes = {"duration": "9 steps", "log_every": "4 steps", "checkpoint.every": "100 steps"}
-    loop.train(shrunk(**changes), tmp_path)
+    train_and_evaluate(shrunk(**changes), tmp_path)
     assert {row["step"] for row in read_rows(tmp_path) if "train/loss" in row} == {1, 4, 8, 9}
     assert any(name.startswith("waiting for step") for name in read)  # what is logged is read
     assert not {"waiting for data", "running steps", "between"} & set(read)

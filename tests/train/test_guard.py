@@ -76,12 +76,16 @@ class Toy:
     def __init__(self):
         self.term_weights = {"toy_loss": 1.0}
 
-    def loss(self, params, extra, batch, rng, step):
-        total = jnp.sum(batch["x"]) * jnp.sum(jnp.square(params["w"]))
-        return LossOutput({"toy_loss": (total, jnp.float32(batch["x"].shape[0]))}, {})
+    def loss(self, params, extra, part, rng, step):
+        total = jnp.sum(part["x"]) * jnp.sum(jnp.square(params["w"]))
+        return LossOutput({"toy_loss": (total, jnp.float32(part["x"].shape[0]))}, {})
 
-    def update_extra(self, extra, new_params, aux, step):
-        return {"updates": extra["updates"] + 1, "mean": 0.9 * extra["mean"] + 0.1 * new_params["w"]}
+    def update_extra(self, extra, params, rows, sums, step):
+        return {"updates": extra["updates"] + 1, "mean": 0.9 * extra["mean"] + 0.1 * params["w"]}
+
+
+def batch(*x):
+    return {"all": {"groups": {}, "example": {"source": jnp.zeros(len(x), int)}, "x": jnp.array(x)}}
 
 
 def toy(spike, micro_batches=1):
@@ -98,10 +102,10 @@ def toy(spike, micro_batches=1):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
 def test_a_skipped_step_changes_the_step_and_the_guard_alone(bad, micro_batches):
     state, step = toy(10.0, micro_batches)
-    good = {"x": jnp.ones(4)}
+    good = batch(1.0, 1.0, 1.0, 1.0)
     state, figures = step(state, good)
     assert int(figures["skipped"]) == FINE
-    after_bad, figures = step(state, {"x": jnp.array([1.0, bad, 1.0, 1.0])})
+    after_bad, figures = step(state, batch(1.0, bad, 1.0, 1.0))
     assert int(figures["skipped"]) == NOT_FINITE
     for name in ("params", "opt_state", "extra"):
         same = jax.tree.map(np.array_equal, getattr(state, name), getattr(after_bad, name))
@@ -115,14 +119,14 @@ def test_a_skipped_step_changes_the_step_and_the_guard_alone(bad, micro_batches)
 def test_without_a_guard_the_same_numbers():
     (state, guarded), (plain_state, plain) = toy(10.0), toy(None)
     for _ in range(3):
-        state, figures = guarded(state, {"x": jnp.ones(4)})
-        plain_state, plain_figures = plain(plain_state, {"x": jnp.ones(4)})
+        state, figures = guarded(state, batch(1.0, 1.0, 1.0, 1.0))
+        plain_state, plain_figures = plain(plain_state, batch(1.0, 1.0, 1.0, 1.0))
     assert np.array_equal(state.params["w"], plain_state.params["w"])
     assert "skipped" in figures and "skipped" not in plain_figures
 
 
 def test_the_step_tells_norms_of_each_group():
     state, step = toy(10.0)
-    _, figures = step(state, {"x": jnp.ones(4)})
+    _, figures = step(state, batch(1.0, 1.0, 1.0, 1.0))
     assert np.isclose(figures["gradient_norm"], 2 * np.sqrt(3)) and "gradient_norm/w" in figures
     assert figures["parameter_norm"] == figures["parameter_norm/w"]

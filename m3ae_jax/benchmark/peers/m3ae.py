@@ -39,7 +39,7 @@ class Step:
         text_tokens = self.text_tokens
         self.name = f"the M3AE reference's step at text length {text_tokens}, float32"
         data = config.data
-        self._module, self._text_weight = _Model(config, text_tokens), config.loss.text_weight
+        self._module, self._text_weight = _Model(config, text_tokens), config.m3ae.text_weight
         side, patch, size = data.image_size // data.patch_size, 3 * data.patch_size**2, config.batch_size
         rng = np.random.default_rng(0)
         length = np.clip(rng.poisson(caption_tokens, size), 1, min(data.max_text_tokens, text_tokens))
@@ -102,21 +102,21 @@ class _Model(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, text: jax.Array, padding: jax.Array) -> tuple[jax.Array, ...]:
-        m, (batch, patches, values) = self.config.model, image.shape
+        m, own, (batch, patches, values) = self.config.model, self.config.m3ae, image.shape
         embedding = nn.Embed(BERT_VOCABULARY, m.width, embedding_init=nn.initializers.normal(1.0))
         embedded = {"image": _dense(m.width)(image), "text": embedding(text)}
         parts = [jnp.broadcast_to(self._vector("cls", m.width), (batch, 1, m.width))]
         orders, hidden = {}, {}
         for name, tokens in embedded.items():
             tokens = tokens + self._table(name, m.width) + self._vector(f"{name}_type", m.width)
-            visible, orders[name], hidden[name] = self._hide(tokens, m[f"{name}_mask_ratio"])
+            visible, orders[name], hidden[name] = self._hide(tokens, own[f"{name}_mask_ratio"])
             parts.append(visible)
         ends = [1, 1 + parts[1].shape[1]]  # of CLS and of the visible patches
         nothing, visible_padding = jnp.zeros((batch, ends[1]), bool), padding[:, orders["text"][: parts[2].shape[1]]]
         encoder_padding = jnp.concatenate([nothing, visible_padding], 1)
         x = self._stack(jnp.concatenate(parts, 1), encoder_padding, m.width, m.depth, m.heads)
 
-        width = m.decoder_width
+        width = own.decoder_width
         cls, *encoded = jnp.split(_dense(width)(x), ends, axis=1)
         parts = [cls]
         for (name, order), visible in zip(orders.items(), encoded, strict=True):
@@ -124,7 +124,7 @@ class _Model(nn.Module):
             whole = jnp.concatenate([visible, masks], 1)[:, jnp.argsort(order)]
             parts.append(whole + self._table(name, width) + self._vector(f"{name}_decoder_type", width))
         padding = jnp.concatenate([jnp.zeros((batch, 1 + patches), bool), padding], 1)
-        x = self._stack(jnp.concatenate(parts, 1), padding, width, m.decoder_depth, m.decoder_heads)
+        x = self._stack(jnp.concatenate(parts, 1), padding, width, own.decoder_depth, own.decoder_heads)
         _, pixels, words = jnp.split(x, [1, 1 + patches], axis=1)
         return _dense(values)(pixels), _dense(BERT_VOCABULARY)(words), hidden["image"], hidden["text"]
 

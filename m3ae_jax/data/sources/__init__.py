@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m3ae_jax.config.fields import declared
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.errors import UserError, one_of
 
@@ -52,7 +53,7 @@ def open_source(spec: ConfigDict, field: str, config: ConfigDict) -> Source:
     """Opens what one source's part of a config describes.
 
     Args:
-        spec: `config.source_fields`.
+        spec: the values of `SourceFields`.
         field: what stands before its fields' names, for messages, as ``data.train.``.
         config: the whole, for ``data.scenes``.
 
@@ -63,14 +64,7 @@ def open_source(spec: ConfigDict, field: str, config: ConfigDict) -> Source:
         from m3ae_jax.data.sources.scenes import SceneOptions, ScenesSource
 
         return ScenesSource(spec.split, SceneOptions(**config.data.scenes.to_dict()))
-    options = SourceOptions(
-        split=spec.split,
-        image_key=spec.image_key,
-        caption_key=spec.caption_key,
-        label_key=spec.label_key,
-        captions=spec.captions,
-        template=spec.template,
-    )
+    options = SourceOptions(**{name: spec[name] for name in declared(SourceOptions)})
     return open_format(spec.source, spec.path, options, field)
 
 

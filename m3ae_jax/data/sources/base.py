@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.errors import UserError
 
+MODALITIES = ("image", "text")
 CAPTIONS = ("draw", "all")
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(FieldGroup):
     """How a source is read, besides its path; each format uses what applies to it.
 
     Attributes:
@@ -32,13 +36,47 @@ class SourceOptions:
         cache_dir: where an index goes that cannot be written beside its data.
     """
 
-    split: str = "train"
-    image_key: str = ""
-    caption_key: str = ""
-    label_key: str = ""
-    captions: str = "draw"
-    template: str = ""
+    split: str = setting("train")
+    """Of tfds, of hdf5 with several, and of scenes: train, val, val_novel."""
+    image_key: str = setting("")
+    """Field or column of the picture; empty: the usual names."""
+    caption_key: str = setting("")
+    """Field or column of the caption; empty: the usual names."""
+    label_key: str = setting("")
+    """Field or column of the class; empty: the usual names."""
+    captions: str = setting("draw", choices=CAPTIONS)
+    """Of a picture with several: draw, one each time; all, an example each."""
+    template: str = setting("")
+    """Makes a caption of a class name: "a photo of a {}"."""
     cache_dir: str | None = None
+
+
+class SourceFields(SourceOptions):
+    """One source in the config."""
+
+    source: str = setting("webdataset", aliases=("format", "type"))
+    """webdataset, tfrecord, array_record, hdf5, parquet, folder, class_folders, text, tfds, scenes or a "module:Class"
+    of your own."""
+    path: str = setting("", identifies=False, aliases=("dir", "data_dir", "data_path", "files"))
+    """Files: a folder, a glob, DIR/{00000..00099}.tar, or several with commas; of tfds a name."""
+    modalities: tuple[str, ...] = setting((), choices=MODALITIES)
+    """Of a mixture: which of the source's modalities are used; empty: all."""
+    weight: float = setting(1.0)
+    """Of a mixture: the source's share of the examples."""
+
+    @staticmethod
+    def check(config: ConfigDict, path: str) -> None:
+        """Refuses a weight that is no share."""
+        weight = functools.reduce(lambda group, name: group[name], path.split("."), config).weight
+        if not weight > 0:
+            raise UserError(f"{path}.weight={weight!r}: must be more than 0")
+
+
+class HeldOutFields(SourceFields):
+    """A source of examples that are not trained on."""
+
+    split: str = setting("val")
+    """Of tfds, of hdf5 with several, and of scenes: train, val, val_novel."""
 
 
 USUAL_KEYS: dict[str, tuple[str, ...]] = {

@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from m3ae_jax.config.fields import FieldGroup, declared, setting
 from m3ae_jax.data.sources import base
 from m3ae_jax.errors import UserError, one_of
 
@@ -77,40 +78,30 @@ _RELATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneOptions:
+class SceneOptions(FieldGroup):
     """What the scenes look like.
-
-    Attributes:
-        seed: any number from 0; another seed is another data set.
-        image_size: picture side in pixels, at least 16.
-        min_objects: fewest objects of a scene, 1 to 6.
-        max_objects: most objects of a scene, 1 to 6.
-        clutter: small coloured strokes behind the objects that no caption mentions.
-        num_examples: examples per split, up to 2**32.
 
     Raises:
         UserError: a value is no integer or out of its range.
     """
 
-    seed: int = 0
-    image_size: int = 64
-    min_objects: int = 1
-    max_objects: int = 3
-    clutter: int = 0
-    num_examples: int = 2**31
+    seed: int = setting(0, low=0, high=2**63 - 1)
+    """Another seed is another data set."""
+    image_size: int = setting(64, low=16, high=4096)
+    """Side of a picture in pixels."""
+    min_objects: int = setting(1, low=1, high=MAX_OBJECTS)
+    """Fewest objects of a scene."""
+    max_objects: int = setting(3, low=1, high=MAX_OBJECTS)
+    """Most objects of a scene."""
+    clutter: int = setting(0, low=0, high=1000)
+    """Small coloured strokes behind the objects that no caption mentions."""
+    num_examples: int = setting(2**31, low=1, high=2**32)
+    """Examples of a split, an epoch; more than any run draws."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        ranges = {
-            "seed": (0, 2**63 - 1),
-            "image_size": (16, 4096),
-            "min_objects": (1, MAX_OBJECTS),
-            "max_objects": (1, MAX_OBJECTS),
-            "clutter": (0, 1000),
-            "num_examples": (1, 2**32),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
+        for name, field in declared(SceneOptions).items():
+            value, low, high = getattr(self, name), field.low or 0, field.high
             if not isinstance(value, int) or not low <= value <= high:
                 raise UserError(f"scenes.{name}={value!r} is not an integer in {low}..{high}")
         if self.min_objects > self.max_objects:

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from m3ae_jax.config import default
-from m3ae_jax.data.pipeline import Batches, Feed, Group, train_view
+from m3ae_jax.data.masking import RandomSubset
+from m3ae_jax.data.pipeline import Batches, Feed, train_view
 from m3ae_jax.data.sources import SOURCES, open_format
 from m3ae_jax.data.sources.base import SourceOptions
 from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.tokens import Group, modality_table
 from m3ae_jax.errors import UserError
 from tests.data.sources import (
     test_array_record,
@@ -102,7 +104,7 @@ def test_threads_read_at_once(stored):
 def batches(source, *, name="", start=0, rows=None):
     c = default()
     c.data.image_size, c.data.patch_size, c.data.max_text_tokens, c.data.train.source = 16, 8, 16, name
-    groups = (Group("image", "image", 4, 0.5), Group("text", "text", 16, 0.5))
+    groups = tuple(Group(m.name, (m,), RandomSubset(0.5)) for m in modality_table(c, 0).values())
     feed = Feed((source,), (train_view(c, source),))
     options = {"batch_size": 8, "start_step": start, "stop_step": 4, "rows": rows}
     return list(Batches(c, groups, feed, load_tokenizer("scenes"), **options))

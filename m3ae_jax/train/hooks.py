@@ -1,0 +1,53 @@
+"""What happens beside the steps of a run and is defined outside: validation, evaluations, pictures, the run's page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from m3ae_jax.metrics.writers import MetricWriter
+    from m3ae_jax.train.step import TrainState
+
+
+class Hooks:
+    """Called by the loop, in its order of events. These do nothing, so a run without any is one of steps alone."""
+
+    def prior(self) -> dict[str, float]:
+        """Figures that the first validation is to be compared with, as ``prior/<name>``."""
+        return {}
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Figures on the validation data, as ``val/<name>``."""
+        return {}
+
+    def draw(self, state: TrainState) -> np.ndarray | None:
+        """A picture of what the model does, `[H, W, 3] uint8`; it is also written to the run's folder."""
+        return None
+
+    def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> None:
+        """Runs the evaluations of the config that have no result for this step yet.
+
+        Args:
+            state: whose parameters are evaluated.
+            writer: of the metrics.
+            stage: called with what comes next, before each.
+        """
+
+    def curves(self, step: int) -> None:
+        """Draws the run's curves up to a step."""
+
+    def page(self) -> None:
+        """Rebuilds the run's page."""
+
+    def replayed(self, state: TrainState, parts: Sequence[tuple[Any, int]], title: str) -> tuple[Any, list[str]] | None:
+        """A sheet of examples, and their captions.
+
+        Args:
+            state: whose model looks at them.
+            parts: of each example its part of the batch, in host memory, and its row there.
+            title: of the sheet.
+        """
+        return None
