@@ -70,6 +70,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from m3ae_jax import console
 console.exit_on_sigterm()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from m3ae_jax.sweep.runner import Job, run_all
 where = Path({str(tmp_path)!r}, "a")
 run_all([Job("a", [sys.executable, "-c", {WAITS!r}, str(where)], where, lambda: False, str)])
