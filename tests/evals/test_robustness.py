@@ -161,6 +161,7 @@ def test_every_picture_is_judged_once_and_the_clean_ones_as_by_the_probe(setup, 
     assert "| PGD, 8/255 |" in result.text and len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.slow
 def test_corrupted_pictures_are_judged_as_the_probe_judges_them(setup, judged):
     """Features of corrupted files, by the path of every other evaluation: decoded, encoded, classified."""
     state, result = judged

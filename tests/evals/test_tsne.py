@@ -79,6 +79,7 @@ def test_of_many_classes_the_first_ten_are_drawn_and_at_most_a_thousand_examples
         tsne.chosen(np.array([0, 0, 1]), ("a", "b"))
 
 
+@pytest.mark.slow
 def test_an_untrained_encoder_stands_beside(setup):
     state = setup.init_state()
     found = tsne.evaluate(setup, state)
@@ -108,6 +109,7 @@ def other_run(folder, **changes):
     return params
 
 
+@pytest.mark.slow
 def test_a_run_of_pictures_alone_and_of_another_size_stands_beside(tmp_path):
     changes = {"data.modalities": "image", "data.image_size": 32, "data.patch_size": 16, "model.width": 24}
     params = other_run(tmp_path / "other", **changes, **{"data.scenes.image_size": 40, "data.train.path": "gone"})

@@ -193,6 +193,7 @@ def test_a_skipped_step_changes_nothing_but_its_count(name: str) -> None:
     assert_equal((after.params, after.opt_state, after.extra), (before.params, before.opt_state, before.extra))
 
 
+@pytest.mark.slow
 @every_objective
 def test_a_batch_is_cut_into_micro_batches_or_refused(name: str) -> None:
     setup = setup_of(name)

@@ -109,6 +109,7 @@ def test_a_step_restores_another_share_of_the_patches_each_time(kind):
     assert output.terms["image_loss"][1] == 3 and np.isfinite(output.terms["image_loss"][0])
 
 
+@pytest.mark.slow
 def test_of_the_shares_mean_loss_is_the_whole_loss_if_targets_do_not_depend_on_each_other():
     objective, params, batch = made(decoder_attention="cross", image_target_share=0.25)
 

@@ -55,6 +55,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert (tmp_path / "results.png").exists() and (tmp_path / "results.md").exists()
 
 
+@pytest.mark.slow
 def test_commands_are_printed(tmp_path):
     done = run(command(tmp_path, "--print_commands", "--equal_flops=modalities"))
     lines = done.stdout.strip().splitlines()
