@@ -3,7 +3,7 @@
     python -m m3ae_jax.main --config=configs/scenes.py
 
 Hardware: two CPU cores, 52 minutes. Result: of the hidden words that picture and caption determine colours are
-restored to 1.000 and shapes to 0.998, with another scene's picture to 0.135 and 0.134 (see README).
+restored to 1.000 and shapes to 0.998, with another scene's picture to 0.135 and 0.134 (docs/results.md).
 """
 
 from ml_collections import ConfigDict

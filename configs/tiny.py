@@ -2,7 +2,8 @@
 
     python -m m3ae_jax.main --config=configs/tiny.py
 
-Hardware: two CPU cores. Result: see README.
+Hardware: two CPU cores. Result: of the hidden words that picture and caption determine colours are restored to 0.767,
+with another scene's picture to 0.104 (docs/results.md).
 """
 
 from ml_collections import ConfigDict

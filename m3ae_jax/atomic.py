@@ -1,8 +1,9 @@
-"""Writing a file so that a reader sees the old one or the new one, never a part."""
+"""Files that take the place of others: a reader sees the old one or the new one, and nothing is overwritten."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -34,3 +35,20 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def free(path: Path) -> Path:
+    """`path`, or if something is there ``path.2`` and so on, the first that is free."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain((path,), numbered) if not os.path.lexists(place))
+
+
+def set_aside(path: Path, ending: str) -> Path:
+    """Renames what is there to a free name with an ending; returns that.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    aside = free(path.with_name(path.name + ending))
+    path.rename(aside)
+    return aside

@@ -8,29 +8,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 import m3ae_jax.config as config_lib
+import m3ae_jax.data.given as given
 import m3ae_jax.data.images as image_lib
-from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
-from m3ae_jax.data.text import Tokenizer, encode_batch, load_tokenizer
+from m3ae_jax.checkpoint import manifest
+from m3ae_jax.checkpoint import meta as meta_lib
+from m3ae_jax.checkpoint.manager import Checkpoints, differences_of, find
+from m3ae_jax.data.given import Picture
+from m3ae_jax.data.run_tokenizer import of_run
+from m3ae_jax.data.text import Tokenizer, encode_batch
 from m3ae_jax.data.tokens import Group, group_of, patch_grid
-from m3ae_jax.errors import UserError
-from m3ae_jax.objectives.base import Encodes, Restores, build
+from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.objectives.base import Encodes, Restores, build, pool
 
 BATCH_SIZES = (1, 8, 64)
-"""What the model is compiled for; other numbers of examples are cut and filled up to these."""
+"""What a model is compiled for; other numbers of examples are cut and filled up to these."""
 
-Picture = np.ndarray | Image.Image | bytes
-"""`[H, W, 3] uint8` (or `[H, W]`, grey), a Pillow image, or the bytes of a picture file."""
+Pictures = Picture | Iterable[Picture]
+"""One, or N of them: a list, a generator, an array `[N, H, W, 1 | 3 | 4] uint8` (`data.given`)."""
+Texts = str | Iterable[str]
+"""One, or N of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +47,14 @@ class Features:
 
     Attributes:
         cls: `[N, D] float32`, of the whole example.
+        pooled: `[N, D] float32`, likewise, by the ``pooling`` that was asked for.
         image: `[N, L, D] float32`, of the patches in row-major order; None without pictures.
         text: `[N, T, D] float32`, of the words; None without texts.
         text_valid: `[N, T] bool`, which of them are words and not padding; None without texts.
     """
 
     cls: np.ndarray
+    pooled: np.ndarray
     image: np.ndarray | None = None
     text: np.ndarray | None = None
     text_valid: np.ndarray | None = None
@@ -79,6 +89,7 @@ class Stored:
         step: of training.
         tokenizer: its fingerprint; "" without text.
         vocabulary: its number of ids; 0 without text.
+        run: the folder of the run; None of what is in memory alone.
     """
 
     config: ConfigDict
@@ -86,6 +97,7 @@ class Stored:
     step: int
     tokenizer: str
     vocabulary: int
+    run: Path | None = None
 
 
 def read(checkpoint: str, *, objective: str = "") -> Stored:
@@ -98,16 +110,40 @@ def read(checkpoint: str, *, objective: str = "") -> Stored:
     Raises:
         UserError: no whole checkpoint there, or it names code that was not allowed.
     """
-    folder, step = find(checkpoint)
-    with contextlib.closing(Checkpoints(folder, keep=1, read_only=True)) as checkpoints:
-        meta = checkpoints.meta(step)
-    config = config_lib.resolve(config_lib.from_json(json.dumps(meta["config"])))
-    if ":" in config.objective and config.objective != objective:
-        raise UserError(
-            f"{checkpoint} names code to import: objective={config.objective!r}; if you trust it, give objective= so"
-        )
-    vocabulary = max((modality["vocabulary"] for modality in meta["modalities"]), default=0)
-    return Stored(config, load_params(str(folder / str(step))), step, str(meta.get("tokenizer", "")), vocabulary)
+    with _quiet():
+        folder, step = find(checkpoint)
+        place = folder / str(step)
+        with contextlib.closing(Checkpoints(folder, keep=1, read_only=True)) as checkpoints:
+            meta = checkpoints.meta(step)
+            meta_lib.check_version(meta, place)
+            config = config_lib.resolve(config_lib.from_json(meta_lib.config_of(meta, place)))
+            if ":" in config.objective and config.objective != objective:
+                raise UserError(
+                    f"{checkpoint} names code to import: objective={config.objective!r}; if you trust it, give "
+                    "objective= so"
+                )
+            vocabulary, tokenizer = meta_lib.vocabulary(meta, place), meta_lib.field(meta, "tokenizer", str, place)
+            if "text" in config.data.modalities and not vocabulary:
+                raise UserError(
+                    f"checkpoint {place} was trained on texts, and its table of modalities has no vocabulary"
+                )
+            params = checkpoints.params(step)
+    wanted = nn.unbox(jax.eval_shape(build(config, vocabulary).init, jax.random.key(0)))
+    if differences := differences_of(params, wanted):
+        raise UserError(f"checkpoint {place} holds other parameters than its config: {manifest.summary(differences)}")
+    return Stored(config, params, step, tokenizer, vocabulary, folder.parent)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it absl's warnings are not shown: orbax has several for whatever is opened to be read alone."""
+    of_absl = logging.getLogger("absl")
+    before = of_absl.level
+    of_absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        of_absl.setLevel(before)
 
 
 def load(checkpoint: str, *, tokenizer: str = "", objective: str = "") -> Model:
@@ -115,34 +151,38 @@ def load(checkpoint: str, *, tokenizer: str = "", objective: str = "") -> Model:
 
     Args:
         checkpoint: a run's folder, or one checkpoint in it, as ``runs/tiny/checkpoints/1000``.
-        tokenizer: where the tokenizer's file lies now, if not where it was.
+        tokenizer: the tokenizer's file, if it is neither where it was nor in the run's folder.
         objective: see `read`.
 
     Raises:
         UserError: no whole checkpoint there, or the tokenizer is another one.
     """
-    stored = read(checkpoint, objective=objective)
-    if tokenizer:
-        stored.config.data.tokenizer = tokenizer
-    return Model(stored)
+    return Model(read(checkpoint, objective=objective), tokenizer)
 
 
 class Model:
     """A trained model on this machine's first device.
 
+    Args:
+        stored: what `read` gave.
+        tokenizer: its file, where neither the config nor the run's folder leads to it.
+
     Attributes:
         config: what it was trained under.
         modalities: what it was trained on, of ``image`` and ``text``.
         step: of training.
+        batch_sizes: what it is compiled for, ascending.
     """
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, tokenizer: str = "") -> None:
         self.config, self.step = stored.config, stored.step
         self._stored = dataclasses.replace(stored, params={})  # those on the device are enough
         self.config.compute.update(attention="xla", remat="none")  # for one device, and no gradient
         self._objective = build(self.config, stored.vocabulary)
         self._params = jax.device_put(stored.params, jax.devices()[0])
+        self._given_tokenizer = tokenizer
         self._compiled: dict[str, Any] = {}
+        self.batch_sizes = list(BATCH_SIZES)
         views = {m: self._objective.view((m,)) for m in self.config.data.modalities}  # none of what it does not know
         self._views = {m: group_of(groups, m) for m, groups in views.items() if groups}
         self.modalities = tuple(self._views)
@@ -156,37 +196,67 @@ class Model:
         """
         if "text" not in self.modalities:
             raise UserError("this model was trained on pictures alone: it has no tokenizer")
-        path = self.config.data.tokenizer
+        path, run = self._given_tokenizer, None
         if not path:
-            raise UserError("the checkpoint names no tokenizer: give load(..., tokenizer=FILE)")
-        tokenizer, words, fingerprint = load_tokenizer(path), self._stored.vocabulary, self._stored.tokenizer
-        if tokenizer.vocab_size != words:
-            raise UserError(f"tokenizer={path!r} has {tokenizer.vocab_size} words, the model {words}")
-        if fingerprint and tokenizer.fingerprint != fingerprint:
-            raise UserError(f"tokenizer={path!r} is another one than the model was trained with")
-        return tokenizer
+            path, run = self.config.data.tokenizer, self._stored.run
+        how = "give the file of that which it was trained with: load(..., tokenizer=FILE)"
+        return of_run(path, run, how, self._stored.tokenizer, self._stored.vocabulary)
 
-    def encode(self, images: Sequence[Picture] | None = None, texts: Sequence[str] | None = None) -> Features:
+    def __repr__(self) -> str:
+        """What it is: objective, size, modalities, and where it comes from."""
+        count = sum(x.size for x in jax.tree.leaves(self._params))
+        amount = f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
+        data = self.config.data
+        sees = {
+            "image": f"image ({data.image_size} px in patches of {data.patch_size})",
+            "text": f"text ({data.max_text_tokens} tokens)",
+        }
+        inputs = " and ".join(sees.get(m, m) for m in self.modalities)
+        where = f" of {self._stored.run}" if self._stored.run else ""
+        return f"<Model {self.config.objective}: {amount} parameters, {inputs}; step {self.step}{where}>"
+
+    def encode(
+        self,
+        images: Pictures | None = None,
+        texts: Texts | None = None,
+        *,
+        pooling: str = "cls",
+        normalize: bool = False,
+        tokens: bool = True,
+    ) -> Features:
         """Features of pictures, of texts, or of pairs of both; nothing is hidden.
 
+        One picture or one text is one example: the results' first axis is then 1. Of a picture of any size the centred
+        square is taken and resized.
+
         Args:
-            images: N pictures of any size; the centred square is taken and resized.
-            texts: N texts; those that are too long lose their end.
+            images: a picture, or N of them. Of an array the number of axes decides: `[H, W]` and `[H, W, 1 | 3 | 4]`
+                are one, `[N, H, W, 1 | 3 | 4]` are N; all uint8. A string is a file's path.
+            texts: a text, or N of them; those that are too long lose their end.
+            pooling: of what `Features.pooled` is, by the names that the evaluations use: ``cls``, or the ``mean`` of
+                the patches and words.
+            normalize: divides `cls` and `pooled` by their length, so that a product of two is their cosine.
+            tokens: False leaves out `image` and `text`, which take by far the most memory.
 
         Raises:
-            UserError: neither is given, their numbers differ, or the model was not trained on one of them.
+            UserError: neither is given, their numbers differ, one is no picture or text, or the model was not trained
+                on one of them.
         """
-        encode = self._method("encode", Encodes)
-        tokens = self._tokens(images, texts)
-        encoded = self._run(encode, {self._views[m].name: _masked(self._views[m], pair) for m, pair in tokens.items()})
-        features = {m: encoded.tokens[self._views[m].name] for m in tokens}
-        real = tokens["text"][1] if "text" in tokens else None
-        return Features(encoded.pooled["cls"], features.get("image"), features.get("text"), real)
+        values = self._tokens(images, texts)
+        groups = {self._views[m].name: _masked(self._views[m], pair) for m, pair in values.items()}
+        encoded, whole = self._run(self._encoder(tokens), groups)
+        if pooling not in whole:
+            raise UserError(one_of("pooling", pooling, whole))
+        if normalize:
+            whole = {name: _unit(x) for name, x in whole.items()}
+        features = {m: encoded[self._views[m].name] for m in values if tokens}
+        real = values["text"][1] if "text" in values else None
+        return Features(whole["cls"], whole[pooling], features.get("image"), features.get("text"), real)
 
     def reconstruct(
         self,
-        images: Sequence[Picture] | None = None,
-        texts: Sequence[str] | None = None,
+        images: Pictures | None = None,
+        texts: Texts | None = None,
         image_mask_ratio: float | None = None,
         text_mask_ratio: float | None = None,
         seed: int = 0,
@@ -201,12 +271,14 @@ class Model:
             seed: of what is hidden.
 
         Raises:
-            UserError: as `encode`; a ratio is not between 0 and 1.
+            UserError: as `encode`; a ratio is not between 0 and 1, or the seed is no whole number from 0 on.
         """
-        restore = self._method("restore", Restores)
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise UserError(f"seed={seed!r} is not a whole number from 0 on")
+        restore = self._compile("restore", self._able("restore", Restores))
         tokens = self._tokens(images, texts)
         ratios = {"image": image_mask_ratio, "text": text_mask_ratio}
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(int(seed))
         groups = {}
         for m, pair in tokens.items():
             view = self._hidden(m, ratios[m])
@@ -216,6 +288,13 @@ class Model:
         for m, (value, real) in tokens.items():
             name = self._views[m].name
             target = groups[name]["target"]
+            if name not in restored:
+                if target["valid"].any():
+                    raise UserError(
+                        f"{m}_mask_ratio={ratios[m]!r}: the objective {self.config.objective!r} restores no {m}; "
+                        f"set {m}_mask_ratio=0"
+                    )
+                continue
             hidden = _put(np.zeros_like(real), target, target["valid"])
             filled = _put(value, target, restored[name].value)
             if m == "image":
@@ -227,55 +306,64 @@ class Model:
                 result["texts"] = [self.tokenizer.decode(row[of]) for row, of in zip(filled, real, strict=True)]
         return Reconstruction(**result)
 
-    def _method(self, name: str, protocol: Any) -> Any:
-        """A method of the objective, compiled once."""
+    def _encoder(self, tokens: bool) -> Any:
+        """Features of the tokens, `{group: [N, K, D]}`, empty without `tokens`, and of whole examples, compiled."""
+        encode = self._able("encode", Encodes)
+
+        def features(params: Any, part: Any) -> Any:
+            encoded = encode(params, part)
+            return encoded.tokens if tokens else {}, pool(encoded, part["groups"])
+
+        return self._compile(f"encode, tokens={tokens}", features)
+
+    def _able(self, name: str, protocol: Any) -> Any:
+        """A method of the objective."""
         if not isinstance(self._objective, protocol):
             raise UserError(f"this model was trained by {self.config.objective!r}, which cannot {name}")
-        if name not in self._compiled:
-            self._compiled[name] = jax.jit(getattr(self._objective, name))
-        return self._compiled[name]
+        return getattr(self._objective, name)
+
+    def _compile(self, name: str, function: Any) -> Any:
+        """What runs a function of parameters and a part, traced once a name."""
+        return self._compiled.setdefault(name, jax.jit(function))
 
     def _hidden(self, modality: str, ratio: float | None) -> Group:
         """The view of a modality of which a share is hidden; None: as much as in training."""
         if ratio is None:
             return group_of(self._objective.groups, modality)
-        if not 0.0 <= ratio <= 1.0:
-            raise UserError(f"{modality}_mask_ratio={ratio!r} is not between 0 and 1")
+        if not isinstance(ratio, (int, float, np.number)) or not 0.0 <= ratio <= 1.0:
+            raise UserError(f"{modality}_mask_ratio={ratio!r} is not a number between 0 and 1")
         return group_of(self._objective.view((modality,), {modality: float(ratio)}), modality)
 
-    def _tokens(
-        self, images: Sequence[Picture] | None, texts: Sequence[str] | None
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _tokens(self, images: Pictures | None, texts: Texts | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Of each modality given: values `[N, K, ...]` and which are real, `[N, K] bool`."""
-        given = {m: x for m, x in (("image", images), ("text", texts)) if x is not None}
-        if not given or len({len(x) for x in given.values()}) > 1:
-            counts = ", ".join(f"{len(x)} {m}s" for m, x in given.items()) or "neither images nor texts"
+        data = self.config.data
+        squares = None if images is None else given.squares(images, data.image_size, data.max_pixels)
+        sentences = None if texts is None else given.sentences(texts)
+        examples = {m: x for m, x in (("image", squares), ("text", sentences)) if x is not None}
+        if not examples or len({len(x) for x in examples.values()}) > 1:
+            counts = ", ".join(f"{len(x)} {m}s" for m, x in examples.items()) or "neither images nor texts"
             raise UserError(f"images and texts must be given in equal numbers, or one of them: here are {counts}")
-        for m in given:
+        for m in examples:
             if m not in self.modalities:
                 raise UserError(f"{m}s were given, the model was trained on {' and '.join(self.modalities)} alone")
         tokens = {}
-        if images is not None:
-            data = self.config.data
-            square = [_square(picture, data.image_size) for picture in images]
-            whole = np.stack(square) if square else np.zeros((0, data.image_size, data.image_size, 3), np.uint8)
+        if squares is not None:
+            whole = np.stack(squares) if squares else np.zeros((0, data.image_size, data.image_size, 3), np.uint8)
             patches = image_lib.patchify(whole, data.patch_size)
             tokens["image"] = patches, np.ones(patches.shape[:2], bool)
-        if texts is not None:
-            if isinstance(texts, str):
-                raise UserError("texts is one text; give a list of them")
+        if sentences is not None:
             slots = self._views["text"].modalities[0].tokens
-            ids, length = encode_batch(self.tokenizer, [t.encode("utf-8", "replace") for t in texts], slots)
+            ids, length = encode_batch(self.tokenizer, [t.encode("utf-8", "replace") for t in sentences], slots)
             tokens["text"] = ids, np.arange(slots) < length[:, None]
         return tokens
 
     def _run(self, function: Any, groups: Mapping[str, Any]) -> Any:
-        """`function` of all examples, in batches of `BATCH_SIZES`."""
-        results, largest = [], BATCH_SIZES[-1]
+        """`function` of all examples, in batches of `batch_sizes`."""
+        results, largest = [], self.batch_sizes[-1]
         for start in range(0, max(len(jax.tree.leaves(groups)[0]), 1), largest):  # of none, a batch of padding alone
             rows = jax.tree.map(lambda x, start=start: x[start : start + largest], dict(groups))
             count = len(jax.tree.leaves(rows)[0])
-            size = next(size for size in BATCH_SIZES if size >= count)
+            size = next(size for size in self.batch_sizes if size >= count)
             padded = jax.tree.map(lambda x, size=size: _fill_up(x, size), rows)
             result = jax.device_get(function(self._params, {"groups": padded}))
             results.append(jax.tree.map(lambda x, count=count: _exact(x)[:count], result))
@@ -287,22 +375,9 @@ def _exact(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _square(picture: Picture, size: int) -> np.ndarray:
-    """The centred square, `[size, size, 3] uint8`, as validation sees pictures."""
-    if isinstance(picture, bytes):
-        try:
-            return image_lib.load(picture, size)
-        except image_lib.Unusable as error:
-            raise UserError(f"a picture cannot be used: {error}") from None
-    if not isinstance(picture, Image.Image):
-        array = np.asarray(picture)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
-            raise UserError(f"a picture is {array.dtype} {list(array.shape)}; uint8 [H, W, 3] is needed")
-        picture = Image.fromarray(array)
-    box = image_lib.Crop().box(*picture.size)
-    area = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-    part = image_lib.eight_bit(picture).resize((size, size), Image.Resampling.BICUBIC, box=area)
-    return np.asarray(image_lib.on_white(part))
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1; zeros stay."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def _fill_up(x: np.ndarray, size: int) -> np.ndarray:

@@ -19,12 +19,21 @@ from PIL import Image
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: XLA's optimiser would take most of their time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_opt_preset=fast_compile --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
+)
 
 # The programs that tests start share what they compile, and leave the user's cache alone.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="m3ae_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# So do the indices of data, and whatever else goes to the user's cache.
+if not os.environ.get("XDG_CACHE_HOME", "").startswith(tempfile.gettempdir()):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m3ae_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
 

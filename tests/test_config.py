@@ -2,6 +2,7 @@
 
 import glob
 import json
+import logging
 import sys
 import types
 import typing
@@ -334,3 +335,90 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, body, message):
     with pytest.raises(UserError, match=message) as error:
         config_lib.load(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_config_file_is_told_with_its_line_by_any_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"^--config='mine', line 2: ZeroDivisionError"):
+        config_lib.load("mine")
+
+
+def test_item_8_a_config_is_found_by_name_in_any_folder(tmp_path, monkeypatch, caplog):
+    tiny = config_lib.load("configs/tiny.py").to_dict()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("m3ae_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, "m3ae_jax")
+    assert config_lib.load("tiny").to_dict() == tiny
+    assert caplog.messages == []
+    for name in ("configs/tiny.py", "configs/tiny"):
+        caplog.clear()
+        assert config_lib.load(name).to_dict() == tiny
+        assert caplog.messages == [f"--config={name} is not in this folder: taking the tiny of m3ae_jax.configs"]
+    Path("tiny").mkdir()  # a folder is no config
+    assert config_lib.load("tiny").to_dict() == tiny
+    own = "from m3ae_jax.configs import tiny as t\ndef get_config():\n    c = t.get_config()\n"
+    own += "    c.seed = %d\n    return c\n"
+    caplog.clear()
+    Path("tiny.py").write_text(own % 7)
+    Path("tiny/mine.py").write_text(own % 8)
+    assert config_lib.load("tiny").seed == 7
+    assert "tiny.py, and not the config of that name in m3ae_jax.configs" in caplog.text
+    assert config_lib.load("tiny/mine").seed == config_lib.load("tiny/mine.py").seed == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nosuch", r"there are base, binding, claims, .*, one_gpu, own_run\.py, scenes, small, tiny\)$"),
+        ("tinny", r"tiny\); did you mean tiny\?$"),
+        ("tiny.py", r"did you mean tiny\?$"),
+        ("configs/tinny.py", r"did you mean tiny\?$"),
+        ("elsewhere/tiny.py", r"did you mean tiny\?$"),
+        ("own_runs.py", r"did you mean own_run\.py\?$"),
+        ("run", r"'run' is a folder; did you mean run/config\.json\?$"),
+        ("", r"no such file"),
+        ("x" * 300, r"no such file"),
+    ],
+)
+def test_item_8_an_unknown_config_lists_those_that_exist(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("own_run.py").touch()
+    Path("run").mkdir()
+    Path("run/config.json").touch()
+    with pytest.raises(UserError, match=message) as error:
+        config_lib.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_item_8_a_config_imports_files_beside_it(tmp_path, monkeypatch):
+    mine = "from mybase import base\ndef get_config():\n    import colorsys\n    from parts.sizes import WIDTH\n"
+    mine += "    c = base()\n    c.model.width = WIDTH\n    return c\n"
+    for folder, width in (("a", 32), ("b", 64)):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "mine.py").write_text(mine)
+        (tmp_path / folder / "mybase.py").write_text("from m3ae_jax.configs.tiny import get_config as base\n")
+        (tmp_path / folder / "parts" / "sizes.py").write_text(f"WIDTH = {width}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    path = list(sys.path)
+    assert [config_lib.load(f"{folder}/mine.py").model.width for folder in "aba"] == [32, 64, 32]
+    assert sys.path == path and not {"mybase", "parts", "parts.sizes"} & set(sys.modules)
+    assert "colorsys" in sys.modules, "what is not theirs stays"
+
+
+def test_item_8_what_is_wrong_in_a_config_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from m3ae_jax.configs import tiny\ndef get_config():\n    c = tiny.get_config()\n"
+        "    c.batch_size = '8'\n    return c\n"
+    )
+    with pytest.raises(UserError, match=r"--config='.*mine\.py': the config's field batch_size='8'"):
+        config_lib.load(str(file))
+
+
+def test_item_8_a_name_in_capitals_has_a_nearest_and_the_root_is_no_config():
+    with pytest.raises(UserError, match="did you mean tiny"):
+        config_lib.load("TINY")
+    with pytest.raises(UserError, match="--config='/': no such file"):
+        config_lib.load("/")

@@ -39,6 +39,7 @@ def main(*arguments, timeout=240):
     ("arguments", "parts"),
     [
         (["--config=configs/large.py"], ["data.train.path", "img2dataset", "--config=configs/tiny.py"]),
+        (["--config=nosuch"], ["'nosuch'", "there are base, binding, claims", "tiny"]),
         (["--config=configs/lage.py"], ["no such file", "did you mean configs/large.py"]),
         (["--config=configs/tiny.py", "--config.modle.size=base"], ["modle.size", "model.size"]),
         (["--config=configs/tiny.py", "--wrkdir=x"], ["wrkdir", "workdir"]),
@@ -64,6 +65,18 @@ def test_a_mistake_is_one_line(arguments, parts):
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     for part in parts:
         assert part in result.stderr
+
+
+@pytest.mark.parametrize("name", ["report", "report.html"])
+def test_item_6_what_cannot_be_written_is_one_line(name, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    if name == "report":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    result = main("--mode=report", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr in {f"error: {tmp_path / name}: {why}\n" for why in ("File exists", "Is a directory")}
 
 
 def test_print_config():
@@ -110,4 +123,4 @@ def test_train_go_on_and_repeat_from_the_saved_config(tmp_path):
     evaluated = main(f"--workdir={workdir}", "--mode=eval", "--config.evals=grounding")  # by the run's own config
     assert evaluated.returncode == 0, evaluated.stderr
     assert "accuracy of color" in evaluated.stdout
-    assert (workdir / "evals" / "grounding_4.json").exists()
+    assert len(list((workdir / "evals").glob("grounding_4_*.json"))) == 1

@@ -1,14 +1,14 @@
 r"""Measures a part of the program on this machine.
 
     python -m m3ae_jax.benchmark --what=step
-    python -m m3ae_jax.benchmark --what=step --config=configs/mae.py --against=vit_mae --config.batch_size=8
-    python -m m3ae_jax.benchmark --what=step --config=configs/base.py --against=m3ae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=step --config=mae --against=vit_mae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=step --config=base --against=m3ae --config.batch_size=8
     python -m m3ae_jax.benchmark --what=end_to_end
-    python -m m3ae_jax.benchmark --what=init --config=configs/base.py
-    python -m m3ae_jax.benchmark --what=checkpoint --config=configs/base.py
-    python -m m3ae_jax.benchmark --what=encode --config=configs/base.py
+    python -m m3ae_jax.benchmark --what=init --config=base
+    python -m m3ae_jax.benchmark --what=checkpoint --config=base
+    python -m m3ae_jax.benchmark --what=encode --config=base
     python -m m3ae_jax.benchmark --what=input
-    python -m m3ae_jax.benchmark --what=input --config=configs/base.py --own_data --config.data.train.path=SHARDS
+    python -m m3ae_jax.benchmark --what=input --config=base --own_data --config.data.train.path=SHARDS
     python -m m3ae_jax.benchmark --what=index
     python -m m3ae_jax.benchmark --what=guard
     python -m m3ae_jax.benchmark --what=features
@@ -39,7 +39,7 @@ from m3ae_jax.errors import UserError, one_of  # noqa: E402
 
 _SMALL = ("step", "end_to_end", "init", "checkpoint", "encode", "guard")
 _LARGE = ("input", "index", "features")
-WHAT = dict.fromkeys(_SMALL, "configs/tiny.py") | dict.fromkeys(_LARGE, "configs/base.py")
+WHAT = dict.fromkeys(_SMALL, "tiny") | dict.fromkeys(_LARGE, "base")
 """What can be measured, a module of this folder each, and of which config unless one is named."""
 
 _WITH_TENSORFLOW = ("end_to_end", "input", "index")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +15,22 @@ from m3ae_jax.errors import UserError
 log = logging.getLogger("m3ae_jax")
 
 
-def load_into(tree: Any, path: str, into: str = "", source: str = "", *, complete: bool = False) -> Any:
+Fit = Callable[[str, np.ndarray, jax.Array], tuple[Any, str] | None]
+"""Of a name, what is stored, and the leaf here of another shape: what is taken in its place, and in words how."""
+
+
+def load_into(
+    tree: Any,
+    path: str,
+    into: str = "",
+    source: str = "",
+    *,
+    complete: bool = False,
+    fit: Fit = lambda name, stored, leaf: None,
+) -> Any:
     """Replaces what fits in a pytree by a checkpoint's weights, leaf by leaf, keeping each leaf's sharding.
 
-    Fixed sin-cos positions are not parameters, so another resolution or caption length fits as it is. What was taken,
-    has another shape, or is missing on either side is logged.
+    What was taken, has another shape, or is missing on either side is logged.
 
     Args:
         tree: parameters, or other state, on its devices.
@@ -26,13 +38,19 @@ def load_into(tree: Any, path: str, into: str = "", source: str = "", *, complet
         into: which branch of `tree` is filled, as ``encoder``; empty: all.
         source: which branch of the checkpoint's parameters is taken; empty: all.
         complete: refuse a checkpoint that lacks a leaf; else the leaf stays as it is.
+        fit: what of another shape can be taken nevertheless, as learned positions.
 
     Raises:
         UserError: no checkpoint there, nothing in it fits, or a leaf is missing where all are needed.
     """
     stored = _branch(_by_path(load_params(path)), source)
     wanted = _branch(_by_path(tree), into)
-    taken = sorted(name for name in wanted if name in stored and stored[name].shape == wanted[name].shape)
+    shared = [name for name in wanted if name in stored]
+    taken = {name: stored[name] for name in shared if stored[name].shape == wanted[name].shape}
+    fits = {name: fit(name, stored[name], wanted[name]) for name in shared if name not in taken}
+    fitted = {name: found for name, found in fits.items() if found is not None}
+    whole = len(taken)
+    taken |= {name: value for name, (value, _) in fitted.items()}
     where = f"init_from={path}" + (f" ({into})" if into else "")
     if not taken:
         raise UserError(f"{where}: none of its {len(stored)} parameters has the name and shape of one here")
@@ -45,7 +63,8 @@ def load_into(tree: Any, path: str, into: str = "", source: str = "", *, complet
     if complete and (missing or shapes):
         raise UserError(f"{where} does not fit: {', '.join(missing + shapes)}")
     for kind, names in (
-        ("taken", [f"{len(taken)} parameters"]),
+        ("taken", [f"{whole} parameters"]),
+        ("taken at another size", [f"{name}: {how}" for name, (_, how) in fitted.items()]),
         ("other shape, left fresh", shapes),
         ("not in the checkpoint, left fresh", missing),
         ("in the checkpoint, unused", sorted(set(stored) - set(wanted))),
@@ -58,7 +77,8 @@ def load_into(tree: Any, path: str, into: str = "", source: str = "", *, complet
         branch = name.removeprefix(into + "/") if into else name
         if (into and branch == name) or branch not in taken:
             return leaf
-        return jax.device_put(np.asarray(stored[branch], leaf.dtype), leaf.sharding)
+        value = taken[branch]
+        return value if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(replace, tree)
 

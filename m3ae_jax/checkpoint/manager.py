@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
+from m3ae_jax.atomic import replacing, set_aside
 from m3ae_jax.checkpoint import manifest
+from m3ae_jax.checkpoint import meta as meta_lib
 from m3ae_jax.config.fields import FieldGroup, setting
-from m3ae_jax.errors import UserError
+from m3ae_jax.errors import EverywhereError, UserError
+from m3ae_jax.parallel.processes import all_say
+from m3ae_jax.paths import local
 
 log = logging.getLogger("m3ae_jax")
 
@@ -47,7 +52,7 @@ class CheckpointFields(FieldGroup):
     """When checkpoints are written, and how many stay."""
 
     every: str = setting("1 epochs", duration=True, aliases=("save_every",))
-    """Time between checkpoints."""
+    """Time between checkpoints; there is one before the evaluations of `eval.evals_every` too, and at the end."""
     keep: int = setting(2, low=1)
     """Newest checkpoints that stay, besides the best and the last."""
 
@@ -67,10 +72,11 @@ class _Save:
 class Checkpoints:
     """The checkpoints in one folder.
 
-    Opened for training it first tidies up: newer checkpoints than the newest whole one are set aside as
-    ``STEP.damaged``, what interrupted saves left is deleted, each with a line in the log. In a folder none of whose
-    checkpoints has a manifest, as written before manifests existed, they are taken as they are, with one warning, and
-    get manifests now.
+    Opened for training it first tidies up: damaged checkpoints, and those of other runs or steps than their place
+    says, are set aside as ``STEP.damaged``; what interrupted saves left is deleted; each with a line in the log. Of
+    older ones than the newest whole one no large file is read, but all that orbax parses. In a folder none of
+    whose checkpoints has a manifest, as written before manifests existed, they are taken as they are, with one
+    warning, and get manifests now.
 
     With several processes, all of them make it and call its methods together; process 0 reads and checks.
 
@@ -96,10 +102,11 @@ class Checkpoints:
         self._keep, self._read_only, self._sleep = keep, read_only, sleep
         self._checked: set[int] = set()
         self._pending: _Save | None = None
-        if not read_only:
+        if not read_only:  # to read, orbax's manager is not needed: it would parse a file of every checkpoint
             newest = _on_first_process(lambda: _tidy(self._folder))
             self._checked |= set() if newest is None else {newest}
-        self._manager = self._open()
+            self._manager = self._open()
+            self._run = manifest.run_of(self._folder)
 
     def _open(self) -> ocp.CheckpointManager:
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -110,7 +117,6 @@ class Checkpoints:
                 # Without best_fn orbax writes no metrics, and forgets after a restart which one is best.
                 best_fn=_score,
                 best_mode="min",
-                read_only=self._read_only,
                 temporary_path_class=_ListedPath,
             ),
         )
@@ -127,8 +133,9 @@ class Checkpoints:
             metrics: validation figures at this step, ``{}`` if it was not evaluated.
 
         Raises:
-            UserError: the storage refuses for good; the checkpoints before are intact.
+            UserError: the storage refuses for good; the checkpoints before are intact. Or the folder is gone.
         """
+        self.check_place()
         at_once = False
         try:
             self._settle()
@@ -155,11 +162,36 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, and none is whole.
         """
-        return _on_first_process(lambda: _newest(self._folder)) if self._read_only else self._manager.latest_step()
+        if not self._read_only:
+            return self._manager.latest_step()
+        newest = _on_first_process(lambda: _newest_told(self._folder))
+        self._checked |= set() if newest is None else {newest}
+        return newest
 
     def best(self) -> int | None:
         """The step with the least validation loss among those retained."""
         return self._manager.best_step()
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether validation figures were saved with a step."""
+        return bool(self._manager.metrics(step))
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds to a saved step the validation figures that `save` would have taken.
+
+        Raises:
+            UserError: the storage refuses.
+        """
+        if BEST_METRIC not in metrics:
+            return
+        if jax.process_index() == 0:
+            try:
+                _write_metrics(self._folder / str(step), {BEST_METRIC: metrics[BEST_METRIC]})
+            except OSError as error:
+                raise UserError(f"{self._folder / str(step)} cannot be written: {error.strerror}") from None
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"metrics of step {step}")
+        self._reopen(step)
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, on the shardings of `abstract` (`jax.ShapeDtypeStruct` leaves).
@@ -168,14 +200,19 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or holds other arrays.
         """
         self._check(step)
-        if differences := _differences(_stored(self._folder / str(step)), abstract):
-            raise UserError(
-                f"checkpoint {self._folder / str(step)} holds another state than this config and code make: "
-                f"{manifest.summary(differences)}; go on with what made it, or start a new run from its weights with "
-                f"--config.init_from={self._folder.parent}"
-            )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        checkpoint = self._folder / str(step)
+        with _reading(checkpoint):
+            stored = _stored(checkpoint)
+            if differences := differences_of(stored, abstract):
+                raise UserError(
+                    f"checkpoint {checkpoint} holds another state than this config and code make: "
+                    f"{manifest.summary(differences)}; go on with what made it, or start a new run from its weights "
+                    f"with --config.init_from={self._folder.parent}"
+                )
+            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                state = handler.restore(checkpoint / "state", args=ocp.args.StandardRestore(abstract))
+        _check_step(checkpoint, state.step)
+        return state
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved as `meta` with a step.
@@ -184,7 +221,43 @@ class Checkpoints:
             UserError: the checkpoint is damaged.
         """
         self._check(step)
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return meta_lib.read(self._folder / str(step))
+
+    def params(self, step: int) -> dict[str, Any]:
+        """The parameters alone of a step, as nested dicts of NumPy arrays in host memory.
+
+        Raises:
+            UserError: the checkpoint is damaged, or a newer program made it.
+        """
+        self._check(step)
+        checkpoint = self._folder / str(step)
+        meta_lib.refuse_newer(meta_lib.read(checkpoint), f"checkpoint {checkpoint}")
+        with _reading(checkpoint):
+            tree = _stored(checkpoint)
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), {k: tree[k] for k in ("params", "step")}
+            )
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                restored = handler.restore(checkpoint / "state", args=args)
+        _check_step(checkpoint, restored["step"])
+        params: dict[str, Any] = restored["params"]
+        return params
+
+    def check_place(self) -> None:
+        """Refuses to go on where the folder was deleted, or now belongs to another run.
+
+        Raises:
+            UserError: as said.
+        """
+        run = manifest.run_of(self._folder)
+        if not self._folder.is_dir() or (self._run and run and run != self._run):
+            raise UserError(
+                f"{self._folder} was deleted or replaced while the run went on, which stops here; nothing more is "
+                "written to it"
+            )
+        self._run = self._run or run
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -202,8 +275,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # a failed save is reported above, and orbax reports it again
-                self._manager.close()
+            if not self._read_only:
+                with contextlib.suppress(Exception):  # a failed save is reported above, and orbax reports it again
+                    self._manager.close()
 
     def _check(self, step: int) -> None:
         if step not in self._checked:
@@ -229,6 +303,7 @@ class Checkpoints:
         # Of several processes only one may have failed, and the others wait for it inside orbax: none tries again.
         pauses = RETRY_AFTER if jax.process_count() == 1 else ()
         for pause in pauses:
+            self.check_place()
             trouble = _trouble(error)
             if not save.alive():
                 raise _Lost(save.step, trouble)
@@ -255,6 +330,7 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._manager.close()
         _remove_unfinished(self._folder, step)
+        _on_first_process(lambda: _set_aside_damaged(self._folder))
         self._manager = self._open()
 
     def _intact(self, failed: int) -> str:
@@ -271,7 +347,7 @@ class _ListedPath(atomicity.AtomicRenameTemporaryPath):
         """Renames the folder and, if it is a step's and not one inside it, writes the manifest."""
         await super().finalize()
         final = Path(self.get_final())
-        if final.name.isdigit():
+        if manifest.step_of(final.name) is not None:
             await asyncio.to_thread(manifest.write, final)
 
 
@@ -300,35 +376,75 @@ def _on_first_process(decide: Callable[[], int | None]) -> int | None:
     """Returns on every process what process 0 decided; a `UserError` of it is raised on all."""
     if jax.process_count() == 1:
         return decide()
-    answer, refusal = _NONE, None
+    answer, trouble = _NONE, ""
     if jax.process_index() == 0:
         try:
             step = decide()
             answer = _NONE if step is None else step
         except UserError as error:
-            answer, refusal = _REFUSED, error
+            answer, trouble = _REFUSED, str(error)
     answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
     if answer == _REFUSED:
-        raise refusal or UserError("process 0 refused the checkpoint; it says why")
+        said = all_say(trouble)[0]
+        raise EverywhereError(said if jax.process_index() == 0 else f"process 0: {said}")
     return None if answer == _NONE else answer
 
 
 def _newest(folder: Path) -> int | None:
     """The newest whole step; logs which ones it passes over, and why."""
     steps, finished = manifest.steps(folder), manifest.finished(folder)
+    wrong: dict[int, str] = {}
     if not finished:  # as before manifests existed
         _warn_without_manifests(folder)
-        return steps[0] if steps else None
-    wrong: dict[int, str] = {}
-    for step in finished:
-        problems = manifest.problems(folder / str(step))
-        if not problems:
-            for damaged, summary in wrong.items():
-                log.warning("checkpoint %s is damaged: %s; using step %d", folder / str(damaged), summary, step)
+    for step in finished or steps:
+        summary = _trouble_of(folder / str(step), guarded=bool(finished))
+        if not summary:
+            for passed, why in wrong.items():
+                log.warning("checkpoint %s is damaged: %s; using step %d", folder / str(passed), why, step)
             return step
-        wrong[step] = manifest.summary(problems)
-    wrong |= {step: f"{manifest.NAME}: missing" for step in steps if step not in finished}
+        wrong[step] = summary
+    if not steps:
+        return None
+    wrong |= {step: f"{manifest.NAME}: missing" for step in steps if step not in wrong}
     raise UserError(f"no whole checkpoint in {folder}: {'; '.join(f'{s}: {w}' for s, w in wrong.items())}")
+
+
+def _newest_told(folder: Path) -> int | None:
+    """As `_newest`, for readers: they leave what is not finished, and it may become a checkpoint yet."""
+    newest = _newest(folder)
+    if newest is not None and manifest.finished(folder):
+        _tell_unfinished(folder, newest)
+    return newest
+
+
+def _tell_unfinished(folder: Path, newest: int) -> None:
+    for step in manifest.steps(folder):
+        if step > newest and not (folder / str(step) / manifest.NAME).exists():
+            log.warning(
+                "checkpoint %s has no %s: it was never finished, is being saved, or the file was lost; using step %d",
+                *(folder / str(step), manifest.NAME, newest),
+            )
+
+
+def _trouble_of(checkpoint: Path, *, guarded: bool = True, large: bool = True) -> str:
+    """What is wrong with a checkpoint, in one line; "" if it is whole.
+
+    Args:
+        checkpoint: its folder.
+        guarded: by a manifest, as every one is where one beside it is; else it is only seen whether it can be parsed.
+        large: read the large files too.
+    """
+    if guarded and (problems := manifest.problems(checkpoint, large=large)):
+        return manifest.summary(problems)
+    try:
+        meta_lib.read(checkpoint)
+        if (checkpoint / meta_lib.METRICS).exists():
+            figure = meta_lib.read(checkpoint, meta_lib.METRICS).get(BEST_METRIC)
+            if not isinstance(figure, int | float):
+                return f"{meta_lib.METRICS} has {BEST_METRIC}={figure!r:.50}, which is no number"
+    except UserError as error:
+        return str(error).partition(" is damaged: ")[2]
+    return ""
 
 
 def _warn_without_manifests(folder: Path) -> None:
@@ -338,16 +454,48 @@ def _warn_without_manifests(folder: Path) -> None:
 
 def _named(folder: Path, step: int) -> int:
     """`step`, if it is whole or no checkpoint beside it has a manifest."""
-    problems = manifest.problems(folder / str(step))
-    if problems and manifest.finished(folder):
-        raise UserError(f"checkpoint {folder / str(step)} is damaged: {manifest.summary(problems)}")
+    if trouble := _trouble_of(folder / str(step), guarded=bool(manifest.finished(folder))):
+        raise UserError(f"checkpoint {folder / str(step)} is damaged: {trouble}")
     return step
+
+
+def _check_step(checkpoint: Path, step: Any) -> None:
+    """Refuses a state that is of another step than its folder: where no manifest says it, the state itself does."""
+    if int(step) != int(checkpoint.name):
+        raise UserError(
+            f"checkpoint {checkpoint} is of step {int(step)}: its folder was renamed or copied; name it {int(step)}"
+        )
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Within it whatever damage raises is one line, where there is no manifest by which it was seen before.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (checkpoint / manifest.NAME).exists() or jax.process_count() > 1:
+            raise
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged ({manifest.NAME}: missing): {type(error).__name__}: {text:.200}"
+        ) from error
 
 
 def _tidy(folder: Path) -> int | None:
     """Leaves only checkpoints to go on from or to retain; returns the newest whole step."""
     newest = _newest(folder)
     try:
+        for path in list(folder.glob("[0-9]*")):
+            named = re.fullmatch(r"[0-9]\d*", path.name)  # which orbax takes for a step
+            if named and (manifest.step_of(path.name) is None or not path.is_dir()):
+                log.warning("%s is no checkpoint", path)
+                _set_aside(path)
         for path in list(folder.glob(f"*{atomicity.TMP_DIR_SUFFIX}*")):
             log.info("deleting %s, which an interrupted save left", path)
             shutil.rmtree(path)
@@ -360,13 +508,38 @@ def _tidy(folder: Path) -> int | None:
                 log.info("deleting %s: it has no %s, so it was never finished", path, manifest.NAME)
                 shutil.rmtree(path)
             elif newest is not None and step > newest:
-                aside = path.with_name(f"{step}{_DAMAGED}")
-                log.warning("setting it aside as %s", aside)
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                _set_aside(path)
+        manifest.claim(folder)  # also of a fresh run, which else would not notice that another takes its place
+        if newest is not None:
+            _set_aside_damaged(folder)
+            upgraded = [step for step in manifest.finished(folder) if manifest.upgrade(folder / str(step))]
+            if upgraded:
+                log.info("%s: the %s of an earlier version now say step and run: %s", folder, manifest.NAME, upgraded)
     except OSError as error:
         raise UserError(f"{folder} cannot be tidied up: {error.strerror} ({error.filename})") from None
     return newest
+
+
+def _write_metrics(checkpoint: Path, metrics: dict[str, float]) -> None:
+    """As orbax does (`CheckpointManager.save(..., metrics=...)`), which can do it only while it saves a step."""
+    file = checkpoint / "metrics" / "metrics"
+    file.parent.mkdir(exist_ok=True)
+    with replacing(file) as fresh:
+        fresh.write_text(json.dumps(metrics), encoding="utf-8")
+    manifest.write(checkpoint)
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    """Sets aside what is damaged of the checkpoints that are not gone on from; each is told."""
+    for step in manifest.finished(folder):
+        path = folder / str(step)
+        if trouble := _trouble_of(path, large=False):
+            log.warning("checkpoint %s is damaged: %s", path, trouble)
+            _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    log.warning("setting it aside as %s", set_aside(path, _DAMAGED))
 
 
 def _remove_unfinished(folder: Path, step: int) -> None:
@@ -397,15 +570,16 @@ def find(path: str) -> tuple[Path, int]:
     folder, named = _place(path)
     if named is not None:
         _warn_without_manifests(folder)
-    step = _on_first_process(lambda: _newest(folder) if named is None else _named(folder, named))
+    step = _on_first_process(lambda: _newest_told(folder) if named is None else _named(folder, named))
     assert step is not None  # _place has seen one
     return folder, step
 
 
 def _place(path: str) -> tuple[Path, int | None]:
-    root = Path(path).expanduser().resolve()
-    if root.name.isdigit() and ((root / "state").is_dir() or (root / manifest.NAME).exists()):
-        return root.parent, int(root.name)
+    root = local(path, "checkpoint").resolve()
+    named = manifest.step_of(root.name)
+    if named is not None and ((root / "state").is_dir() or (root / manifest.NAME).exists()):
+        return root.parent, named
     for folder in (root / "checkpoints", root):
         if manifest.steps(folder):
             return folder, None
@@ -425,27 +599,21 @@ def load_params(path: str) -> dict[str, Any]:
         UserError: no checkpoint there, or it is damaged.
     """
     folder, named = _place(path)
-    newest = max(manifest.finished(folder) or manifest.steps(folder))
+    finished = manifest.finished(folder)
+    newest = max(finished or manifest.steps(folder))
     _warn_without_manifests(folder)
-    step = _on_first_process(lambda: _named(folder, newest if named is None else named))
-    place = folder / str(step) / "state"
-    tree = _stored(place.parent)
-    params = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree["params"])}
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            place, args=ocp.args.PyTreeRestore(item=params, restore_args=restore_args, partial_restore=True)
-        )
-    return restored["params"]
+    if named is None:
+        _tell_unfinished(folder, newest)
+    return Checkpoints(folder, keep=1, read_only=True).params(newest if named is None else named)
 
 
 def _stored(checkpoint: Path) -> Any:
     """Shapes and dtypes of the state that a checkpoint holds, as nested dicts and lists."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.metadata(checkpoint / "state").item_metadata.tree
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.metadata(checkpoint / "state").tree
 
 
-def _differences(stored: Any, wanted: Any) -> list[str]:
+def differences_of(stored: Any, wanted: Any) -> list[str]:
     """Arrays that one of two states lacks or that have another shape, one entry an array."""
     old, new = (
         {
@@ -458,3 +626,24 @@ def _differences(stored: Any, wanted: Any) -> list[str]:
     lines = [f"{name} {old[name]} instead of {shape}" for name, shape in new.items() if old.get(name, shape) != shape]
     lines += [f"{name} is missing" for name in new if name not in old]
     return lines + [f"{name} is not expected" for name in old if name not in new]
+
+
+def located(path: str) -> tuple[Path, int]:
+    """The ``checkpoints`` folder and the step that `load_params` takes; nothing of them is checked.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    folder, named = _place(path)
+    return folder, max(manifest.finished(folder) or manifest.steps(folder)) if named is None else named
+
+
+def load_meta(path: str) -> dict[str, Any]:
+    """What was saved as `meta` with the checkpoint that `load_params` takes. All processes call it together.
+
+    Raises:
+        UserError: no checkpoint there, or it is damaged.
+    """
+    folder, step = located(path)
+    with contextlib.closing(Checkpoints(folder, keep=1, read_only=True)) as checkpoints:
+        return checkpoints.meta(step)

@@ -1,8 +1,13 @@
 """Every field of a config, by the groups that the code declares.
 
-A field is set on the command line, as `--config.optimizer.learning_rate=1e-3`, or in a file of `configs/`. Exactly one
-objective's group is there, that of the chosen one. A duration is "N steps", "N examples" or "N epochs". Of a field that
-is marked "yes" another value makes another run; the others may change when a run goes on. This page is written by
+A config is a Python file with a function `get_config()`. `--config=tiny` names one that comes with the project (the
+checkout's folder `configs/`, installed as `m3ae_jax.configs`), `--config=mine` or `--config=mine.py` a file of the
+current folder, which comes first, and a path any other. A config of yours may start from another, by
+`from m3ae_jax.configs import tiny` and `c = tiny.get_config()`, and import files that lie beside it.
+
+A field is set in that file, or on the command line, as `--config.optimizer.learning_rate=1e-3`. Exactly one objective's
+group is there, that of the chosen one. A duration is "N steps", "N examples" or "N epochs". Of a field that is marked
+"yes" another value makes another run; the others may change when a run goes on. This page is written by
 `python -m m3ae_jax.config --output=docs/config.md`.
 """
 

@@ -53,7 +53,7 @@ def _check(name: str, setting: Setting, value: Any) -> None:
     items = value if isinstance(value, tuple) else (value,)
     for item in items:
         if setting.choices and item not in setting.choices:
-            raise UserError(one_of(name, item, setting.choices))
+            raise UserError(one_of(name, item, setting.choices) + (f"; {setting.hint}" if setting.hint else ""))
     if setting.duration:
         if (value or setting.default) and parse_duration(name, value)[0] == 0 and setting.low is None:
             raise UserError(f"{name}={value!r}: must be more than 0")

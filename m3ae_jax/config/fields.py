@@ -31,6 +31,7 @@ class Setting:
             dropout draws) nor the parameters.
         loss: it changes the loss alone, not what the parameters mean.
         aliases: names by which it may be looked for.
+        hint: what else may have been meant by a value that is none of the choices.
     """
 
     default: Any
@@ -42,6 +43,7 @@ class Setting:
     program: bool = False
     loss: bool = False
     aliases: tuple[str, ...] = ()
+    hint: str = ""
 
     @property
     def item(self) -> type:

@@ -31,6 +31,7 @@ GROUPS: dict[str, str] = {
     "anomaly": "m3ae_jax.train.guard:AnomalyFields",
     "checkpoint": "m3ae_jax.checkpoint.manager:CheckpointFields",
     "stall": "m3ae_jax.train.watchdog:StallFields",
+    "metrics": "m3ae_jax.metrics.writers:MetricFields",
     "eval": "m3ae_jax.evals.fields:EvalFields",
     "eval.train": "m3ae_jax.data.sources.base:SourceFields",
     "eval.test": "m3ae_jax.data.sources.base:HeldOutFields",
@@ -44,7 +45,11 @@ GROUPS: dict[str, str] = {
 """The class of each group by its path; ``*`` stands for names that the user chooses. The chosen objective's group
 stands beside them."""
 
-OBJECTIVES: dict[str, str] = {"m3ae": "m3ae_jax.objectives.m3ae:M3AE"}
+OBJECTIVES: dict[str, str] = {
+    "m3ae": "m3ae_jax.objectives.m3ae:M3AE",
+    "contrastive": "m3ae_jax.objectives.contrastive:Contrastive",
+    "mamo": "m3ae_jax.objectives.mamo:MAMO",
+}
 """The built-in objectives."""
 
 _FREE = ("data.val.", "checkpoint.", "stall.", "eval.")  # groups of which no field identifies a run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,25 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
+import m3ae_jax.data.run_tokenizer as run_tokenizer
 import m3ae_jax.inference as inference
+import m3ae_jax.report.card as card
 from m3ae_jax.atomic import replacing
+from m3ae_jax.checkpoint import origin
 from m3ae_jax.checkpoint.manager import Checkpoints
+from m3ae_jax.checkpoint.meta import STATE_VERSION
 from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
-from m3ae_jax.convert.formats import Foreign, Format, set_sizes
+from m3ae_jax.convert.formats import Foreign, Format, reading, set_sizes, unwrapped
 from m3ae_jax.convert.keymap import Names, Report, draw, fill
-from m3ae_jax.data.order import ORDER_VERSION
+from m3ae_jax.data.order import order_version
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.data.tokens import modality_table, patch_grid
 from m3ae_jax.errors import UserError, one_of
+from m3ae_jax.models.positions import resize
 from m3ae_jax.objectives.base import build
+from m3ae_jax.paths import local
 from m3ae_jax.train.optimizer import optimizer
-from m3ae_jax.train.step import STATE_VERSION, TrainState
+from m3ae_jax.train.step import TrainState
 
 FORMATS: dict[str, Format] = {
     "m3ae": m3ae.FORMAT,
@@ -78,12 +85,12 @@ def detect(path: Path) -> str:
         names, metadata = safetensors.load(path)
         if own.METADATA in metadata:
             return "safetensors"
-    elif path.suffix in (".pth", ".pt", ".bin"):
+    elif path.suffix in (".pth", ".pt", ".bin") or zipfile.is_zipfile(path):  # as .ckpt, .pth.tar
         names, _ = torch_file.load(path)
     else:
         kinds = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
         raise UserError(f"{path}: its format is not known by its name; --format says it, one of {kinds}")
-    return "mae" if "decoder_embed.weight" in names else "timm"
+    return "mae" if "decoder_embed.weight" in unwrapped(names)[0] else "timm"
 
 
 def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]] | None = None) -> Converted:
@@ -99,19 +106,32 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run of this program: --to and --output write it for others")
     name = format or detect(path)
     if name not in FORMATS:
         raise UserError(one_of("--format", name, FORMATS))
     kind, report = FORMATS[name], Report()
     names = kind.names
+    if kind.endings and path.is_dir():
+        raise UserError(f"{path} is a folder, and --format={name} takes a file: {kind.about}")
     foreign = kind.read(path)
+    report.notes += foreign.notes
     config = config_lib.default()
     config.model.heads = config.m3ae.decoder_heads = 0
-    if names.layers:
-        set_sizes(config, foreign.arrays, names)
-    kind.describe(foreign, config, report)
-    arrays = dict(foreign.arrays)
-    tables = {stack: positions.read(key, arrays.pop(key)) for stack, key in names.tables.items() if key in arrays}
+    with reading(path, f"model of format {name}"):  # its facts and shapes may be anything
+        if names.layers:
+            set_sizes(config, foreign.arrays, names)
+        kind.describe(foreign, config, report)
+        arrays = dict(foreign.arrays)  # now that what has no place here is folded into what has
+        tables = {stack: positions.read(key, arrays.pop(key)) for stack, key in names.tables.items() if key in arrays}
+    for stack, table in tables.items():
+        file_name = names.tables[stack]
+        if table.learned is None and positions.precision(foreign.arrays[file_name]):  # what both then compute with
+            exact = positions.write(len(table.cls), table.side, table.offset, None)
+            exact[:, 0] = table.cls
+            foreign.arrays[file_name] = exact
+            report.notes.append(f"positions ({stack}): in half precision there; the fixed ones are computed exactly")
     if tables:
         config.m3ae.use_type_embedding = any(np.any(table.offset) for table in tables.values())
         config.m3ae.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
@@ -149,7 +169,7 @@ def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
     if table is None:
         return 0
     if config.data.tokenizer:
-        words = load_tokenizer(config.data.tokenizer).vocab_size
+        words = load_tokenizer(config.data.tokenizer, "name the one that the weights were trained with").vocab_size
         if words != len(table):
             raise UserError(
                 f"data.tokenizer={config.data.tokenizer!r} has {words} words, the weights {len(table)}: name the "
@@ -171,7 +191,7 @@ def _fold(flat: dict[str, np.ndarray], tables: Tables, config: ConfigDict, repor
             flat[_TYPES[stack]][...] = table.offset
             filled.append(_TYPES[stack])
         if stack == "encoder" and table.learned is not None:
-            flat[_LEARNED][...] = positions.resize(table.learned, side)
+            flat[_LEARNED][...] = resize(table.learned, (table.side, table.side), (side, side))
             filled.append(_LEARNED)
         if table.side != side:
             how = "interpolated" if table.learned is not None else "recomputed"
@@ -206,8 +226,14 @@ def _check(report: Report, kind: Format, name: str) -> None:
         report.notes.append("the file has no decoder: ours is freshly drawn, so reconstructions mean nothing yet")
 
 
-def write_run(converted: Converted, workdir: Path) -> None:
-    """Makes a run's folder, as training does: its config and a checkpoint, of step 0.
+def write_run(converted: Converted, workdir: Path, file: str = "", license: str = "") -> None:
+    """Makes a run's folder, as training does: config, tokenizer, card, and a checkpoint, of step 0.
+
+    Args:
+        converted: what goes into it.
+        workdir: the folder.
+        file: that was converted.
+        license: of the weights, as the user told it.
 
     Raises:
         UserError: there is a run already.
@@ -217,7 +243,7 @@ def write_run(converted: Converted, workdir: Path) -> None:
         raise UserError(f"{workdir} holds a run already: choose another --workdir")
     config = converted.config
     if config.data.tokenizer and config.data.tokenizer != "scenes":
-        config.data.tokenizer = str(Path(config.data.tokenizer).expanduser().resolve())
+        config.data.tokenizer = str(local(config.data.tokenizer, "data.tokenizer").resolve())
     fingerprint = load_tokenizer(config.data.tokenizer).fingerprint if config.data.tokenizer else ""
     params = jax.tree.map(jnp.asarray, converted.params)
     opt_state = optimizer(config, lambda step: jnp.float32(0.0)).init(params)
@@ -225,18 +251,22 @@ def write_run(converted: Converted, workdir: Path) -> None:
     table = modality_table(config, converted.vocabulary)
     meta = {
         "state_version": STATE_VERSION,
-        "order_version": ORDER_VERSION,
+        "order_version": order_version(config.data.crop_rule),
         "train_data": "converted",
         "tokenizer": fingerprint,
         "config": config.to_dict(),
         "modalities": [dataclasses.asdict(modality) for modality in table.values()],
     }
     workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(workdir / "config.json") as file:
-        file.write_text(config_lib.to_json(config), encoding="utf-8")
+    with replacing(workdir / "config.json") as fresh:
+        fresh.write_text(config_lib.to_json(config), encoding="utf-8")
+    if config.data.tokenizer:
+        run_tokenizer.keep(config.data.tokenizer, workdir)
+    origin.save(workdir, [origin.converted(file, converted.format, license)] if file else [])
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(state, meta, {})
     checkpoints.close()
+    card.write(workdir)
 
 
 def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder_only: bool = False) -> Report:
@@ -245,14 +275,13 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     Args:
         stored: of `inference.read`.
         format: one of `FORMATS`.
-        path: a file, or a folder for ``vitmae``.
+        path: a file, or a folder for ``vitmae``; see `output_of`.
         encoder_only: leaves out the decoder; ``timm`` does so anyhow.
 
     Raises:
         UserError: the format cannot express the model.
     """
-    if format not in FORMATS:
-        raise UserError(one_of("--to", format, FORMATS))
+    path = output_of(format, path)
     kind, config = FORMATS[format], stored.config
     _check_expressible(kind, config, format, encoder_only)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
@@ -261,8 +290,33 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     arrays, report = draw(kind.names.key_map(config.m3ae.output_head_depth, flat), flat)
     tabled = _write_tables(arrays, kind.names, flat, config, report)
     report.unused = [name for name in report.unused if name not in tabled]
-    kind.write(path, arrays, config, report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind.write(path, arrays, config, report)
+    except OSError as error:
+        raise UserError(f"--output={str(path)!r} cannot be written: {error.strerror}") from None
     return report
+
+
+def output_of(format: str, path: Path) -> Path:
+    """Where `export_weights` writes: a file's name without an ending gets the format's.
+
+    Raises:
+        UserError: it is a folder and a file is written, or the other way round, or its ending is another format's.
+    """
+    if format not in FORMATS:
+        raise UserError(one_of("--to", format, FORMATS))
+    endings = FORMATS[format].endings
+    if not endings:
+        if path.is_file():
+            raise UserError(f"--output={str(path)!r} is a file: --to={format} writes a folder")
+        return path
+    if path.is_dir():
+        raise UserError(f"--output={str(path)!r} is a folder: name a file, as {path / f'model{endings[0]}'}")
+    path = path if path.suffix else path.with_name(path.name + endings[0])
+    if path.suffix not in endings:
+        raise UserError(f"--output={str(path)!r}: --to={format} writes {' or '.join(endings)}")
+    return path
 
 
 def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only: bool) -> None:

@@ -29,10 +29,19 @@ class Foreign:
     Attributes:
         arrays: by their names.
         facts: what else the file holds about the model.
+        notes: what was done to read it.
     """
 
     arrays: dict[str, np.ndarray]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of_torch(cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any] | None = None) -> Foreign:
+        """What PyTorch saved; a prefix that a wrapper gave all names is taken off, and noted."""
+        bare, prefix = unwrapped(arrays)
+        notes = [f"the prefix {prefix!r} of all names, a wrapper's, is taken off"] if prefix else []
+        return cls(bare, facts or {}, notes)
 
 
 class Arithmetic(NamedTuple):
@@ -55,6 +64,7 @@ class Format:
         names: what the project calls its layers.
         arithmetic: what the project's code computes, by the file's facts.
         beside: (pattern, why) of parameters that no output here depends on.
+        endings: of the file that `write` makes, the usual one first; none: it makes a folder.
     """
 
     about: str
@@ -64,6 +74,7 @@ class Format:
     names: Names
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda facts: Arithmetic()
     beside: tuple[tuple[str, str], ...] = ()
+    endings: tuple[str, ...] = (".safetensors",)
 
     def why_beside(self, name: str) -> str:
         """Why a parameter of theirs does not matter; "" if it may."""
@@ -85,6 +96,19 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # every kind: what parses a file trusts its numbers
         raise UserError(f"{path} is not a whole {kind}: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def unwrapped(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays without the prefix that wrappers of PyTorch modules, one in another, gave all names; and the prefix.
+
+    Each is a module's name and a point: ``module.`` of DistributedDataParallel, ``_orig_mod.`` of torch.compile,
+    ``model.``, ``backbone.`` and others of training programs. No model here has one name before all its parameters.
+    """
+    bare, prefix = dict(arrays), ""
+    while len({name.partition(".")[0] for name in bare}) == 1 and all("." in name for name in bare):
+        found = next(iter(bare)).partition(".")[0] + "."
+        bare, prefix = {name.removeprefix(found): value for name, value in bare.items()}, prefix + found
+    return bare, prefix
 
 
 def blocks(arrays: Mapping[str, np.ndarray], pattern: str) -> int:

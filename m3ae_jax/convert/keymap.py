@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import m3ae_jax.console as console
 from m3ae_jax.convert import tree
 from m3ae_jax.errors import UserError
 
@@ -161,9 +162,9 @@ class Report:
 
     def text(self) -> str:
         """For people."""
-        width = max((len(theirs) for theirs, _, _ in self.matched), default=0)
         lines = [f"matched: {len(self.matched)}"]
-        lines += [f"  {theirs:<{width}}  {ours} {list(shape)}" for theirs, ours, shape in self.matched]
+        if self.matched:
+            lines.append(console.table([(theirs, f"{ours} {list(shape)}") for theirs, ours, shape in self.matched]))
         for name, entries in (("missing, left fresh", self.missing), ("unused", self.unused), ("notes", self.notes)):
             lines += [f"{name}: {len(entries)}"] + [f"  {line}" for line in entries]
         return "\n".join(lines)

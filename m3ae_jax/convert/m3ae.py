@@ -6,6 +6,7 @@ The checkpoint also pickles the optimizer, as code; `unpickle` reads past that.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,15 @@ def read(path: Path) -> Foreign:
         UserError: it holds no such parameters.
     """
     if path.suffix == ".npz":
-        with formats.reading(path, ".npz"), np.load(path, allow_pickle=False) as stored:
-            return _without_prefix(dict(stored), {})
+        with formats.reading(path, ".npz"):
+            with path.open("rb") as file:
+                if not zipfile.is_zipfile(file):
+                    raise ValueError("it is no zip file, or cut")
+            with np.load(path, allow_pickle=False) as stored:
+                return _without_prefix(dict(stored), {})
     root = unpickle.fields(unpickle.load(path)) or {}
     state = unpickle.fields(root.get("state")) or root
-    variant = unpickle.fields(root.get("variant")) or {}
+    variant = unpickle.plain(root.get("variant"))
     return _without_prefix(unpickle.arrays(state.get("params", state)), variant)
 
 
@@ -124,4 +129,5 @@ FORMAT = Format(
     NAMES,
     arithmetic=lambda facts: _ARITHMETIC,
     beside=((r"outside/.*", "of its classifier"),),
+    endings=(".pkl", ".npz"),
 )

@@ -43,8 +43,8 @@ _CLASSIFIER = ((r"(head|fc_norm|head_drop)\..*", "of its classifier"),)
 def read(path: Path) -> Foreign:
     """A ``.pth`` or a ``.safetensors`` file."""
     if path.suffix == ".safetensors":
-        return Foreign(safetensors.load(path)[0])
-    return Foreign(*torch_file.load(path))
+        return Foreign.of_torch(safetensors.load(path)[0])
+    return Foreign.of_torch(*torch_file.load(path))
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
@@ -82,7 +82,20 @@ def _fold_layer_scale(arrays: dict[str, np.ndarray], gamma: str, linear: str, re
         report.notes.append("LayerScale is folded into the layers it scales")
 
 
+def _take_norm_of_mean(arrays: dict[str, np.ndarray], report: Report) -> None:
+    """Of a model that was fine-tuned on the mean of its patches the one norm is ``fc_norm``, after the mean."""
+    if "norm.weight" in arrays or "fc_norm.weight" not in arrays:
+        return
+    for end in ("weight", "bias"):
+        arrays[f"norm.{end}"] = arrays.pop(f"fc_norm.{end}")
+    report.notes.append(
+        "DIFFERS: the last norm here is fc_norm, of each token, and the mean of these (pooling mean) comes after it; "
+        "there it comes after the mean over the patches (global_pool)"
+    )
+
+
 def _describe_encoder(foreign: Foreign, config: ConfigDict, report: Report) -> None:
+    _take_norm_of_mean(foreign.arrays, report)
     formats.set_pictures(config, foreign.arrays, _TIMM_NAMES, report)
     config.model.activation, config.model.layer_norm_epsilon = Arithmetic()
     report.notes.append("GELU by erf: model.activation=gelu; a LayerNorm epsilon of 1e-6, as here")
@@ -106,7 +119,13 @@ def write_timm(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, re
 
 
 MAE = Format(
-    "facebookresearch/mae: FILE.pth, or the same as FILE.safetensors", read, describe, write, _NAMES, beside=_CLASSIFIER
+    "facebookresearch/mae: FILE.pth, or the same as FILE.safetensors",
+    read,
+    describe,
+    write,
+    _NAMES,
+    beside=_CLASSIFIER,
+    endings=(".pth", ".safetensors"),
 )
 TIMM = Format(
     "a ViT of timm, the encoder alone: FILE.safetensors",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import ml_dtypes
 import numpy as np
-from PIL import Image
 
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.embeddings import sincos_2d
@@ -34,6 +34,11 @@ class Table:
     learned: np.ndarray | None
 
 
+def precision(table: np.ndarray) -> float:
+    """The spacing of numbers near 1 in a table of half precision; 0 of one in float32 or finer."""
+    return float(ml_dtypes.finfo(table.dtype).eps) if table.dtype.itemsize < 4 else 0.0
+
+
 def read(name: str, table: np.ndarray) -> Table:
     """Takes a table `[1, 1 + L, D]` apart; one without the row for CLS, `[1, L, D]`, too.
 
@@ -51,10 +56,10 @@ def read(name: str, table: np.ndarray) -> Table:
     cls, patches = (rows[0], rows[1:]) if has_cls else (np.zeros(width, np.float32), rows)
     rest = patches - sincos_2d(width, (side, side))
     offset: np.ndarray = np.asarray(np.mean(rest, axis=0, dtype=np.float64), np.float32)
-    learned = None
-    if np.abs(rest - offset).max() > _TOLERANCE:
+    learned, rounding = None, precision(table)
+    if np.abs(rest - offset).max() > max(_TOLERANCE, rounding):
         learned, offset = patches, np.zeros_like(offset)
-    elif np.abs(offset).max() < 1e-6:
+    elif np.abs(offset).max() < max(1e-6, rounding):
         offset = np.zeros_like(offset)  # rounding
     return Table(side, cls, offset, learned)
 
@@ -64,13 +69,3 @@ def write(width: int, side: int, offset: np.ndarray | None, learned: np.ndarray 
     patches = sincos_2d(width, (side, side)) if learned is None else learned
     patches = patches if offset is None else patches + offset.reshape(-1)
     return np.concatenate([np.zeros((1, width), np.float32), patches])[None].astype(np.float32)
-
-
-def resize(learned: np.ndarray, side: int) -> np.ndarray:
-    """A learned table `[L, D]` for `side` * `side` patches: bicubic, each channel for itself."""
-    old = math.isqrt(len(learned))
-    if old == side:
-        return learned
-    channels = np.moveaxis(learned.reshape(old, old, -1), -1, 0)
-    resized = [Image.fromarray(c).resize((side, side), Image.Resampling.BICUBIC) for c in channels.copy()]
-    return np.stack([np.asarray(c) for c in resized], axis=-1).reshape(side * side, -1)

@@ -30,12 +30,14 @@ _STORAGES: dict[str, Any] = {
     "torch.IntStorage": "i4",
     "torch.BoolStorage": "?",
 }
+_USUAL = ("model", "state_dict", "module")  # of a training program's file
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """The tensors of a state dict, and what the training program's ``args`` were, if it saved them.
 
-    The state dict is the whole content, or stands under ``model`` or ``state_dict``.
+    The state dict is the whole content, or stands under ``model``, ``state_dict`` or ``module``; or, under any other
+    name, it is the only one.
 
     Raises:
         UserError: it cannot be read, is damaged, or holds no tensors.
@@ -58,13 +60,28 @@ def _parse(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, np.ndarray],
     order = ">" if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") == b"big" else "<"
     content = archive.read(name)
     root = unpickle.fields(unpickle.read(io.BytesIO(content), len(content))) or {}
-    state: Any = next((root[key] for key in ("model", "state_dict") if key in root), root)
-    nodes = unpickle.fields(state) or {}
-    tensors = {str(key): _tensor(node, archive, folder, order) for key, node in nodes.items()}
+    nodes = _state_dict(path, root)
+    tensors = {unpickle.name(key): _tensor(node, archive, folder, order) for key, node in nodes.items()}
     arrays = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if not arrays:
-        raise UserError(f"{path}: it holds no state dict")
-    return arrays, unpickle.fields(root.get("args")) or {}
+    return arrays, unpickle.plain(root.get("args"))
+
+
+def _state_dict(path: Path, root: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """What holds the tensors: the whole, what stands under a usual name, or the only part that has any."""
+    parts = {unpickle.name(key): unpickle.fields(node) or {} for key, node in root.items()}
+    holding = {name: nodes for name, nodes in parts.items() if _holds_tensors(nodes)}
+    usual = next((holding[name] for name in _USUAL if name in holding), None)
+    if usual is not None or _holds_tensors(root):
+        return root if usual is None else usual
+    if len(holding) == 1:
+        return next(iter(holding.values()))
+    which = f"{' and '.join(holding)}: save the one that is meant alone" if holding else ""
+    there = ", ".join(sorted(parts)[:5]) or "nothing by name"
+    raise UserError(f"{path}: it holds {f'several state dicts, {which}' if holding else f'no state dict, but {there}'}")
+
+
+def _holds_tensors(nodes: Mapping[Any, Any]) -> bool:
+    return any(isinstance(node, Made) and node.name.startswith("torch._utils._rebuild_") for node in nodes.values())
 
 
 def _tensor(node: Any, archive: zipfile.ZipFile, folder: str, order: str) -> np.ndarray | None:
@@ -76,8 +93,10 @@ def _tensor(node: Any, archive: zipfile.ZipFile, folder: str, order: str) -> np.
         return None
     storage, offset, shape, strides = node.arguments[:4]
     _, kind, key, _, _ = storage.arguments[0]
-    if not isinstance(kind, Global) or kind.name not in _STORAGES:
-        raise ValueError(f"a storage of unknown type {kind}")
+    if not isinstance(kind, Global) or kind.name not in _STORAGES or not isinstance(key, str):
+        raise ValueError(f"a storage of unknown type {kind.name if isinstance(kind, Global) else type(kind).__name__}")
+    if not all(isinstance(number, int) for number in (offset, *shape, *strides)):
+        raise ValueError("a tensor's shape is not of numbers")
     dtype = np.dtype(_STORAGES[kind.name])
     numbers = np.frombuffer(archive.read(f"{folder}data/{key}"), dtype.newbyteorder(order))
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0

@@ -28,6 +28,7 @@ _JAX_ARRAY = {
     "jax.interpreters.xla.reconstruct_device_array",
 }
 _KINDS = "biufc"  # of dtypes: numbers; never objects
+_MOST_IN_A_KEY = 1_000  # parts of parts: of a few bytes a pickle can make a tuple whose hash takes for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,27 @@ class Made:
         return self.function.name if isinstance(self.function, Global) else ""
 
 
+_KEYS = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.DICT: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+"""Where on the stack, since its mark, the opcodes that make keys have them."""
+
+
+def _checked(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """An opcode that first refuses keys of too many parts."""
+
+    def check_and_load(self: Any) -> None:
+        if any(self.parts(key) > _MOST_IN_A_KEY for key in self.stack[keys]):
+            raise pickle.UnpicklingError(f"a key of more than {_MOST_IN_A_KEY} parts")
+        load(self)
+
+    return check_and_load
+
+
 class _Inert(pickle._Unpickler):
     """Python's own unpickler, written in Python, in which every opcode that imports or calls is replaced."""
 
@@ -75,6 +97,34 @@ class _Inert(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+        # Of each tuple how many parts it has, with the tuple, so that no other gets its id.
+        self._parts: dict[int, tuple[int, tuple[Any, ...]]] = {}
+
+    def _tuple(self, items: list[Any]) -> None:
+        made = tuple(items)
+        if made:
+            self._parts[id(made)] = min(len(made) + sum(map(self.parts, made)), 2 * _MOST_IN_A_KEY), made
+        self.append(made)
+
+    def parts(self, value: Any) -> int:
+        """Of a tuple, with those of the tuples in it; 0 of all else."""
+        return self._parts[id(value)][0] if id(value) in self._parts else 0
+
+    def load_tuple(self) -> None:
+        self._tuple(self.pop_mark())
+
+    def load_tuple1(self) -> None:
+        self._tuple([self.stack.pop()])
+
+    def load_tuple2(self) -> None:
+        self._tuple([self.stack.pop(-2), self.stack.pop()])
+
+    def load_tuple3(self) -> None:
+        self._tuple([self.stack.pop(-3), self.stack.pop(-2), self.stack.pop()])
 
     def find_class(self, module: str, name: str) -> Global:
         return Global(f"{module}.{name}")
@@ -109,6 +159,12 @@ class _Inert(pickle._Unpickler):
     def refuse_buffer(self) -> None:
         raise pickle.UnpicklingError("its arrays are in other files")
 
+    dispatch[pickle.TUPLE[0]] = load_tuple
+    dispatch[pickle.TUPLE1[0]] = load_tuple1
+    dispatch[pickle.TUPLE2[0]] = load_tuple2
+    dispatch[pickle.TUPLE3[0]] = load_tuple3
+    for opcode, keys in _KEYS.items():
+        dispatch[opcode[0]] = _checked(dispatch[opcode[0]], keys)
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_reduce
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
@@ -146,7 +202,7 @@ def load(path: Path) -> Any:
 
 def read(file: BinaryIO, size: int) -> Any:
     """As `load`, of an open file of `size` bytes; raises whatever damage makes it raise."""
-    return _Inert(_Bounded(file, size), encoding="latin1").load()
+    return _Inert(_Bounded(file, size)).load()
 
 
 def array(node: Any) -> np.ndarray | None:
@@ -202,7 +258,9 @@ def _dtype(node: Any) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16)
     if isinstance(code, bytes):
         code = code.decode("ascii")
-    if str(code)[:1] not in _KINDS or (dtype := np.dtype(str(code))).kind not in _KINDS:
+    if not isinstance(code, str):
+        raise ValueError("its dtype has no name")
+    if code[:1] not in _KINDS or (dtype := np.dtype(code)).kind not in _KINDS:
         raise ValueError(f"its dtype {code!r} is not of numbers")
     order: Any = node.state[1] if node.state else "="
     return dtype.newbyteorder(order) if order in ("<", ">") else dtype
@@ -214,7 +272,7 @@ def fields(node: Any) -> Mapping[str, Any] | None:
         return node
     if not isinstance(node, Made):
         return None
-    if node.items and all(isinstance(item, tuple) and len(item) == 2 for item in node.items):
+    if node.items and all(isinstance(i, tuple) and len(i) == 2 and isinstance(i[0], str | int) for i in node.items):
         return dict(node.items)  # an OrderedDict, which may have a state besides
     state = node.state[-1] if isinstance(node.state, tuple) and node.state else node.state
     if isinstance(state, dict) and state:
@@ -226,7 +284,18 @@ def fields(node: Any) -> Mapping[str, Any] | None:
     return None
 
 
+def plain(node: Any) -> dict[str, Any]:
+    """The numbers and texts that a node holds by name; nothing where it holds none."""
+    simple = str | int | float | None
+    return {name(key): value for key, value in (fields(node) or {}).items() if isinstance(value, simple)}
+
+
 _MOST_NODES = 1_000_000
+
+
+def name(key: Any) -> str:
+    """A key as a part of a path."""
+    return key if isinstance(key, str) else f"{key:d}" if isinstance(key, int) and abs(key) < 10**18 else "?"
 
 
 def arrays(node: Any) -> dict[str, np.ndarray]:
@@ -245,5 +314,5 @@ def arrays(node: Any) -> dict[str, np.ndarray]:
         if leaf is not None:
             result["/".join(path)] = leaf
         elif len(path) < 20:
-            waiting.extend(((*path, str(key)), value) for key, value in (fields(node) or {}).items())
+            waiting.extend(((*path, name(key)), value) for key, value in (fields(node) or {}).items())
     raise UserError(f"the pickle has more than {_MOST_NODES} entries")

@@ -6,6 +6,7 @@ transformers 5 saves; and what transformers 5 has in memory. All become the firs
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -69,6 +70,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> Foreign:
     """A folder."""
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is a folder without config.json: only Hugging Face's ViTMAE is read from a folder; of others name "
+            "the file"
+        )
     facts = _json(path / "config.json")
     if facts.get("model_type") != "vit_mae":
         raise UserError(f"{path}/config.json is of a {facts.get('model_type')!r}; 'vit_mae' is needed")
@@ -78,7 +84,8 @@ def read(path: Path) -> Foreign:
     if not whole.is_file() and not torch.is_file():
         raise UserError(f"{path} has neither model.safetensors nor pytorch_model.bin")
     arrays = safetensors.load(whole)[0] if whole.is_file() else torch_file.load(torch)[0]
-    return Foreign({_spell(name): value for name, value in arrays.items()}, facts)
+    foreign = Foreign.of_torch(arrays, facts)
+    return dataclasses.replace(foreign, arrays={_spell(name): value for name, value in foreign.arrays.items()})
 
 
 def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
@@ -174,4 +181,4 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
         report.notes.append("pixels: this model's mean and deviation are in preprocessor_config.json")
 
 
-FORMAT = Format("Hugging Face ViTMAE: a folder", read, describe, write, NAMES, arithmetic)
+FORMAT = Format("Hugging Face ViTMAE: a folder", read, describe, write, NAMES, arithmetic, endings=())

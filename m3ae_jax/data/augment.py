@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
 MOST = 10.0
@@ -79,6 +80,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
+COLOR_SAFE = ("rotate", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
+"""What keeps the colours, and what is left and right, as captions name them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
     """See the module docstring.
@@ -86,15 +91,23 @@ class RandAugment:
     Attributes:
         magnitude: mean of the magnitudes, 0 to `MOST`.
         fill: colour of what a shift uncovers: the data's mean.
+        operations: names of `OPERATIONS`, from which two are drawn.
     """
 
     magnitude: float
     fill: Rgb
+    operations: tuple[str, ...] = tuple(OPERATIONS)
+
+    @classmethod
+    def of(cls, data: ConfigDict, magnitude: float, operations: tuple[str, ...] = tuple(OPERATIONS)) -> RandAugment:
+        """With the mean colour of ``config.data``."""
+        red, green, blue = (round(255 * mean) for mean in data.image_mean)
+        return cls(magnitude, (red, green, blue), operations)
 
     def __call__(self, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Changes a picture, `[H, W, 3] uint8` to the same; a function of the picture and the generator's state."""
         image = Image.fromarray(picture)
-        names = tuple(OPERATIONS)
+        names = self.operations
         for _ in range(_LAYERS):
             name, applied = names[int(rng.random() * len(names))], rng.random() < _PROBABILITY
             share = float(np.clip(rng.normal(self.magnitude, _DEVIATION), 0.0, MOST)) / MOST

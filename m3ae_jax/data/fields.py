@@ -7,11 +7,12 @@ import math
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
-from m3ae_jax.data.sources.base import MODALITIES
+from m3ae_jax.data.sources.base import MAX_BYTES, MODALITIES
 from m3ae_jax.errors import UserError, one_of
 
 CC12M_MEAN = (0.5762, 0.5503, 0.5213)
 CC12M_STD = (0.3207, 0.3169, 0.3307)
+MAX_PIXELS = 2**26
 
 
 class DataFields(FieldGroup):
@@ -36,14 +37,29 @@ class DataFields(FieldGroup):
     """Least and greatest share of a picture that a crop takes."""
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3))
     """Least and greatest width / height of a crop."""
+    crop_rule: int = setting(2, low=1, high=2, identifies=False)
+    """2: torchvision's rule; 1: boxes cut at the picture's edge, as runs before 2026-11-29."""
     flip: bool = setting(True)
     """Mirror half of the pictures; false where captions speak of left and right."""
-    tokenizer: str = setting("", aliases=("vocab", "vocabulary"))
-    """FILE.model (SentencePiece), vocab.txt (BERT's WordPiece) or scenes."""
+    rand_augment: float = setting(0.0, low=0.0, high=10.0, aliases=("randaugment", "randaug"))
+    """Magnitude of RandAugment (two operations a picture) in training; 0: none; ALBEF: 7."""
+    rand_augment_operations: str = setting("color_safe", choices=("color_safe", "all"))
+    """color_safe: those that keep colours, as captions name them; all: those of fine-tuning."""
+    tokenizer: str = setting("", identifies=False, aliases=("vocab", "vocabulary"))
+    """FILE.model (SentencePiece), vocab.txt (BERT's WordPiece), tokenizer.json (Hugging Face's) or scenes. A run's
+    folder holds a copy, which counts where the file is gone; by its content it identifies the run."""
     max_text_tokens: int = setting(64, low=1, high=100_000, aliases=("max_length", "text_length", "seq_len"))
     """Tokens of a caption at most."""
     max_bad_fraction: float = setting(0.05, low=0, high=1, identifies=False)
     """Share of unreadable examples above which (and after 1,000) a run stops."""
+    max_bytes: int = setting(MAX_BYTES, low=1)
+    """Bytes of one picture, caption or record at most; a larger one is not read, but counted."""
+    max_pixels: int = setting(MAX_PIXELS, low=1, high=2**27)
+    """Pixels of a picture at most; a larger one is not decoded, but counted. Each thread decodes one at a time, at 4
+    bytes a pixel, of a progressive JPEG 8, of a WebP 16."""
+    index_dir: str = setting("", identifies=False)
+    """Folder of the index files of the data, of a store too; then one process writes and all read. Empty: the user's
+    cache."""
     threads: int = setting(0, low=0, high=1024, identifies=False, aliases=("workers", "num_workers"))
     """Threads of each process that read and decode; 0: one a core. More help where reading waits."""
     caption_fraction: float = setting(1.0, low=0.0, high=1.0)

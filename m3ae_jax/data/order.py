@@ -17,12 +17,21 @@ from typing import Any
 import numpy as np
 
 ORDER_VERSION = 2
-"""Written into every checkpoint: a run goes on only with the order that it began with."""
+"""With crop rule 1, see `order_version`."""
 
 ATTEMPTS = 8
 """Candidates for one draw: the first that decodes is used."""
 
 _ROUNDS = 12
+
+
+def order_version(crop_rule: int) -> int:
+    """Written into every checkpoint: a run goes on only with the order, and the crops, that it began with.
+
+    Args:
+        crop_rule: ``data.crop_rule``.
+    """
+    return ORDER_VERSION + crop_rule - 1
 
 
 def fold_seed(*parts: object) -> int:

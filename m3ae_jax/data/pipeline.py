@@ -22,8 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import m3ae_jax.data.images as images
+from m3ae_jax.data.augment import COLOR_SAFE, OPERATIONS, RandAugment
 from m3ae_jax.data.order import ATTEMPTS, Order, RandomStream, fold_seed, keeps_caption
-from m3ae_jax.data.sources.base import Record, Source
+from m3ae_jax.data.sources.base import Record, Source, report_of, where_of
+from m3ae_jax.data.sources.index import left_out
 from m3ae_jax.data.text import Tokenizer, encode_batch
 from m3ae_jax.data.tokens import EXAMPLE, Group, Modality, Spec, TokenSet
 from m3ae_jax.errors import UserError
@@ -100,7 +102,12 @@ class Feed:
 def train_view(config: ConfigDict, source: Source, name: str = "train") -> View:
     """The endless shuffled view that training draws from; `name` is the source's in a mixture."""
     seed = fold_seed(config.seed, name, "train")  # not of the format: repacked data are the same data
-    return View(Order(len(source), seed), seed, augment=True, caption_fraction=config.data.caption_fraction)
+    data, change = config.data, None
+    if data.rand_augment:
+        names = COLOR_SAFE if data.rand_augment_operations == "color_safe" else tuple(OPERATIONS)
+        change = RandAugment.of(data, data.rand_augment, names)
+    order = Order(len(source), seed)
+    return View(order, seed, augment=True, caption_fraction=data.caption_fraction, change=change)
 
 
 def eval_view(config: ConfigDict, source: Source, examples: int) -> View:
@@ -204,8 +211,13 @@ def _joined(chunks: Any) -> Any:
 def _check_modalities(groups: tuple[Group, ...], source: Source, tokenizer: Tokenizer | None) -> None:
     for modality in _modalities(groups).values():
         if modality.name not in source.modalities:
+            beside, held = report_of(source), ", ".join(source.modalities)
+            makes = "template" in getattr(source, "uses", ()) and bool(source.classes) and modality.name == "text"
+            hint = "; template='a photo of a {}' would make captions of its classes" if makes else ""
             raise UserError(
-                f"data.modalities asks for {modality.name!r}, but the source holds only {', '.join(source.modalities)}"
+                f"data.modalities asks for {modality.name!r}, but {where_of(source)} holds only {held}: "
+                f"--config.data.modalities={source.modalities[0]} trains on that alone{hint}"
+                f"{left_out(beside) if beside else ''}"
             )
         if modality.reader == "text" and tokenizer is None:
             raise UserError("data.tokenizer is empty, and text needs one")
@@ -282,7 +294,7 @@ class _Stages:
             batch = self.chunk(places, draws, indices)
         except Exception as error:  # in tf.data's threads it would become a page of C++ and Python
             log.debug("reading examples %s failed", indices, exc_info=True)
-            names = ", ".join(sorted({type(self._feed.sources[place]).__name__ for place in places.tolist()}))
+            names = ", ".join(sorted({where_of(self._feed.sources[place]) for place in places.tolist()}))
             said = " ".join(f"{type(error).__name__}: {error}".split())
             self.failure = self.failure or UserError(f"{names}: reading examples {indices.tolist()} failed: {said}")
             batch = tf.nest.map_structure(lambda one: np.zeros(one.shape, one.dtype), self._spec(len(draws)))
@@ -304,8 +316,11 @@ class _Stages:
             values[picture.name], counts[picture.name] = self._patches(chunk, picture), picture.tokens
         if text := self._modalities.get("text"):
             values[text.name], length = self._words(chunk, text)
-            counts[text.name] = np.where(self._captioned(chunk), length, 0)
+            captioned = self._captioned(chunk)
+            counts[text.name] = np.where(captioned, length, 0)
             chunk.example["caption_id"] *= counts[text.name] > 0
+            empty = captioned & (length == 0) & (chunk.example["attempt"] == 0)
+            chunk.example["reason"][empty] = images.REASONS.index(images.EMPTY_CAPTION)
         ends = np.array([view.end for view in self._feed.views])
         valid = (chunk.example["attempt"] < ATTEMPTS) & (draws < ends[places])
         chunk.example["valid"] = valid
@@ -344,16 +359,24 @@ class _Stages:
         data, view, draw = self._config.data, self._feed.views[chunk.places[row]], chunk.draws[row]
         crop = images.Crop()
         if view.augment:
-            crop = images.Crop(chunk.uniform[row, :5], tuple(data.crop_scale), tuple(data.crop_ratio), data.flip)
+            more = (lambda: RandomStream(fold_seed(view.seed, "crop"), draw)) if data.crop_rule == 2 else None
+            crop = images.Crop(chunk.uniform[row, :5], tuple(data.crop_scale), tuple(data.crop_ratio), data.flip, more)
         for attempt, record in self._candidates(chunk, row):
             try:
-                pixels = images.load(record.get("image", b""), data.image_size, crop)
+                if reason := self._refused(record):
+                    raise images.Unusable(reason)
+                pixels = images.load(record.get("image", b""), data.image_size, crop, data.max_pixels)
             except images.Unusable as error:
                 if not attempt:
                     chunk.example["reason"][row] = images.REASONS.index(str(error))
             else:
                 return view.change(pixels, generator(fold_seed(view.seed, "change"), draw)) if view.change else pixels
         return None
+
+    def _refused(self, record: Record) -> str:
+        """Why an example cannot be used, before anything of it is decoded; empty: it may."""
+        absent = "text" in self._modalities and "caption" not in record
+        return record.get("unusable") or (images.NO_CAPTION if absent else "")
 
     def _words(self, chunk: _Chunk, text: Modality) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `[c, T] int32` of each example's caption, and how many there are, `[c] int32`."""
@@ -363,7 +386,8 @@ class _Stages:
         )
         if "picture" not in self._modalities:  # beside a picture an empty caption is none; alone it is nothing
             for row in np.flatnonzero(length == 0).tolist():
-                chunk.example["reason"][row] = images.REASONS.index(images.NO_WORDS)
+                reason = self._refused(chunk.records[row]) or images.NO_WORDS
+                chunk.example["reason"][row] = images.REASONS.index(reason)
                 for _ in self._candidates(chunk, row):
                     one, count = encode_batch(self._tokenizer, [chunk.caption(row)], text.tokens)
                     if count[0]:
@@ -401,7 +425,8 @@ class _Stages:
                 return self._feed.sources[place].read(indices)
             except OSError as error:
                 if attempt == _READ_TRIES - 1:
-                    self.failure = UserError(f"reading the data failed {_READ_TRIES} times: {error}")
+                    where = where_of(self._feed.sources[place])
+                    self.failure = UserError(f"{where}: reading the data failed {_READ_TRIES} times: {error}")
                 else:
                     time.sleep(0.2 * 4**attempt)
         return [Record() for _ in indices]

@@ -6,9 +6,10 @@ writes ``DIR/train.array_record-00000-of-00010`` and so on: records are `tf.trai
 picture), `caption` (one or several) and `label` (where the source has labels); the classes' names are the lines of
 ``DIR/classes.txt``. Pictures whose short side exceeds `--short_side` pixels are shrunk to it, upright, and stored as
 JPEG; the others stay byte for byte. Pictures that do not decode are left out and counted (`--check=false` leaves
-them in). With `--format=tfds` the folder also opens with `tfds.builder_from_directory`; as TensorFlow Datasets decodes
-neither WebP, GIF and BMP nor palettes, CMYK, 16 bits and transparency as one would wish, such pictures become JPEG
-or, where nothing was lost before, PNG.
+them in), and so are examples without a caption in a source that has captions. What the source itself left out, and
+what of it is not read, is told at the end as well. With `--format=tfds` the folder also opens with
+`tfds.builder_from_directory`; as TensorFlow Datasets decodes neither WebP, GIF and BMP nor palettes, CMYK, 16 bits and
+transparency as one would wish, such pictures become JPEG or, where nothing was lost before, PNG.
 
 Each file holds a fixed range of the source, in its order, so the same source and options give the same bytes with any
 number of `--workers`. A file gets its name once it is whole, and is then listed in ``DIR/train.manifest.json``: the
@@ -35,20 +36,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 from PIL import Image
 
-from m3ae_jax import console
+from m3ae_jax import command_line, console
 from m3ae_jax.data import images
 from m3ae_jax.data.sources import SOURCES, open_format
-from m3ae_jax.data.sources.base import CAPTIONS, Record, Source, SourceOptions
+from m3ae_jax.data.sources.base import CAPTIONS, MAX_BYTES, Record, Source, SourceOptions, report_of
 from m3ae_jax.data.sources.files import is_remote
-from m3ae_jax.data.sources.index import IndexReport, Tally, skip_line
+from m3ae_jax.data.sources.index import IndexReport, Tally, skip_line, unused_line
+from m3ae_jax.data.sources.splits import MANIFEST
 from m3ae_jax.errors import STOPPED, UserError, one_of
+from m3ae_jax.paths import local
 
 FORMATS = ("array_record", "tfds")
 
+_READ = ("split", "image_key", "caption_key", "label_key", "captions", "template", "caption_per_line", "max_bytes")
 _VERSION = 1  # of the manifest; raise it when the same options give other files
 _WRITER_OPTIONS = "group_size:1"  # a record a chunk: reading one does not decompress others
 _BLOCK = 64  # records read at once
@@ -68,7 +72,8 @@ class Job:
         source: one of `sources.SOURCES`, or ``package.module:Class``.
         path: its files.
         output: the folder to write; it is made.
-        read: how the source is read; its `split` names the files.
+        read: how the source is read.
+        name: of what is written, a split of `output`; empty: as `read.split`.
         format: ``array_record``, or ``tfds`` for the metadata of TensorFlow Datasets beside such files.
         short_side: pictures with a longer short side are shrunk to it, pixels; 0: none is.
         quality: of the JPEGs made, 1 to 100.
@@ -82,6 +87,7 @@ class Job:
     path: str
     output: str
     read: SourceOptions = SourceOptions()
+    name: str = ""
     format: str = "array_record"
     short_side: int = 256
     quality: int = 95
@@ -93,8 +99,14 @@ class Job:
     def options(self) -> dict[str, Any]:
         """Those that the files' contents depend on."""
         own = ("format", "short_side", "quality", "shard_examples", "check")
-        read = ("split", "image_key", "caption_key", "label_key", "captions", "template")
-        return {name: getattr(self, name) for name in own} | {name: getattr(self.read, name) for name in read}
+        options = {name: getattr(self, name) for name in own} | {name: getattr(self.read, name) for name in _READ}
+        other = {"read_split": self.read.split} if self.split != self.read.split else {}
+        return options | {"split": self.split} | other
+
+    @property
+    def split(self) -> str:
+        """The name of what is written."""
+        return self.name or self.read.split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +115,14 @@ class Summary:
 
     Attributes:
         report: files, examples, and those left out by reason with the first of each.
+        source: what the source left out itself, and what of it is not read; None where it does not say.
         encoded: pictures encoded anew.
         bytes: of all files.
         reused: files that were there already.
     """
 
     report: IndexReport
+    source: IndexReport | None
     encoded: int
     bytes: int
     reused: int
@@ -126,13 +140,13 @@ def prepare(job: Job) -> Summary:
     """
     _check(job)
     source = _open_source(job)
-    output = Path(job.output).expanduser().absolute()
-    with _reporting_writes(job), _locked(output, job.read.split):
+    output = local(job.output, "--output").absolute()
+    with _reporting_writes(job), _locked(output, job.split):
         manifest = _Manifest.open(job, source, output)
         _write_classes(output, job.output, source.classes)
         todo = manifest.unfinished(job.verify)
         _write_shards(job, source, manifest, todo)
-        summary = manifest.summary(manifest.number_of_shards - len(todo))
+        summary = manifest.summary(manifest.number_of_shards - len(todo), report_of(source))
         if not summary.report.examples:
             raise UserError(f"output={job.output!r}: no example is left ({skip_line(summary.report)})")
         if job.format == "tfds":
@@ -148,9 +162,9 @@ def _check(job: Job) -> None:
         raise UserError(one_of("format", job.format, FORMATS))
     if job.read.captions not in CAPTIONS:
         raise UserError(one_of("captions", job.read.captions, CAPTIONS))
-    split = job.read.split
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", split, re.ASCII):
-        raise UserError(f"split={split!r} names the files: it takes letters, digits, _ and - only")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", job.split, re.ASCII):
+        field = "name" if job.name else "split"
+        raise UserError(f"{field}={job.split!r} names the files: it takes letters, digits, _ and - only")
     for name, least in (("short_side", 0), ("quality", 1), ("shard_examples", 1), ("workers", 0)):
         if getattr(job, name) < least:
             raise UserError(f"{name}={getattr(job, name)} must be at least {least}")
@@ -165,7 +179,12 @@ def _check(job: Job) -> None:
 def _open_source(job: Job) -> Source:
     if job.source == "scenes":
         raise UserError("source='scenes' is drawn, not stored: there is nothing to prepare")
-    source = open_format(job.source, job.path, job.read, "")
+    try:
+        source = open_format(job.source, job.path, job.read, "")
+    except UserError as error:
+        if job.name or not str(error).startswith("split="):
+            raise
+        raise UserError(f"{error}; name={job.read.split!r} instead names the files alone") from None
     if job.format == "tfds" and len(set(source.classes)) < len(source.classes):
         raise UserError("format='tfds' allows no two classes of the same name; use format=array_record")
     return source
@@ -309,13 +328,13 @@ class _Manifest:
             "classes": list(source.classes),
             "options": job.options(),
         }
-        path = output / f"{job.read.split}.manifest.json"
+        path = output / f"{job.split}{MANIFEST}"
         if path.exists():
             manifest = cls.load(path)
             manifest._refuse_differences(head)
         else:
             manifest = cls(path, head, {})
-            prefix = f"{job.read.split}.array_record-"
+            prefix = f"{job.split}.array_record-"
             foreign = sorted(name for name in os.listdir(output) if name.startswith(prefix))
             if foreign:
                 raise UserError(f"output={job.output!r} has {foreign[0]} already, which no {path.name} tells of")
@@ -341,7 +360,7 @@ class _Manifest:
             assert manifest.number_of_shards > 0 and manifest.split and head["version"] == _VERSION
             # It may have come with somebody's data: no name in it leads out of the folder.
             own = all(shard.file == manifest.file(number) for number, shard in shards.items())
-            if not own or path.name != f"{manifest.split}.manifest.json":
+            if not own or path.name != f"{manifest.split}{MANIFEST}":
                 raise ValueError("names of other files")
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
             raise UserError(f"{path} is no manifest of this program's; remove it and the files it tells of") from error
@@ -374,16 +393,17 @@ class _Manifest:
                 del self.shards[number]
         return [number for number in range(self.number_of_shards) if number not in self.shards]
 
-    def summary(self, reused: int) -> Summary:
+    def summary(self, reused: int, source: IndexReport | None) -> Summary:
         """The sum of all files."""
         shards, tally = [self.shards[number] for number in sorted(self.shards)], Tally()
         for shard in shards:
             tally.merge(shard.left_out)
         report = tally.report(len(shards), sum(shard.examples for shard in shards))
-        return Summary(report, sum(s.encoded for s in shards), sum(s.bytes for s in shards), reused)
+        return Summary(report, source, sum(s.encoded for s in shards), sum(s.bytes for s in shards), reused)
 
     def _refuse_differences(self, head: dict[str, Any]) -> None:
-        before, now = (of["options"] | {"source": of["source"]} for of in (self.head, head))
+        new = {"caption_per_line": False, "max_bytes": MAX_BYTES}  # what a manifest without these options was made with
+        before, now = (new | of["options"] | {"source": of["source"]} for of in (self.head, head))
         other = [f"{name}={before.get(name)!r} (now {now[name]!r})" for name in now if before.get(name) != now[name]]
         if not other and self.head["examples"] != head["examples"]:
             other = [f"{self.head['examples']} examples in the source (now {head['examples']}: it has changed)"]
@@ -409,7 +429,7 @@ class _Manifest:
 
 
 def _manifests(output: Path) -> list[_Manifest]:
-    return [_Manifest.load(path) for path in sorted(output.glob("*.manifest.json")) if not path.name.startswith(".")]
+    return [_Manifest.load(path) for path in sorted(output.glob(f"*{MANIFEST}")) if not path.name.startswith(".")]
 
 
 def _sha256(path: Path) -> str:
@@ -433,7 +453,7 @@ def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]
     with ThreadPoolExecutor(job.workers or len(os.sched_getaffinity(0))) as pool:
         running: dict[Future[_Shard], int] = {}
         for number in todo:
-            path = Path(job.output).expanduser() / manifest.file(number)
+            path = local(job.output, "--output") / manifest.file(number)
             running[pool.submit(_write_shard, job, source, path, ranges[number], stop, progress)] = number
         try:
             while running:
@@ -463,10 +483,8 @@ def _write_shard(
             for number, record in zip(examples, _read(job, source, examples), strict=True):
                 if stop.is_set():
                     raise _Stop
-                stored = record.copy()
                 try:
-                    if "image" in record:
-                        stored["image"] = picture(record["image"], job)
+                    stored = _stored(record, source.modalities, job)
                 except images.Unusable as error:
                     tally.add(str(error), f"example {number}")
                     progress.add(left_out=1)
@@ -515,6 +533,22 @@ def _reasons() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error).partition("failed: ")[2].partition(";")[0] or str(error)) from error
+
+
+def _stored(record: Record, modalities: tuple[str, ...], job: Job) -> Record:
+    """The record as it is written.
+
+    Raises:
+        images.Unusable: the source says so, its picture does not decode, or it has no caption where there are captions.
+    """
+    if "unusable" in record:
+        raise images.Unusable(record["unusable"])
+    stored = record.copy()
+    if "image" in record:
+        stored["image"] = picture(record["image"], job)
+    if "text" in modalities and "caption" not in record:
+        raise images.Unusable(images.NO_CAPTION)
+    return stored
 
 
 def _captions(record: Record) -> tuple[bytes, ...]:
@@ -722,14 +756,16 @@ class Progress:
 
 
 def _summary_lines(job: Job, summary: Summary) -> str:
-    report = summary.report
+    report, source = summary.report, summary.source
     there = f", {summary.reused} of them there already" if summary.reused else ""
     rows: list[tuple[str, object]] = [
         ("examples", f"{report.examples:,} ({summary.encoded:,} pictures encoded anew)"),
         ("left out", skip_line(report) or "none"),
+        *([("left out by the source", skip_line(source) or "none")] if source else []),
+        *([("not read", unused_line(source))] if source and source.unused else []),
         ("files", f"{report.shards:,}, {summary.bytes:,} bytes{there}"),
     ]
-    return f"{Path(job.output) / job.read.split}.array_record\n{console.table(rows)}"
+    return f"{Path(job.output) / job.split}.array_record\n{console.table(rows)}"
 
 
 def _define_flags() -> None:
@@ -738,12 +774,16 @@ def _define_flags() -> None:
     flags.DEFINE_string("path", "", "The source's files, as in a config.")
     flags.DEFINE_string("output", None, "The folder to write.", required=True)
     flags.DEFINE_string("format", "array_record", f"{' or '.join(FORMATS)}.")
-    flags.DEFINE_string("split", "train", "Names the files, and the split of sources with several.")
+    flags.DEFINE_string("split", "train", "Of sources with several; names the files too.")
+    flags.DEFINE_string("name", "", "Names the files, where they are not to be called as the split.")
     flags.DEFINE_string("image_key", "", "Name of the picture field; empty: the usual names.")
     flags.DEFINE_string("caption_key", "", "Name of the caption field; empty: the usual names.")
     flags.DEFINE_string("label_key", "", "Name of the class field; empty: the usual names.")
     flags.DEFINE_string("captions", "draw", "Of pictures with several: draw keeps them together, all: an example each.")
     flags.DEFINE_string("template", "", "Makes a caption of a class name, as 'a photo of a {}'.")
+    flags.DEFINE_bool("caption_per_line", False, "Each line of a .txt is a caption of its own.")
+    flags.DEFINE_integer("max_bytes", MAX_BYTES, "Of one picture, caption or record; a larger one is left out.")
+    flags.DEFINE_string("index_dir", "", "Folder of the source's index files; empty: in the user's cache.")
     flags.DEFINE_integer("short_side", 256, "Shrink pictures to this, pixels; 0: leave them.")
     flags.DEFINE_integer("quality", 95, "Of the JPEGs that are made, 1 to 100.")
     flags.DEFINE_integer("shard_examples", 10_000, "Examples of the source a file.")
@@ -764,20 +804,18 @@ def _job(args: Any) -> Job:
 def _main(argv: list[str]) -> None:
     console.start_logging()
     try:
-        if argv[1:]:
-            raise UserError(f"argument {argv[1]!r} is not a flag; see --help")
         job = _job(flags.FLAGS)
         console.import_tensorflow()
         summary = prepare(job)
     except KeyboardInterrupt:
         print("prepare: interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(STOPPED) from None
-    except (UserError, OSError) as error:
-        raise SystemExit(f"prepare: {str(error).replace('data.*.', '')}") from None
+    except OSError as error:
+        raise UserError(str(error)) from None
     print(_summary_lines(job, summary))
 
 
 if __name__ == "__main__":
     console.quiet_environment()
     _define_flags()
-    app.run(_main)
+    command_line.run(_main)

@@ -19,6 +19,9 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.data.order import RandomStream
 
+MASK = -1
+"""In `TokenSet.input`: the mask embedding is shown."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Modality:
@@ -49,7 +52,7 @@ class TokenSet(TypedDict):
         position: `[B, K] int32`.
         valid: `[B, K] bool`, False in padding slots (whose value and position are 0).
         modality: `[B, K] int32`, place in `Group.modalities`; only where a group mixes modalities.
-        input: `[B, K] int32`, what is shown instead of `value`, -1 for the mask embedding; only where a masker says so.
+        input: `[B, K] int32`, what is shown instead of `value`, or `MASK`; only where a masker says so.
     """
 
     value: Any

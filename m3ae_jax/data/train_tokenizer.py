@@ -22,11 +22,14 @@ from typing import Any
 
 import numpy as np
 import sentencepiece as spm
-from absl import app, flags
+from absl import flags
 
+from m3ae_jax import command_line
 from m3ae_jax.atomic import replacing
-from m3ae_jax.data.sources import NAMES, open_format
-from m3ae_jax.data.sources.base import Source, SourceOptions
+from m3ae_jax.data import images
+from m3ae_jax.data.sources import NAMES, format_class, open_format
+from m3ae_jax.data.sources.base import OPTIONS, Source, SourceOptions, report_of
+from m3ae_jax.data.sources.index import Tally, left_out
 from m3ae_jax.data.sources.scenes import ScenesSource
 from m3ae_jax.data.text import clean_caption
 from m3ae_jax.errors import UserError, one_of
@@ -78,18 +81,27 @@ def train(captions: Iterable[str], output: str, vocab_size: int, model_type: str
     return processor.vocab_size()
 
 
-def read_captions(source: Source, max_captions: int) -> Iterator[str]:
+def read_captions(source: Source, max_captions: int, tally: Tally | None = None) -> Iterator[str]:
     """Clean captions of a source, evenly spaced over it when it has more than `max_captions`.
 
     Args:
-        source: any with captions.
+        source: any with captions; examples without one are passed over.
         max_captions: how many at most.
+        tally: counts the examples that are passed over, and the captions without words.
     """
+    tally = tally if tally is not None else Tally()
     count = min(len(source), max_captions)
     for start in range(0, count, _CHUNK):
         positions = np.arange(start, min(start + _CHUNK, count), dtype=np.int64)
-        for record in source.read(positions * len(source) // count):
-            yield clean_caption(record["caption"], _MAX_CHARS)
+        indices = positions * len(source) // count
+        for index, record in zip(indices.tolist(), source.read(indices), strict=True):
+            if "caption" not in record:
+                tally.add(record.get("unusable", images.NO_CAPTION), f"example {index}")
+                continue
+            caption = clean_caption(record["caption"], _MAX_CHARS)
+            if not caption:
+                tally.add(images.NO_WORDS, f"example {index}")
+            yield caption
 
 
 def _train(lines: list[str], vocab_size: int, model_type: str) -> bytes:
@@ -139,22 +151,37 @@ def _define_flags() -> None:
 def _main(argv: list[str]) -> None:
     args = flags.FLAGS
     try:
-        if argv[1:]:
-            raise UserError(f"argument {argv[1]!r} is not a flag; see --help")
         if args.max_captions < 1:
             raise UserError(f"max_captions={args.max_captions} must be at least 1")
-        source: Source
+        source, limit, tally = _open(args), args.max_captions, Tally()
         if args.source == "scenes":
-            source, limit = ScenesSource("train"), min(args.max_captions, _SCENES_CAPTIONS)
-        else:
-            options = SourceOptions(split=args.split, caption_key=args.caption_key, captions="all")
-            source, limit = open_format(args.source, args.path, options, "--"), args.max_captions
-        size = train(read_captions(source, limit), args.output, args.vocab_size, args.model_type)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"train_tokenizer: {error}") from None
-    print(f"{args.output}: {size} ids from {min(len(source), limit)} captions")
+            limit = min(limit, _SCENES_CAPTIONS)
+        size = train(read_captions(source, limit, tally), args.output, args.vocab_size, args.model_type)
+    except OSError as error:
+        raise UserError(str(error)) from None
+    print(_summary(args.output, source, min(len(source), limit), size, tally))
+
+
+def _open(args: Any) -> Source:
+    """The source that the flags name, with an example for each caption where the format has several a picture."""
+    if args.source == "scenes":
+        return ScenesSource("train")
+    has_several = "captions" in getattr(format_class(args.source, "--"), "uses", OPTIONS)
+    captions = "all" if has_several else "draw"
+    options = SourceOptions(split=args.split, caption_key=args.caption_key, captions=captions)
+    return open_format(args.source, args.path, options, "--")
+
+
+def _summary(output: str, source: Source, read: int, size: int, tally: Tally) -> str:
+    """What was made of what, and what was left out: here, and by the source."""
+    used = tally.report(1, read - sum(count for count, _ in tally.skipped.values()))
+    lines = [f"{output}: {size} ids from {used.examples} captions{left_out(used)}"]
+    report = report_of(source)
+    if report and (told := left_out(report)):
+        lines.append(f"of the source{told}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(_main)
+    command_line.run(_main)

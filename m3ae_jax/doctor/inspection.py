@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import m3ae_jax.console as console
 from m3ae_jax.atomic import write_text
 from m3ae_jax.config import resolve, steps
+from m3ae_jax.data.annotations import number_of
 from m3ae_jax.data.mixture import Mixture, open_mixture
-from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.run_tokenizer import open_tokenizer
 from m3ae_jax.doctor import pages
 from m3ae_jax.doctor.findings import PROBLEM, find
+from m3ae_jax.doctor.parts import HeldOut, annotation_files, facts_of, held_out, overlap
 from m3ae_jax.doctor.speed import Speed, measure, need
+from m3ae_jax.doctor.subject import subject
 from m3ae_jax.doctor.survey import Sample, Words, draws, look, statistics, together
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import build
@@ -49,25 +54,41 @@ def inspect(config: ConfigDict, workdir: Path, examples: int = EXAMPLES, topolog
         raise UserError(f"--inspect_examples={examples}: must be 1 or more")
     config = resolve(config)
     has_text = "text" in config.data.modalities
-    named = load_tokenizer(config.data.tokenizer) if has_text and config.data.tokenizer else None
+    named = open_tokenizer(config.data.tokenizer, workdir) if has_text and config.data.tokenizer else None
     tokenizer = named or Words()
     vocab_size = (named.vocab_size if named else BERT_VOCABULARY) if has_text else 0
     needed = need(config, vocab_size, topology)
-    mixture = open_mixture(config, 1)  # its parts are the same on any mesh
+    mixture = _open(config)
     samples = []
     for member, count in zip(mixture.members, draws(mixture, examples), strict=True):
-        log.info("%s: looking at %s of %s examples", member.name, f"{count:,}", f"{len(member.source):,}")
+        log.info("%s: looking at %s of %s", member.name, f"{count:,}", number_of(len(member.source), "examples"))
         samples.append(look(member, _view(mixture, member.name, config), count, tokenizer, config))
+    unit = "tokens" if named else "words"
+    others = held_out(config, tokenizer, unit)
     speed = measure(config, mixture, build(config, vocab_size).groups, tokenizer, _SHOWN)
-    report = _report(config, mixture, samples, speed, "tokens" if named else "words")
+    report = _report(config, mixture, samples, speed, unit) | _report_on_others(config, samples, others)
+    report["tokenizer"] = {"path": config.data.tokenizer, "fingerprint": named.fingerprint if named else ""}
     report["speed"]["needed"] = [dataclasses.asdict(one) for one in needed]
     findings = find(report, config)
     report["findings"] = [dataclasses.asdict(finding) for finding in findings]
     _write(workdir, report, samples, speed, config)
-    for finding in findings:
-        log.info("%s %s", "!!" if finding.level == PROBLEM else " -", finding.text)
+    if findings:
+        log.info(console.table([("!!" if finding.level == PROBLEM else " -", finding.text) for finding in findings]))
     log.info("the data doctor's page: %s", Path(workdir) / "report.html")
     return report
+
+
+def _open(config: ConfigDict) -> Mixture:
+    """The training data.
+
+    Raises:
+        UserError: they cannot be opened; it also says which annotation files are at the path.
+    """
+    try:
+        return open_mixture(config, 1)  # its parts are the same on any mesh
+    except UserError as error:
+        found = "; ".join(map(str, annotation_files(config).found))
+        raise UserError(f"{error}; {found}" if found else str(error)) from None
 
 
 def _view(mixture: Mixture, name: str, config: ConfigDict) -> Any:
@@ -82,18 +103,11 @@ def _report(config: ConfigDict, mixture: Mixture, samples: list[Sample], speed: 
     troubles = [f"the pipeline stopped: {speed.trouble}"] if speed.trouble else []
     for place, (member, sample) in enumerate(zip(mixture.members, samples, strict=True)):
         spec = config.data.mixture[member.name] if config.data.mixture else config.data.train
-        share, indexed = mixture.share(place), getattr(member.source, "report", None)
-        sources[member.name] = {
-            "format": spec.source,
-            "path": spec.path,
+        share = mixture.share(place)
+        sources[member.name] = facts_of(member.source, spec) | {
             "modalities": list(member.modalities),
-            "examples": len(member.source),
             "share": share,
             "epochs": share * config.batch_size * total / len(member.source),
-            "counted_at_indexing": indexed is not None,
-            "files": indexed.shards if indexed else None,
-            "left_out": dict(indexed.skipped) if indexed else {},
-            "left_out_e.g.": dict(indexed.samples) if indexed else {},
             "looked_at": statistics(sample, config, unit),
         }
         missing = [m for m in member.modalities if m not in member.source.modalities]
@@ -102,6 +116,8 @@ def _report(config: ConfigDict, mixture: Mixture, samples: list[Sample], speed: 
     measured = dataclasses.asdict(dataclasses.replace(speed, shown=()))
     del measured["shown"]
     return {
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "subject": subject(config.to_dict()),
         "batch_size": config.batch_size,
         "steps": total,
         "troubles": troubles,
@@ -109,6 +125,29 @@ def _report(config: ConfigDict, mixture: Mixture, samples: list[Sample], speed: 
         "together": statistics(together(samples), config, unit),
         "speed": measured,
         "text_unit": unit,
+    }
+
+
+def _report_on_others(config: ConfigDict, samples: list[Sample], parts: list[HeldOut]) -> dict[str, Any]:
+    """What is held out, what of it is trained on, and which annotation files lie beside the data."""
+    everything = together(samples)
+    opened = [part for part in parts if everything.pictures and part.sample and part.sample.pictures]
+    files = annotation_files(config)
+    return {
+        "held_out": {part.name: part.facts for part in parts},
+        "overlap": {part.name: overlap(everything, part) for part in opened},
+        "annotations": [
+            {
+                "text": str(one),
+                "name": one.path.name,
+                "of": len(one.pictures) or one.counts.get("shards", 0),
+                "nouns": "images" if one.pictures else "shards",
+                "missing": len(one.missing),
+                "e.g.": one.missing[0] if one.missing else "",
+            }
+            for one in files.found
+        ],
+        "passed_over": files.passed_over,
     }
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m3ae_jax.data.annotations import number_of
 from m3ae_jax.data.order import ATTEMPTS
 from m3ae_jax.doctor.findings import PROBLEM, percent
 from m3ae_jax.doctor.speed import Shown
@@ -37,13 +38,16 @@ def section(report: dict[str, Any], sample: Sample, shown: Sequence[Shown], conf
         shown: examples as training gets them.
         config: resolved.
     """
+    yield page.facts(_subject(report))
     looked = report["together"]["examples"]
-    yield page.note(f"The run's first {looked:,} examples, in its own order, each as it stands before any replacement.")
+    first = f"first {looked:,} examples" if looked > 1 else "first example"
+    yield page.note(f"The run's {first}, in its own order, each as it stands before any replacement.")
     yield page.bullets(
         page.element("span", finding["text"], class_="bad" if finding["level"] == PROBLEM else "fine")
         for finding in report["findings"]
     )
     yield from _sources(report)
+    yield from _held_out(report)
     if "captions" in report["together"]:
         yield from _captions(report, sample)
     if "pictures" in report["together"]:
@@ -62,21 +66,75 @@ def _sources(report: dict[str, Any]) -> Iterator[Html]:
         ])  # fmt: skip
     columns = ("name", "format", "path", "gives", "examples", "share", "epochs of the run", "looked at")
     yield page.table(columns, rows)
-    left_out = [
-        (name, reason, count, source["left_out_e.g."].get(reason, ""))
-        for name, source in report["sources"].items()
-        for reason, count in source["left_out"].items()
-    ]
-    if left_out:
-        yield page.paragraph("Left out when the files were indexed:")
-        yield page.table(("source", "reason", "records", "first of them"), left_out)
-    elif any(source["counted_at_indexing"] for source in report["sources"].values()):
-        yield page.note("Nothing was left out when the files were indexed.")
+    yield from _left_out(report)
     unreadable = [one for _, looked in _columns(report) for one in looked.get("unreadable", {}).get("examples", ())]
     if unreadable:
         yield page.paragraph("Cannot be read:")
         reasons = {(one["source"], one["index"], one["error"]) for one in unreadable}
         yield page.table(("source", "example", "why"), sorted(reasons))
+
+
+def _subject(report: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """When the doctor looked, and at what."""
+    yield "made", f"{report['made'][:16].replace('T', ' ')} UTC"
+    for name, source in (report["sources"] | report["held_out"]).items():
+        said = f", fingerprint {source['fingerprint']}" if "fingerprint" in source else ""
+        yield name, page.join([f"{source['format']} ", page.data(source["path"] or "built in"), said])
+    tokenizer = report["tokenizer"]
+    text = "none: words between blanks are counted" if report["text_unit"] == "words" else tokenizer["path"]
+    yield "tokenizer", page.data(text)
+
+
+def _opened(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All sources that were opened, by name."""
+    sources: dict[str, dict[str, Any]] = report["sources"] | report["held_out"]
+    return {name: source for name, source in sources.items() if "error" not in source}
+
+
+def _left_out(report: dict[str, Any]) -> Iterator[Html]:
+    """What was left out at opening, and what is not read, of all sources."""
+    sources = _opened(report)
+    tables = (
+        ("left_out", "Left out when the files were opened:", "reason", "number"),
+        ("not_read", "There, but not read:", "what", "number"),
+    )
+    for kind, title, what, number in tables:
+        rows = [
+            (name, page.data(one), count, page.data(source[f"{kind}_e.g."].get(one, "")))
+            for name, source in sources.items()
+            for one, count in source[kind].items()
+        ]
+        if rows:
+            yield page.paragraph(title)
+            yield page.table(("source", what, number, "first of them"), rows)
+    files = {name: source for name, source in sources.items() if source["format"] != "scenes"}  # these are made
+    silent = [name for name, source in files.items() if not source["counted_at_indexing"]]
+    if silent:
+        yield page.note(f"What was left out of {', '.join(silent)} is not known: the format does not say.")
+    elif files and not any(source["left_out"] for source in files.values()):
+        yield page.note("Nothing was left out when the files were opened.")
+
+
+def _held_out(report: dict[str, Any]) -> Iterator[Html]:
+    """Validation data and labelled data, and what of them is trained on."""
+    if not report["held_out"]:
+        return
+    yield page.heading("Held-out data")
+    rows = []
+    for name, part in report["held_out"].items():
+        if "error" in part:
+            rows.append([name, "cannot be opened", *[""] * 6])
+            continue
+        looked, common = part["looked_at"], report["overlap"].get(name)
+        pictures, captions = looked.get("pictures"), looked.get("captions")
+        rows.append([
+            name, part["examples"], sum(part["left_out"].values()), sum(part["not_read"].values()), looked["examples"],
+            pictures["usable"] if pictures else "none",
+            captions["without_words"]["count"] if captions else "none",
+            _counted(common) if common else "not compared",
+        ])  # fmt: skip
+    columns = ("name", "examples", "left out", "not read", "looked at", "pictures that decode", "without words")
+    yield page.table((*columns, "training pictures that are in it"), rows)
 
 
 def _columns(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -126,6 +184,7 @@ def _captions(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
         )
     rows: list[Row] = [
         ("captions", lambda of: of["count"]),
+        ("examples without a caption, not even an empty one", lambda of: _counted(of["absent"])),
         ("empty", lambda of: _counted(of["empty"])),
         ("not UTF-8", lambda of: _counted(of["not_utf8"])),
         ("copies of another one", lambda of: _counted(of["repeated"])),
@@ -156,7 +215,7 @@ def _lengths(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
     drawn, axes = _histogram([(np.minimum(lengths, limit), "#1f77b4", "")], linear=True)
     axes.axvline(budget, color="#d95f02", linestyle="--", label=f"data.max_text_tokens = {budget}")
     axes.axvline(recommended, color="#1b7837", linestyle="-", label=f"keeps 99 % whole: {recommended}")
-    label = f"{unit} of a caption" + (f"; {beyond:,} longer than {limit} stand at {limit}" if beyond else "")
+    label = f"{unit} of a caption" + (f"; what is longer than {limit} ({beyond:,}) stands at {limit}" if beyond else "")
     axes.set(xlabel=label, ylabel="captions")
     axes.legend(fontsize=8)
     yield page.figure(drawn, f"Histogram of the captions' lengths in {unit}; {recommended} keep 99 % whole.")
@@ -167,6 +226,10 @@ def _lengths(report: dict[str, Any], sample: Sample) -> Iterator[Html]:
     yield _compare(report, "captions", rows)
     longest = captions["longest"]
     place = f"{longest['source']} example {longest['index']:,}"
+    endless = captions["endless"]
+    if endless["count"]:
+        which = f"{number_of(endless['count'], 'captions')} of more than {endless['more_than']:,} {unit}"
+        yield page.note(f"Left aside for the advice on lengths: {which}; such pages of text are no captions.")
     yield page.note(f"The longest ({longest['tokens']:,} {unit}, {place}) begins: ", page.data(longest["caption"]))
 
 
@@ -209,6 +272,7 @@ def _pictures(report: dict[str, Any], sample: Sample, config: ConfigDict) -> Ite
             ("formats", lambda of: ", ".join(f"{kind} {n:,}" for kind, n in of["formats"].items()) or "none"),
             ("width, pixels: least / median / 99th % / most", lambda of: _range(of["width"])),
             ("height, likewise", lambda of: _range(of["height"])),
+            ("shorter side, likewise", lambda of: _range(of["shorter_side"])),
             ("smallest", lambda of: _extreme(of["smallest"])),
             ("largest", lambda of: _extreme(of["largest"])),
             ("narrowest", lambda of: _extreme(of["narrowest"])),
@@ -252,11 +316,13 @@ def _speed(report: dict[str, Any]) -> Iterator[Html]:
     if not rate:
         yield page.paragraph("Not measured. ", page.data(speed["trouble"]))
         return
-    here = f"{speed['cores']} cores, {speed['processor']}"
-    size = f"batches of {speed['batch_size']:,}"
+    here = f"{number_of(speed['cores'], 'cores')}, {speed['processor']}"
+    size = f"{'batch' if speed['batches'] == 1 else 'batches'} of {number_of(speed['batch_size'], 'examples')}"
     if speed["batch_size"] < report["batch_size"]:
         size += f" in place of {report['batch_size']:,}"
-    yield page.paragraph(f"{rate:,.0f} examples/s on this machine ({here}; {speed['batches']} {size}).")
+    yield page.paragraph(
+        f"{rate:,.{0 if rate >= 10 else 1}f} examples/s on this machine ({here}; {speed['batches']} {size})."
+    )
     if not speed["needed"]:
         yield page.note("--topology=v5e:4x4 beside --mode=inspect_data compares it with what that slice would take.")
         return
@@ -277,7 +343,7 @@ def _sheet(shown: Sequence[Shown]) -> Iterator[Html]:
         return
     yield page.heading("What training sees")
     yield page.note(
-        f"The first {len(shown)} examples of the run, after cropping and cutting. Patches under a grey veil and ",
+        f"The first {number_of(len(shown), 'examples')} of the run, after cropping and cutting. Hatched patches and ",
         page.element("mark", "marked words"),
         " are hidden from the model.",
     )
@@ -298,7 +364,7 @@ def _example(one: Shown) -> Html:
     caption = page.element("p", *words, dir="auto", class_="words") if words else page.note("no caption")
     if one.picture is None:
         return page.element("figure", caption, page.element("figcaption", name))
-    return page.figure(_encoded(one.picture), f"{name}, hidden patches greyed", page.join([caption, name]))
+    return page.figure(_encoded(one.picture), f"{name}, hidden patches hatched", page.join([caption, name]))
 
 
 def _encoded(picture: np.ndarray) -> bytes:

@@ -20,15 +20,15 @@ from m3ae_jax.data.pipeline import Batches, together
 from m3ae_jax.data.text import Tokenizer, read_pieces
 from m3ae_jax.data.tokens import Group, patch_grid, restricted
 from m3ae_jax.plan.chips import parse
-from m3ae_jax.report.pictures import Word
+from m3ae_jax.report.pictures import Word, hatched
 from m3ae_jax.train.flops import work
 
 _MAX_BATCH = 512
 _BATCHES = 4  # timed at least, after the first, and for at least these seconds
 _SECONDS = 3.0
 _MOST_SECONDS = 20.0  # no further batch is timed after these
-_VEIL = 0.65  # of grey over a hidden patch
-_GREY, _OUTLINE = 128, 96
+_VEIL = 0.65  # of stripes over a hidden patch
+_OUTLINE = 96
 _CELL = 224  # pixels, at least, of a picture on the sheet
 
 
@@ -37,7 +37,7 @@ class Shown:
     """An example as training gets it.
 
     Attributes:
-        picture: `[H, W, 3] uint8`, hidden patches greyed and outlined; None without one.
+        picture: `[H, W, 3] uint8`, hidden patches hatched and outlined; None without one.
         words: of the caption, as far as it is not cut.
         source: name.
         attempt: candidates that did not decode; `ATTEMPTS`: none did, and nothing is shown.
@@ -178,7 +178,7 @@ def _shown(
 
 
 def _veiled(group: dict[str, Any], config: ConfigDict) -> np.ndarray:
-    """The picture, its hidden patches greyed and outlined, at least `_CELL` pixels wide."""
+    """The picture, its hidden patches hatched and outlined, at least `_CELL` pixels wide."""
     rows, columns = patch_grid(config)
     patch = config.data.patch_size
     patches = np.zeros((rows * columns, 3 * patch * patch), np.uint8)
@@ -188,10 +188,12 @@ def _veiled(group: dict[str, Any], config: ConfigDict) -> np.ndarray:
     picture = unpatchify(patches[None], patch, (rows, columns))[0]
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     target, side_length = group["target"], patch * factor
+    stripes = hatched(len(picture), picture.shape[1], side_length)
     for position in target["position"][target["valid"]].tolist():
         top, left = position // columns * side_length, position % columns * side_length
-        cell = picture[top : top + side_length, left : left + side_length]
-        cell[:] = (cell * (1 - _VEIL) + _GREY * _VEIL).astype(np.uint8)
+        within = slice(top, top + side_length), slice(left, left + side_length)
+        cell = picture[within]
+        cell[:] = (cell * (1 - _VEIL) + stripes[within] * _VEIL).astype(np.uint8)
         cell[0], cell[-1], cell[:, 0], cell[:, -1] = (_OUTLINE,) * 4
     return picture
 

@@ -23,6 +23,8 @@ from m3ae_jax.data.text import Tokenizer, clean_caption
 BUDGETS = (16, 32, 48, 64, 96, 128)
 WHOLE_SHARE = 0.99
 """Share of the captions that the recommended text budget leaves whole."""
+SANE_LENGTH, SANE_TIMES = 256, 20
+"""A caption of more tokens than the first, and than so many times its source's median, is not counted for that."""
 
 _BUDGET_STEP = 8
 _MAX_CHARS = 2**16  # of a caption, looked at
@@ -56,6 +58,7 @@ class Picture:
         digest: of its bytes.
         size: in bytes.
         start: its first bytes.
+        pixels: digest of the centred square at ``data.image_size``; empty if it cannot be used.
     """
 
     place: Place
@@ -66,6 +69,7 @@ class Picture:
     digest: bytes
     size: int
     start: bytes
+    pixels: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +102,14 @@ class Sample:
         pictures: one an example; none where pictures are not trained.
         captions: all of an example, likewise.
         unreadable: examples that the source could not give, and its words.
+        absent: examples that have no caption (not: an empty one) where captions are trained, and why.
     """
 
     examples: int
     pictures: tuple[Picture, ...]
     captions: tuple[Caption, ...]
     unreadable: tuple[tuple[Place, str], ...]
+    absent: tuple[tuple[Place, str], ...] = ()
 
 
 class Words:
@@ -155,6 +161,7 @@ def look(member: Member, view: View, count: int, tokenizer: Tokenizer, config: C
     pictures: list[Picture] = []
     captions: list[Caption] = []
     unreadable: list[tuple[Place, str]] = []
+    absent: list[tuple[Place, str]] = []
     with ThreadPoolExecutor(config.data.threads or len(os.sched_getaffinity(0))) as pool:
         for chunk in np.array_split(indices, -(-count // _CHUNK)) if count else ():
             places = [Place(member.name, int(index)) for index in chunk]
@@ -165,10 +172,18 @@ def look(member: Member, view: View, count: int, tokenizer: Tokenizer, config: C
                 else:
                     readable.append((place, record))
             if "image" in kinds:
-                pictures += pool.map(lambda one: _picture(one[0], one[1].get("image", b""), config), readable)
+                pictures += pool.map(lambda one: _picture(one[0], one[1], config), readable)
             if "text" in kinds:
-                captions += _captions(readable, tokenizer, unknown)
-    return Sample(count, tuple(pictures), tuple(captions), tuple(unreadable))
+                lacking = {place: why for place, record in readable if (why := _lacks_caption(record))}
+                # Beside a picture, what else makes an example unusable is counted with the pictures.
+                absent += ((p, why) for p, why in lacking.items() if why == images.NO_CAPTION or "image" not in kinds)
+                captions += _captions([one for one in readable if one[0] not in lacking], tokenizer, unknown)
+    return Sample(count, tuple(pictures), tuple(captions), tuple(unreadable), tuple(absent))
+
+
+def _lacks_caption(record: Record) -> str:
+    """Why the pipeline does not look for a caption's words, by `images.REASONS`; empty: it does."""
+    return record.get("unusable") or ("" if record.get("caption") is not None else images.NO_CAPTION)
 
 
 def _read(member: Member, indices: np.ndarray) -> list[Record | str]:
@@ -184,17 +199,21 @@ def _read(member: Member, indices: np.ndarray) -> list[Record | str]:
         return [one for index in indices for one in _read(member, np.array([index]))]
 
 
-def _picture(place: Place, encoded: Any, config: ConfigDict) -> Picture:
-    encoded = encoded if isinstance(encoded, bytes) else b""
-    reason, width, height, kind = "", 0, 0, ""
+def _picture(place: Place, record: Record, config: ConfigDict) -> Picture:
+    stored: Any = record.get("image")
+    encoded = stored if isinstance(stored, bytes) else b""
+    reason, width, height, kind, pixels = "", 0, 0, "", b""
     try:
-        images.load(encoded, config.data.image_size)
-        width, height = images.size_of(encoded)
-        kind = images.open_picture(encoded).format or ""
+        if refused := record.get("unusable"):
+            raise images.Unusable(refused)
+        square = images.load(encoded, config.data.image_size, max_pixels=config.data.max_pixels)
+        pixels = hashlib.blake2b(square.tobytes(), digest_size=16).digest()
+        width, height = images.size_of(encoded, config.data.max_pixels)
+        kind = images.open_picture(encoded, config.data.max_pixels).format or ""
     except images.Unusable as error:
         reason = str(error)
     digest = hashlib.blake2b(encoded, digest_size=16).digest()
-    return Picture(place, reason, width, height, kind, digest, len(encoded), encoded[:_FIRST_BYTES])
+    return Picture(place, reason, width, height, kind, digest, len(encoded), encoded[:_FIRST_BYTES], pixels)
 
 
 def _captions(records: list[tuple[Place, Record]], tokenizer: Tokenizer, unknown: frozenset[int]) -> list[Caption]:
@@ -239,6 +258,7 @@ def together(samples: Sequence[Sample]) -> Sample:
         tuple(picture for sample in samples for picture in sample.pictures),
         tuple(caption for sample in samples for caption in sample.captions),
         tuple(one for sample in samples for one in sample.unreadable),
+        tuple(one for sample in samples for one in sample.absent),
     )
 
 
@@ -259,9 +279,38 @@ def statistics(sample: Sample, config: ConfigDict, unit: str) -> dict[str, Any]:
         result["unreadable"] = {**_share(len(sample.unreadable), sample.examples), "examples": first}
     if sample.pictures:
         result["pictures"] = _picture_statistics(sample.pictures, config.data.image_size)
-    if sample.captions:
-        result["captions"] = _caption_statistics(sample.captions, config.data.max_text_tokens) | {"unit": unit}
+    if sample.captions or sample.absent:
+        counted = _caption_statistics(sample.captions, config.data.max_text_tokens)
+        result["captions"] = counted | _wordless(sample) | {"unit": unit}
+    result["replaced"] = _share(len(_replaced(sample)), sample.examples)
     return result
+
+
+def _wordless(sample: Sample) -> dict[str, Any]:
+    """Examples without a caption, and with them those without a word in any of theirs; shares are of the examples."""
+    with_words = {caption.place for caption in sample.captions if caption.tokens}
+    without = _wordless_places(sample)
+    examples = len(with_words) + len(without) + len(sample.absent)
+    reasons = {}
+    for why, count in Counter(why for _, why in sample.absent).most_common():
+        first = [_at(place) for place, other in sample.absent if other == why][:_SAMPLES]
+        reasons[why] = {**_share(count, examples), "examples": first}
+    return {
+        "absent": {**_share(len(sample.absent), examples), "reasons": reasons},
+        "without_words": _share(len(without) + len(sample.absent), examples),
+    }
+
+
+def _wordless_places(sample: Sample) -> set[Place]:
+    """Examples with captions of which none has a word that the tokenizer knows."""
+    captions = sample.captions
+    return {one.place for one in captions} - {one.place for one in captions if one.tokens}
+
+
+def _replaced(sample: Sample) -> set[Place]:
+    """Examples in whose place the pipeline would take others; of a text that stands alone those without words too."""
+    places = {place for place, _ in sample.absent} | {picture.place for picture in sample.pictures if picture.reason}
+    return places if sample.pictures else places | _wordless_places(sample)
 
 
 def _at(place: Place) -> dict[str, Any]:
@@ -292,6 +341,7 @@ def _picture_statistics(pictures: tuple[Picture, ...], image_size: int) -> dict[
         "repeated": _share(len(digests) - len(set(digests)), len(pictures)),
     }
     if usable:
+        result["shorter_side"] = _spread([min(picture.width, picture.height) for picture in usable])
         result["width"] = _spread([picture.width for picture in usable])
         result["height"] = _spread([picture.height for picture in usable])
         by_area = sorted(usable, key=lambda picture: picture.width * picture.height)
@@ -317,20 +367,43 @@ def _caption_statistics(captions: tuple[Caption, ...], budget: int) -> dict[str,
         "repeated": _share(digests.total() - len(digests), len(captions)),
         "most_repeated": [{"caption": c.text, "count": n, **_at(c.place)} for c, n in top],
     }
-    if known:
-        longest = max(known, key=lambda caption: caption.tokens)
-        lengths = np.array([caption.tokens for caption in known])
-        result |= {
-            "tokens": _spread(lengths),
-            "words": _spread([caption.words for caption in known]),
-            "characters": _spread([caption.characters for caption in known]),
-            "lengths": {str(n): count for n, count in sorted(Counter(lengths.tolist()).items())},
-            "longest": {"caption": longest.text, "tokens": longest.tokens, **_at(longest.place)},
-            "cut": {str(b): _share(int((lengths > b).sum()), len(known)) for b in sorted({*BUDGETS, budget})},
-            "max_text_tokens": budget,
-            "recommended": recommended_budget(lengths),
-        }
-    return result
+    return result | (_length_statistics(known, budget) if known else {})
+
+
+def _length_statistics(known: list[Caption], budget: int) -> dict[str, Any]:
+    """Of captions that have a word, at least one."""
+    longest = max(known, key=lambda caption: caption.tokens)
+    lengths = np.array([caption.tokens for caption in known])
+    limits = sane_lengths(known)
+    sane = np.array([caption.tokens <= limits[caption.place.source] for caption in known])
+    endless = [caption for caption, is_sane in zip(known, sane, strict=True) if not is_sane]
+    return {
+        "tokens": _spread(lengths),
+        "words": _spread([caption.words for caption in known]),
+        "characters": _spread([caption.characters for caption in known]),
+        "lengths": {str(n): count for n, count in sorted(Counter(lengths.tolist()).items())},
+        "longest": _worded(longest),
+        "cut": {str(b): _share(int((lengths > b).sum()), len(known)) for b in sorted({*BUDGETS, budget})},
+        "max_text_tokens": budget,
+        "endless": {
+            **_share(len(endless), len(known)),
+            "more_than": min(limits.values()),
+            "examples": [_worded(caption) for caption in endless[:_SAMPLES]],
+        },
+        "recommended": recommended_budget(lengths[sane]),
+    }
+
+
+def _worded(caption: Caption) -> dict[str, Any]:
+    return {"caption": caption.text, "tokens": caption.tokens, **_at(caption.place)}
+
+
+def sane_lengths(captions: Sequence[Caption]) -> dict[str, int]:
+    """Tokens of a caption, by source, above which it does not count for the advice: a page of text is no caption."""
+    lengths: dict[str, list[int]] = {}
+    for caption in captions:
+        lengths.setdefault(caption.place.source, []).append(caption.tokens)
+    return {name: max(SANE_LENGTH, round(SANE_TIMES * float(np.median(of)))) for name, of in lengths.items()}
 
 
 def recommended_budget(lengths: np.ndarray) -> int:

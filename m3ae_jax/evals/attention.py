@@ -19,6 +19,7 @@ from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.features import shared
 from m3ae_jax.evals.restored import names_of, read_pairs
+from m3ae_jax.evals.verdict import sentence
 from m3ae_jax.objectives.base import Attends
 from m3ae_jax.report.pictures import Attended, attention_sheet
 from m3ae_jax.train.setup import Setup
@@ -87,17 +88,24 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     pairs = read(setup, state)
     image, text = names_of(setup)
     tokens = {"cls": "CLS", image: "patches", text: "words"}
-    scalars, rows = {"n": float(len(pairs.ids))}, []
+    scalars: dict[str, float] = {"n": float(len(pairs.ids))}
+    rows, clauses = [], []
     for query, key in ((text, image), (image, text), (text, text), (image, image), ("cls", image), ("cls", text)):
         figures = measured(pairs, query, key)
         scalars |= {f"{query}_to_{key}/{name}": value for name, value in figures.items()}
         rows.append([tokens[query], tokens[key], *(f"{value:.3f}" for value in figures.values())])
+        if {query, key} == {image, text}:
+            clauses.append(
+                f"{tokens[query]} give {tokens[key]} {figures['share']:.0%} of their attention, "
+                f"{figures['share'] / figures['even_share']:.2f} times an even share"
+            )
     options, depth = setup.config.eval.attention, _depth(setup)
     note = _NOTE.format(layer=options.layer % depth + 1, depth=depth, patch=1 / pairs.patches.shape[1])
     drawn = [attended(setup, pairs, i) for i in range(min(options.pictures, len(pairs.ids)))]
     sheet = attention_sheet(drawn, f"Attention between words and patches, step {int(state.step)}", note)
     heads = ("from", "to", "share", "even share", "entropy, nats", "even entropy, nats")
-    return Result.of("attention", scalars, table(heads, rows), {"maps": np.asarray(sheet)} if drawn else {})
+    said = sentence(clauses, "where they look, not what it is good for")
+    return Result.of("attention", scalars, table(heads, rows), said, {"maps": np.asarray(sheet)} if drawn else {})
 
 
 def read(setup: Setup, state: TrainState) -> Pairs:

@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import m3ae_jax.data.images as images
+import m3ae_jax.evals.overlap as overlap
+import m3ae_jax.evals.verdict as verdict
 from m3ae_jax.data.sources.base import Source
 from m3ae_jax.data.tokens import patch_grid, restricted
-from m3ae_jax.evals.base import Result, table
+from m3ae_jax.errors import UserError
+from m3ae_jax.evals.base import Result, amount, table
 from m3ae_jax.evals.clean import clean_batches, concatenated
-from m3ae_jax.evals.labelled import check_labels, open_labelled
-from m3ae_jax.objectives.base import Encodes, Objective, Params, Part
+from m3ae_jax.evals.labelled import common_classes, named_part, open_labelled, with_class
+from m3ae_jax.evals.verdict import Measured, sentence
+from m3ae_jax.objectives.base import Encodes, Objective, Params, Part, pool
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -48,15 +51,21 @@ class Encoded:
         label: `[n] int32`.
         classes: their names.
         left_out: examples whose picture did not decode.
+        contents: of what is left out too.
+        group: `[n] int64`, equal for examples that belong together; None where no record says so.
     """
 
     features: dict[str, np.ndarray]
     label: np.ndarray
     classes: tuple[str, ...]
     left_out: int
+    contents: overlap.Contents
+    group: np.ndarray | None
 
 
-def encode_source(setup: Setup, params: dict[str, Params], source: Source, examples: int) -> Encoded:
+def encode_source(
+    setup: Setup, params: dict[str, Params], source: Source, examples: int, where: str = "eval.test"
+) -> Encoded:
     """Encodes a labelled source.
 
     Args:
@@ -64,33 +73,39 @@ def encode_source(setup: Setup, params: dict[str, Params], source: Source, examp
         params: parameters by the name that stands before their features'.
         source: with classes.
         examples: at most so many, a random choice.
+        where: the data, for messages.
 
     Raises:
-        UserError: an example has no label, or none can be read.
+        UserError: as `with_class`.
     """
     encode = encoder(setup)
     batches = []
     for part in clean_batches(setup, source, examples):
-        example = {name: part["example"][name] for name in ("label", "valid", "real")}
+        example = {name: part["example"][name] for name in ("label", "group", "valid", "real", "index")}
+        example["hashed"] = overlap.hashed_groups(part)
         on_device = put_batch({"groups": part["groups"]}, setup.mesh)
         by_kind = {f"{name}/{kind}": x for name, p in params.items() for kind, x in encode(p, on_device).items()}
         by_kind |= put_batch(raw_pixels(setup, part), setup.mesh)
         batches.append(fetch({"features": by_kind, **put_batch(example, setup.mesh)}))
     whole = concatenated(batches)
-    valid, label = whole["valid"], whole["label"]
-    left_out = int((whole["real"] & ~valid).sum())
+    readable, label = whole["valid"], whole["label"]
+    left_out = int((whole["real"] & ~readable).sum())
     if left_out:
-        log.warning("%d labelled examples are left out: their pictures do not decode", left_out)
-    check_labels(valid, label)
+        log.warning("%s: left out: %s whose picture does not decode", where, amount(left_out, "labelled example"))
+    valid = with_class(where, readable, label, whole["index"])
     features = {kind: x[valid] for kind, x in whole["features"].items()}
-    return Encoded(features, label[valid], tuple(source.classes), left_out)
+    contents = overlap.Contents.of(whole["hashed"], valid, whole["real"], int(readable.sum() - valid.sum()))
+    return Encoded(features, label[valid], tuple(source.classes), left_out, contents, _groups(whole["group"][valid]))
+
+
+def _groups(hashed: np.ndarray) -> np.ndarray | None:
+    """The groups of `[n, 2]` hashes of their names: an example without a name is a group of its own."""
+    names = overlap.joined(hashed)
+    return np.where(names == 0, np.arange(len(names)), names) if names.any() else None
 
 
 def pooled(objective: Objective, params: Params, part: Part, rng: jax.Array | None = None) -> dict[str, jax.Array]:
-    """``{"image/cls": [B, D] float32, "image/mean": ..., "text/...": ..., "both/...": ...}`` of what is visible.
-
-    What the objective pools (``cls``) stands beside the mean over real tokens, which is zero for an example without
-    any (no caption).
+    """`pool`, ``{"image/cls": [B, D] float32, "image/mean": ..., "text/...": ..., ...}`` of what is visible.
 
     Args:
         objective: that encodes.
@@ -107,11 +122,7 @@ def pooled(objective: Objective, params: Params, part: Part, rng: jax.Array | No
             continue
         groups = {view.name: part["groups"][view.name] for view in restricted(views, modalities)}
         encoded = objective.encode(params, {**part, "groups": groups}, rng)
-        valid = jnp.concatenate([sets["visible"]["valid"] for sets in groups.values()], axis=1)
-        tokens = jnp.concatenate([encoded.tokens[g].astype(jnp.float32) for g in groups], axis=1)
-        total = jnp.sum(jnp.where(valid[..., None], tokens, 0.0), axis=1)
-        features |= {f"{name}/{kind}": x.astype(jnp.float32) for kind, x in encoded.pooled.items()}
-        features[f"{name}/mean"] = total / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+        features |= {f"{name}/{kind}": x for kind, x in pool(encoded, groups).items()}
     return features
 
 
@@ -176,7 +187,7 @@ def encoded(setup: Setup, state: TrainState, part: str) -> Encoded:
         part: ``train``, ``test`` or ``outside``.
 
     Raises:
-        UserError: as `open_labelled` and `encode_source`.
+        UserError: as `open_labelled` and `encode_source`, or no training example has ``eval.group_key``.
     """
     cached: dict[str, tuple[jax.Array, Encoded]] = shared(setup, "features", dict)
     first = jax.tree.leaves(state.params)[0]
@@ -184,8 +195,25 @@ def encoded(setup: Setup, state: TrainState, part: str) -> Encoded:
         config = setup.config
         examples = config.eval.train_examples if part == "train" else config.eval.test_examples
         params = {"trained": state.params, "untrained": fresh_params(setup)}
-        cached[part] = first, encode_source(setup, params, open_labelled(config, part), examples)
+        found = encode_source(setup, params, open_labelled(config, part), examples, named_part(config, part))
+        if part == "train" and config.eval.group_key and found.group is None:
+            raise UserError(f"eval.group_key={config.eval.group_key!r}: no example of eval.train has a value there")
+        cached[part] = first, found
+        shared(setup, f"contents/{part}", lambda: found.contents)
     return cached[part][1]
+
+
+def contents_of(setup: Setup, part: str) -> overlap.Contents:
+    """The contents of ``eval.train`` or ``eval.test``, cached with the setup; read, where nothing has encoded them."""
+    examples = setup.config.eval[f"{part}_examples"]
+    return shared(setup, f"contents/{part}", lambda: overlap.read(setup, part, examples))
+
+
+def encoded_pair(setup: Setup, state: TrainState) -> tuple[Encoded, Encoded]:
+    """`encoded` training and test examples, of the same classes (`common_classes`)."""
+    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
+    classes = common_classes(train.classes, test.classes)
+    return dataclasses.replace(train, classes=classes), dataclasses.replace(test, classes=classes)
 
 
 def kinds(*parts: Encoded) -> Iterator[str]:
@@ -197,36 +225,119 @@ def kinds(*parts: Encoded) -> Iterator[str]:
 
 Figures = dict[str, float]
 
+Judge = Callable[[np.ndarray], Figures]
+"""Of `[m] bool`, which test examples count: the figures of these."""
+
 
 def compared(
     name: str,
     setup: Setup,
     state: TrainState,
     columns: Mapping[str, str],
-    measure: Callable[[Encoded, Encoded, str], Figures],
+    measure: Callable[[Encoded, Encoded, str], Judge],
 ) -> Result:
     """The result of an evaluation of each kind of features, beside that of always saying the majority class.
+
+    Where test examples are training examples too, beside each figure that has a column stands the one without them.
 
     Args:
         name: of the evaluation.
         setup: the run's parts.
         state: whose parameters encode.
         columns: heads of the table's columns, by the figures that they show.
-        measure: figures of ``eval.train``, ``eval.test`` and a kind of features.
+        measure: what judges by ``eval.train``, ``eval.test`` and a kind of features.
 
     Raises:
-        UserError: as `encoded`.
+        UserError: as `encoded`, or all test examples are training examples.
     """
-    train, test = encoded(setup, state, "train"), encoded(setup, state, "test")
-    always = majority(train.label, test.label)
-    scalars = {"majority": always, "train_examples": float(len(train.label)), "test_examples": float(len(test.label))}
-    rows = []
-    for kind in kinds(train, test):
-        figures = measure(train, test, kind)
-        scalars |= {f"{kind}/{figure}": value for figure, value in figures.items()}
-        rows.append(row_of(kind, figures, columns))
-    rows.append(["majority class", *[f"{always:.3f}"] * len(columns)])
-    return Result.of(name, scalars, table(["features", *columns.values()], rows))
+    train, test = encoded_pair(setup, state)
+    seen = overlap.overlap(setup, "test", test.contents, {"train": train.contents})[test.contents.valid]
+    rows = {kind: beside(measure(train, test, kind), seen, columns) for kind in kinds(train, test)}
+    always = beside(lambda which: {"majority": majority(train.label, test.label[which])}, seen, ("majority",))
+    scalars = {**always, "train_examples": float(len(train.label)), "test_examples": float(len(test.label))}
+    scalars |= {"overlap": float(seen.sum()), **overlap.unlabelled(train.contents, test.contents)}
+    scalars |= {f"{kind}/{figure}": value for kind, figures in rows.items() for figure, value in figures.items()}
+    heads = with_beside(columns, seen)
+    cells = [row_of(kind, figures, heads) for kind, figures in rows.items()]
+    cells.append(["majority class", *[f"{value:.3f}" for value in always.values()] * len(columns)])
+    text = table(["features", *heads.values()], cells) + overlap.note(seen)
+    count, ending = counted(seen)
+    shares = {
+        kind: {
+            head: Measured.share("", figures[column + ending], count, figures.get(f"{column}{ending}/interval", 0.0))
+            for column, head in columns.items()
+        }
+        for kind, figures in rows.items()
+    }
+    floor = Measured.share("the majority class", always[f"majority{ending}"], count)
+    return Result.of(name, scalars, text, sentence(against_untrained(shares, floor)))
+
+
+def counted(seen: np.ndarray) -> tuple[int, str]:
+    """How many test examples a verdict is of, and how the names of their figures end: those not seen, where some are.
+
+    Args:
+        seen: see `beside`.
+    """
+    return (int((~seen).sum()), f"/{overlap.WITHOUT}") if seen.any() and not seen.all() else (len(seen), "")
+
+
+def against_untrained(shown: Mapping[str, Mapping[str, Measured]], floor: Measured) -> Iterator[str]:
+    """For each input a clause of the verdict: the best trained features beside the best that nothing was learnt for.
+
+    Args:
+        shown: by kind of features and head of a column.
+        floor: of a guess.
+    """
+    named = {
+        kind: [
+            dataclasses.replace(m, name=_said(kind, head if len(by_head) > 1 else "")) for head, m in by_head.items()
+        ]
+        for kind, by_head in shown.items()
+    }
+    for name, modalities in INPUTS.items():
+        if trained := [m for kind, of in named.items() if kind.startswith(f"trained/{name}/") for m in of]:
+            beside_it = [f"untrained/{name}/", *([PIXELS] if "image" in modalities else [])]
+            others = [m for kind, of in named.items() if kind.startswith(tuple(beside_it)) for m in of]
+            yield verdict.compared({"image": "pictures", "text": "captions"}.get(name, name), trained, [*others, floor])
+
+
+def _said(kind: str, head: str) -> str:
+    """``trained/image/cls`` as ``trained (cls)``, with the head of a column where there are several."""
+    who, *rest = kind.split("/")
+    within = ", ".join([*rest[1:], *([head] if head else [])])
+    return f"{who} ({within})" if within else who
+
+
+def beside(judge: Judge, seen: np.ndarray, names: Iterable[str]) -> Figures:
+    """Figures of all test examples; where some were trained on, and others not, also those of the others alone.
+
+    Args:
+        judge: of which test examples.
+        seen: `[m] bool`, those that are training examples too.
+        names: of the figures that depend on the test examples; ``<name>/interval`` goes with its figure.
+    """
+    figures = judge(np.ones(len(seen), bool))
+    if seen.any() and not seen.all():
+        others = judge(~seen)
+        for name in names:
+            for ending in ("", "/interval"):
+                if name + ending in others:
+                    figures[f"{name}/{overlap.WITHOUT}{ending}"] = others[name + ending]
+    return figures
+
+
+def with_beside(columns: Mapping[str, str], seen: np.ndarray) -> dict[str, str]:
+    """Columns of a table with those of `beside`, each after its own.
+
+    Args:
+        columns: heads by figure.
+        seen: see `beside`.
+    """
+    if not seen.any() or seen.all():
+        return dict(columns)
+    endings = {"": "", f"/{overlap.WITHOUT}": ", without overlap"}
+    return {name + ending: head + more for name, head in columns.items() for ending, more in endings.items()}
 
 
 def row_of(kind: str, figures: Figures, columns: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from m3ae_jax.evals.base import Result
-from m3ae_jax.evals.features import Encoded, Figures, compared
+from m3ae_jax.evals.features import Encoded, Figures, Judge, compared
 from m3ae_jax.evals.linear import Problem, Scale
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -22,20 +22,26 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.test`` from few examples of ``eval.train``.
 
     Raises:
-        UserError: an example has no label.
+        UserError: most examples have no class, or all test examples are training examples.
     """
 
-    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
-        scale, figures = Scale.of(train.features[kind]), Figures()
+    def measure(train: Encoded, test: Encoded, kind: str) -> Judge:
+        scale, right = Scale.of(train.features[kind]), {}
         for shots in SHOTS:
-            accuracies = []
             for seed in range(DRAWS):
                 rows = draw(train.label, shots, seed)
                 problem = Problem(train.features[kind][rows], train.label[rows], len(train.classes), scale)
-                accuracies.append(problem.fit(1 / len(rows)).accuracy(test.features[kind], test.label))
-            figures[f"{shots}_shot"] = float(np.mean(accuracies))
-            figures[f"{shots}_shot/interval"] = half_interval(accuracies)
-        return figures
+                right[shots, seed] = problem.fit(1 / len(rows)).right(test.features[kind], test.label)
+
+        def judge(which: np.ndarray) -> Figures:
+            figures = Figures()
+            for shots in SHOTS:
+                accuracies = [float(right[shots, seed][which].mean()) for seed in range(DRAWS)]
+                figures[f"{shots}_shot"] = float(np.mean(accuracies))
+                figures[f"{shots}_shot/interval"] = half_interval(accuracies)
+            return figures
+
+        return judge
 
     return compared("few_shot", setup, state, {f"{shots}_shot": f"{shots} a class" for shots in SHOTS}, measure)
 

@@ -24,13 +24,20 @@ class EvalFields(FieldGroup):
     """Examples of a step."""
     pictures: int = setting(8, low=0, high=1000)
     """Reconstructions that are drawn at each evaluation; 0: none."""
-    label: str = setting("shape", choices=LABELS)
+    label: str = setting(
+        "shape", choices=LABELS, hint="these are of scenes; of other data eval.train.label_key names the class's field"
+    )
     """The class of a scene: shape, color or color_shape of its largest object; count, how many objects it has."""
     train_examples: int = setting(10_000, low=2)
     """Examples of `eval.train` at most; a random choice, the same for every run."""
     test_examples: int = setting(10_000, low=1)
     """Examples of `eval.test` at most, likewise."""
+    group_key: str = setting("")
+    """Field or column of `eval.train`: examples with the same value, as drawings of one thing, choose the probe's
+    penalty together or not at all."""
     pairs: int = setting(1000, low=2, high=1_000_000)
     """Pairs of data.val, for retrieval and masked_prediction."""
     scored_pairs: int = setting(64, low=0, high=10_000)
     """Pairs of retrieval by restored words: each picture with each caption."""
+    reranked: int = setting(32, low=1)
+    """Of each query of retrieval so many are looked at again by an objective that matches."""

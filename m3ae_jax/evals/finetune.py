@@ -255,8 +255,7 @@ def layer_rates(tuned: Tuned, stacks: Sequence[str], decay: float) -> Tuned:
 
 def _rand_augment(setup: Setup) -> Change | None:
     magnitude = setup.config.eval.finetune.rand_augment
-    red, green, blue = (round(255 * mean) for mean in setup.config.data.image_mean)
-    return RandAugment(magnitude, (red, green, blue)) if magnitude else None
+    return RandAugment.of(setup.config.data, magnitude) if magnitude else None
 
 
 Mixer = Callable[[jax.Array, Part], tuple[Part, jax.Array]]

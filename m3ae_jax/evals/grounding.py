@@ -14,22 +14,19 @@ from typing import Any
 
 import numpy as np
 
-import m3ae_jax.data.images as images
 import m3ae_jax.data.masking as masking
-from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource, encode_bmp
-from m3ae_jax.data.text import encode_batch
+from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource
 from m3ae_jax.data.tokens import group_of
 from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.clean import Tokens, scene_tokens
 from m3ae_jax.evals.restored import bootstrap_interval, difference_cell, in_chunks, restorer
+from m3ae_jax.evals.verdict import helped
 from m3ae_jax.parallel.mesh import fetch, put_whole_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
 SCENES = 512
 _BATCH = 128
-
-Tokens = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Of each modality the scenes' values `[n, L, ...]` and which tokens are real, `[n, L] bool`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     It needs both modalities (`run.check`).
     """
     scalars: dict[str, float] = {}
-    rows = []
+    rows, improvements = [], {}
     grounding = _Grounding(setup, state)
     for split in ("val", "val_novel"):
         source = ScenesSource(split, SceneOptions(**setup.config.data.scenes.to_dict()))
@@ -55,8 +52,10 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
         for hidden, figures in grounding(scenes).items():
             scalars |= {f"{split}/{hidden}/{key}": value for key, value in figures.items()}
             rows.append([split, *_cells(hidden, figures)])
+            low, high = figures["low"], figures["high"]
+            improvements[f"{hidden} ({split})"] = (-high, -low) if hidden == "object" else (low, high)
     heads = ("split", "hidden", "n", "other modality true", "shuffled", "prior", "true - shuffled, 95 % interval")
-    return Result.of("grounding", scalars, table(heads, rows))
+    return Result.of("grounding", scalars, table(heads, rows), helped(improvements))
 
 
 def _cells(hidden: str, f: dict[str, float]) -> list[str]:
@@ -77,7 +76,7 @@ class _Grounding:
 
     def __call__(self, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
         """Figures by what was hidden: ``color``, ``shape`` (accuracies) and ``object`` (squared error)."""
-        tokens = self._tokens(scenes)
+        tokens = scene_tokens(self._setup, [s.image for s in scenes], [s.caption for s in scenes])
         own = np.arange(len(scenes))
         queries = self._word_queries(scenes) + self._object_queries(scenes)
         results = {}
@@ -87,20 +86,13 @@ class _Grounding:
                 continue
             modality = "image" if attribute == "object" else "text"
             true, shuffled = (self._answers(chosen, tokens, modality, other) for other in (own, np.roll(own, 1)))
+            if np.isnan(true).all():  # this modality is not restored
+                continue
             results[attribute] = _compare(chosen, true, shuffled)
             if modality == "text":
                 words = [tokens["text"][0][query.scene][query.hidden].tobytes() for query in chosen]
                 results[attribute]["prior"] = max(words.count(word) for word in set(words)) / len(words)
         return results
-
-    def _tokens(self, scenes: Sequence[Scene]) -> Tokens:
-        data, slots = self._setup.config.data, self._slots
-        pictures = np.stack([images.load(encode_bmp(s.image), data.image_size) for s in scenes])
-        ids, length = encode_batch(self._tokenizer, [s.caption.encode() for s in scenes], slots["text"])
-        return {
-            "image": (images.patchify(pictures, data.patch_size), np.ones((len(scenes), slots["image"]), bool)),
-            "text": (ids, np.arange(slots["text"]) < length[:, None]),
-        }
 
     def _word_queries(self, scenes: Sequence[Scene]) -> list[_Query]:
         queries = []
@@ -154,7 +146,9 @@ class _Grounding:
                 budget = (slots, slots if name == modality else 0)
                 groups[self._names[name]] = masking.split(value[taken], real[taken], mask, budget)
             part: Any = put_whole_batch({"groups": groups}, self._setup.mesh)
-            restored = fetch(self._restore(self._params, part)[self._names[modality]])
+            restored = fetch(self._restore(self._params, part).get(self._names[modality]))
+            if restored is None:
+                return np.full(len(queries), np.nan)
             valid = groups[self._names[modality]]["target"]["valid"]
             if modality == "text":
                 return (restored.correct | ~valid).all(axis=-1).astype(np.float64)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3ae_jax.evals.base import Result
-from m3ae_jax.evals.features import Encoded, Figures, compared, encoded, unit
+from m3ae_jax.evals.features import Encoded, Judge, compared, encoded, unit
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
@@ -26,13 +26,14 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.test`` by the neighbours in ``eval.train``.
 
     Raises:
-        UserError: an example has no label.
+        UserError: most examples have no class, or all test examples are training examples.
     """
     counts = [k for k in NEIGHBORS if k <= len(encoded(setup, state, "train").label)]
 
-    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
+    def measure(train: Encoded, test: Encoded, kind: str) -> Judge:
         guesses = classify(train.features[kind], train.label, test.features[kind], counts)
-        return {f"k={k}": float((guess == test.label).mean()) for k, guess in guesses.items()}
+        right = {f"k={k}": guess == test.label for k, guess in guesses.items()}
+        return lambda which: {name: float(hits[which].mean()) for name, hits in right.items()}
 
     return compared("knn", setup, state, {f"k={k}": f"k={k}" for k in counts}, measure)
 

@@ -71,9 +71,14 @@ class Classifier:
         """`[n, C] float32`."""
         return self.scale(features) @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
 
+    def right(self, features: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Which of `[n]` labels are the most probable class, `[n] bool`."""
+        hits: np.ndarray = self.logits(features).argmax(axis=1) == label
+        return hits
+
     def accuracy(self, features: np.ndarray, label: np.ndarray) -> float:
         """Share of `[n]` labels that are the most probable class."""
-        return float((self.logits(features).argmax(axis=1) == label).mean())
+        return float(self.right(features, label).mean())
 
 
 class Problem:
@@ -154,7 +159,13 @@ def _minimum(
     return minimum
 
 
-def swept(features: np.ndarray, label: np.ndarray, classes: int, penalties: Sequence[float] = L2) -> Classifier:
+def swept(
+    features: np.ndarray,
+    label: np.ndarray,
+    classes: int,
+    penalties: Sequence[float] = L2,
+    group: np.ndarray | None = None,
+) -> Classifier:
     """Fits on all examples with the penalty that does best on a fifth of them, held out for that.
 
     Of equally good penalties the largest is taken.
@@ -164,9 +175,9 @@ def swept(features: np.ndarray, label: np.ndarray, classes: int, penalties: Sequ
         label: `[n]`, from 0.
         classes: how many there are.
         penalties: to choose from, falling.
+        group: `[n]`, equal for examples of which all or none are held out; None: each by itself.
     """
-    order = np.random.default_rng(0).permutation(len(label))
-    held, rest = np.split(order, [max(1, round(_HELD_OUT * len(label)))])
+    held, rest = held_out(len(label), group)
     if not len(rest):
         return Problem(features, label, classes).fit(penalties[0])
     problem = Problem(features[rest], label[rest], classes)
@@ -183,3 +194,22 @@ def swept(features: np.ndarray, label: np.ndarray, classes: int, penalties: Sequ
     whole = Problem(features, label, classes)
     whole.begin_at(best.weight, best.bias)
     return whole.fit(best.l2)
+
+
+def held_out(examples: int, group: np.ndarray | None) -> list[np.ndarray]:
+    """A random fifth of so many examples, or whole groups that are about so many, and the rest; the same each time.
+
+    Args:
+        examples: how many there are.
+        group: see `swept`; of a single one there is no rest.
+    """
+    wanted, rng = max(1, round(_HELD_OUT * examples)), np.random.default_rng(0)
+    if group is None:
+        return np.split(rng.permutation(examples), [wanted])
+    names, place = np.unique(group, return_inverse=True)
+    order = rng.permutation(len(names))
+    reached = np.cumsum(np.bincount(place)[order])
+    # The groups that come nearest to what is wanted, and of several at least one on either side.
+    count = min(1 + int(np.abs(reached - wanted).argmin()), max(1, len(names) - 1))
+    held = np.isin(place, order[:count])
+    return [np.flatnonzero(held), np.flatnonzero(~held)]

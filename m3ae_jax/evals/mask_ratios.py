@@ -7,14 +7,16 @@ The figures are of few examples: `masked_prediction` restores many, and one moda
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.base import Result, amount, table
 from m3ae_jax.evals.clean import clean_batches
 from m3ae_jax.evals.features import shown
-from m3ae_jax.evals.reconstructions import row_of
+from m3ae_jax.evals.reconstructions import note_of, row_of
 from m3ae_jax.evals.restored import batch_size, hidden_at_random, restorer
+from m3ae_jax.evals.verdict import sentence
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.report.pictures import Reconstruction, ratio_sheet
 from m3ae_jax.train.setup import Setup
@@ -37,12 +39,14 @@ class RestoredAtRatios:
         sums: of all.
         figure: by group, what is summed: ``error`` of patches, ``accuracy`` of words.
         count: how many examples there are.
+        note: what to know of the pictures.
     """
 
     drawn: list[dict[float, Reconstruction]]
     sums: Sums
     figure: dict[str, str]
     count: int
+    note: str
 
 
 def evaluate(setup: Setup, state: TrainState) -> Result:
@@ -62,8 +66,20 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
             scalars |= {f"{name}/{ratio}/{figure}": value for figure, value in figures.items()}
             cells += [shown(figures, result.figure[name]), f"{hidden:.0f}"]
         rows.append(cells)
-    sheet = ratio_sheet(result.drawn, f"Restored at several mask ratios, step {int(state.step)}")
-    return Result.of("mask_ratios", scalars, table(["hidden", *heads], rows), {"restored": np.asarray(sheet)})
+    sheet = ratio_sheet(result.drawn, f"Restored at several mask ratios, step {int(state.step)}", result.note)
+    text = table(["hidden", *heads], rows) + (f"\n\n{result.note}" if result.note else "")
+    said = sentence(_clauses(scalars, result), f"of {amount(result.count, 'example')}, too few for an interval")
+    return Result.of("mask_ratios", scalars, text, said, {"restored": np.asarray(sheet)})
+
+
+def _clauses(scalars: Mapping[str, float], result: RestoredAtRatios) -> Iterator[str]:
+    """Of the verdict: from the smallest ratio at which anything was hidden to the largest."""
+    for name, figure in result.figure.items():
+        known = [ratio for ratio in RATIOS if f"{name}/{ratio}/{figure}" in scalars]
+        if known:
+            first, last = (scalars[f"{name}/{ratio}/{figure}"] for ratio in (known[0], known[-1]))
+            span = f"from {known[0]:.0%} to {known[-1]:.0%} hidden"
+            yield f"{name}, {_HEADS[figure]}, {span}: {first:.3f} to {last:.3f}"
 
 
 def restore(setup: Setup, state: TrainState) -> RestoredAtRatios:
@@ -74,7 +90,7 @@ def restore(setup: Setup, state: TrainState) -> RestoredAtRatios:
     sums: Sums = {(name, ratio): np.zeros(2) for name in names for ratio in RATIOS}
     figure: dict[str, str] = {}
     examples: list[dict[float, Reconstruction]] = []
-    count = 0
+    count, note = 0, ""
     for part in clean_batches(setup, source, setup.config.eval.pictures or _DRAWN, batch_size(setup)):
         position = part["example"]["position"]
         valid = np.flatnonzero(fetch(put_batch(part["example"]["valid"], setup.mesh)))
@@ -85,6 +101,7 @@ def restore(setup: Setup, state: TrainState) -> RestoredAtRatios:
             on_device = put_batch({"groups": hidden}, setup.mesh)
             whole = fetch(on_device)  # the rows of all processes
             restored = fetch(restore_part(state.params, on_device))
+            note = note_of(restored)
             for name, tokens in restored.items():
                 figure[name] = "error" if tokens.correct is None else "accuracy"
                 per_token = tokens.loss if tokens.correct is None else tokens.correct
@@ -95,4 +112,4 @@ def restore(setup: Setup, state: TrainState) -> RestoredAtRatios:
                 drawn[i][ratio] = row_of(setup, whole, restored, i)
         examples += drawn.values()
         count += len(valid)
-    return RestoredAtRatios(examples, sums, figure, count)
+    return RestoredAtRatios(examples, sums, figure, count, note)

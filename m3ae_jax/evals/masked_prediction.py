@@ -16,6 +16,7 @@ import m3ae_jax.evals.restored as restored
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.clean import clean_batches, concatenated
+from m3ae_jax.evals.verdict import helped
 from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -33,7 +34,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Figures of ``eval.pairs`` examples of ``data.val``."""
     sums = restore(setup, state)
     scalars: dict[str, float] = {}
-    rows = []
+    rows, improvements = [], {}
     for modality in ("text", "image"):
         for ratio in RATIOS:
             figures = _figures({c: sums[modality, ratio, c] for c in CONDITIONS})
@@ -41,8 +42,11 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
             means = [f"{figures[c]:.3f}" if c in figures else "" for c in CONDITIONS]
             hidden = f"{_MEANING[modality]}, {ratio:.0%} hidden"
             rows.append([hidden, f"{figures['n']:.0f}", *means, restored.difference_cell(figures)])
+            low, high = figures["low"], figures["high"]
+            subject = f"{'words' if modality == 'text' else 'patches'}, {ratio:.0%} hidden"
+            improvements[subject] = (low, high) if modality == "text" else (-high, -low)
     heads = ("hidden", "n", "other modality true", "shuffled", "none", "true - shuffled, 95 % interval")
-    return Result.of("masked_prediction", scalars, table(heads, rows))
+    return Result.of("masked_prediction", scalars, table(heads, rows), helped(improvements))
 
 
 def restore(setup: Setup, state: TrainState) -> Sums:

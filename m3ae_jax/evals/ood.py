@@ -7,40 +7,82 @@ from CIFAR-10.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from m3ae_jax.evals.base import Result, table
-from m3ae_jax.evals.features import Encoded, Figures, encoded, kinds, row_of
+from m3ae_jax.evals.features import (
+    Encoded,
+    Figures,
+    Judge,
+    against_untrained,
+    beside,
+    counted,
+    encoded,
+    encoded_pair,
+    kinds,
+    row_of,
+    with_beside,
+)
 from m3ae_jax.evals.linear import Scale, swept
+from m3ae_jax.evals.overlap import note, overlap
+from m3ae_jax.evals.verdict import Measured, sentence
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
 _SHRINKAGE = 1e-3  # of the mean variance, added to the covariance so that it can be inverted
-_COLUMNS = ("mahalanobis", "softmax")
+_COLUMNS = {"mahalanobis": "AUROC mahalanobis", "softmax": "AUROC softmax"}
 
 
 def evaluate(setup: Setup, state: TrainState) -> Result:
     """Scores fitted on ``eval.train`` tell ``eval.outside`` from ``eval.test``.
 
+    Test examples that are training examples too, and those outside that are either, are counted as elsewhere.
+
     Raises:
-        UserError: an example has no label.
+        UserError: most examples have no class, or all examples of a part are in another too.
     """
-    train, test, outside = (encoded(setup, state, part) for part in ("train", "test", "outside"))
-    areas = {kind: _areas(train, test, outside, kind) for kind in kinds(train, test, outside)}
+    (train, test), outside = encoded_pair(setup, state), encoded(setup, state, "outside")
+    of = {"train": train.contents, "test": test.contents}
+    in_train = overlap(setup, "test", test.contents, {"train": train.contents})[test.contents.valid]
+    known = overlap(setup, "outside", outside.contents, of)[outside.contents.valid]
+    seen = np.concatenate([in_train, known])
+    if in_train.all() or known.all():  # nothing to compare without them
+        seen[:] = False
+    areas = {kind: beside(_judge(train, test, outside, kind), seen, _COLUMNS) for kind in kinds(train, test, outside)}
     scalars = {f"{kind}/{name}": value for kind, figures in areas.items() for name, value in figures.items()}
-    rows = [row_of(kind, figures, _COLUMNS) for kind, figures in areas.items()]
-    heads = ["features", *(f"AUROC {column}" for column in _COLUMNS)]
-    return Result.of("ood", scalars, table(heads, [*rows, ["chance", "0.500", "0.500"]]))
+    scalars |= {"overlap": float(in_train.sum()), "outside_overlap": float(known.sum())}
+    heads = with_beside(_COLUMNS, seen)
+    rows = [row_of(kind, figures, heads) for kind, figures in areas.items()]
+    text = table(["features", *heads.values()], [*rows, ["chance", *["0.500"] * len(heads)]])
+    for part, found, where in (("test", in_train, "eval.train"), ("outside", known, "eval.train or eval.test")):
+        text += note(found, part, where)
+    return Result.of("ood", scalars, text, sentence(_clauses(areas, seen, len(in_train))))
 
 
-def _areas(train: Encoded, test: Encoded, outside: Encoded, kind: str) -> Figures:
+def _clauses(areas: Mapping[str, Figures], seen: np.ndarray, tested: int) -> Iterator[str]:
+    """Of the verdict: whether what was learnt tells the unknown apart; the first `tested` of `seen` are known."""
+    _, ending = counted(seen)
+    inside, outside = (int((~part).sum()) if ending else len(part) for part in (seen[:tested], seen[tested:]))
+    shown = {
+        kind: {name: Measured.area("", figures[name + ending], inside, outside) for name in _COLUMNS}
+        for kind, figures in areas.items()
+    }
+    return against_untrained(shown, Measured.area("chance", 0.5, inside, outside))
+
+
+def _judge(train: Encoded, test: Encoded, outside: Encoded, kind: str) -> Judge:
+    """Of which test examples and which outside, one after the other, count: the areas."""
     x, inside, other = (part.features[kind] for part in (train, test, outside))
     distance = Mahalanobis(x, train.label)
-    probe = swept(x, train.label, len(train.classes))
-    return {
-        "mahalanobis": auroc(distance(inside), distance(other)),
-        "softmax": auroc(-confidence(probe.logits(inside)), -confidence(probe.logits(other))),
+    probe = swept(x, train.label, len(train.classes), group=train.group)
+    scores = {
+        "mahalanobis": (distance(inside), distance(other)),
+        "softmax": (-confidence(probe.logits(inside)), -confidence(probe.logits(other))),
     }
+    count = len(inside)
+    return lambda which: {name: auroc(a[which[:count]], b[which[count:]]) for name, (a, b) in scores.items()}
 
 
 class Mahalanobis:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m3ae_jax.evals.base import Result
-from m3ae_jax.evals.features import Encoded, Figures, compared
+from m3ae_jax.evals.features import Encoded, Judge, compared
 from m3ae_jax.evals.linear import swept
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -13,11 +13,12 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.test`` of probes fitted on ``eval.train``.
 
     Raises:
-        UserError: an example has no label.
+        UserError: most examples have no class, or all test examples are training examples.
     """
 
-    def measure(train: Encoded, test: Encoded, kind: str) -> Figures:
-        probe = swept(train.features[kind], train.label, len(train.classes))
-        return {"accuracy": probe.accuracy(test.features[kind], test.label), "l2": probe.l2}
+    def measure(train: Encoded, test: Encoded, kind: str) -> Judge:
+        probe = swept(train.features[kind], train.label, len(train.classes), group=train.group)
+        right = probe.right(test.features[kind], test.label)
+        return lambda which: {"accuracy": float(right[which].mean()), "l2": probe.l2}
 
     return compared("probe", setup, state, {"accuracy": "accuracy"}, measure)

@@ -27,15 +27,30 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.data.images as images
 from m3ae_jax.config.fields import FieldGroup, setting
+from m3ae_jax.data.sources.base import Source
 from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.clean import clean_batches, concatenated
 from m3ae_jax.evals.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from m3ae_jax.evals.features import PIXELS, encoded, fresh_params, majority, pooled, shared, shrunk
-from m3ae_jax.evals.labelled import check_labels, open_labelled
+from m3ae_jax.evals.features import (
+    PIXELS,
+    Figures,
+    beside,
+    counted,
+    encoded,
+    fresh_params,
+    majority,
+    pooled,
+    shared,
+    shrunk,
+    with_beside,
+)
+from m3ae_jax.evals.labelled import UNLABELLED, common_classes, open_labelled
 from m3ae_jax.evals.linear import Classifier, swept
+from m3ae_jax.evals.overlap import WITHOUT, note, overlap, read
 from m3ae_jax.evals.restored import group_name
+from m3ae_jax.evals.verdict import Measured, compared, sentence
 from m3ae_jax.objectives.base import Params, build
 from m3ae_jax.objectives.parts.pixels import normalize_unit
 from m3ae_jax.parallel.mesh import fetch, put_batch
@@ -109,27 +124,59 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     """Accuracy on ``eval.robustness.examples`` of ``eval.test``: clean, attacked, corrupted.
 
     Raises:
-        UserError: there are no pictures, or an example has no label.
+        UserError: there are no pictures, most examples have no class, or all test examples are training examples.
     """
     check_pictures(setup.config)
-    train = encoded(setup, state, "train")
+    train, test = encoded(setup, state, "train"), open_labelled(setup.config, "test")
+    tested = read(setup, "test", _examples(setup.config))
+    seen = overlap(setup, "test", tested, {"train": train.contents})[tested.valid]
+    classes = len(common_classes(train.classes, test.classes))
     kind = f"image/{setup.config.eval.robustness.pooling}"
     encoders = {f"trained/{kind}": state.params, f"untrained/{kind}": fresh_params(setup), PIXELS: {}}
     victims = [
-        Victim.of(setup, features, params, swept(train.features[features], train.label, len(train.classes)))
+        Victim.of(setup, features, params, swept(train.features[features], train.label, classes, group=train.group))
         for features, params in encoders.items()
     ]
-    right, label = _judged(setup, victims)
-    accuracy = {key: float(hits.mean()) for key, hits in right.items()}
-    for victim in victims:
+    right, label = _judged(setup, test, victims)
+    names = _accuracies(right, np.ones_like(seen))
+    accuracy = beside(lambda which: _accuracies(right, which), seen, names)
+    always = beside(lambda which: {"majority": majority(train.label, label[which])}, seen, ("majority",))
+    scalars = {**accuracy, **always, "train_examples": float(len(train.label)), "test_examples": float(len(label))}
+    text = _table(accuracy, with_beside({victim.name: victim.name for victim in victims}, seen), list(always.values()))
+    said = sentence(_clauses(accuracy, [victim.name for victim in victims], always, seen))
+    return Result.of("robustness", scalars | {"overlap": float(seen.sum())}, text + note(seen), said)
+
+
+def _clauses(accuracy: Figures, victims: list[str], always: Figures, seen: np.ndarray) -> Iterator[str]:
+    """Of the verdict: clean pictures, the strongest attack and the mean of the corruptions."""
+    count, ending = counted(seen)
+    floor = Measured.share("the majority class", always[f"majority{ending}"], count)
+    prefix = f"{victims[0]}/"
+    conditions = [name.removeprefix(prefix) for name in accuracy if name.startswith(prefix) and WITHOUT not in name]
+    strongest = [condition for condition in conditions if condition.startswith("pgd/")][-1:]  # none without epsilons
+    for condition in ("clean", *strongest, "corruptions"):
+        shares = [Measured.share(name, accuracy[f"{name}/{condition}{ending}"], count) for name in victims]
+        yield compared(_title(condition), shares[:1], [*shares[1:], floor])
+
+
+def _examples(config: ConfigDict) -> int:
+    return int(min(config.eval.test_examples, config.eval.robustness.examples))
+
+
+def _accuracies(right: Mapping[tuple[str, str], np.ndarray], which: np.ndarray) -> Figures:
+    """Accuracies on some of the test examples, ``<victim>/<condition>``; of a corruption the mean over severities.
+
+    Args:
+        right: of `_judged`.
+        which: `[n] bool`, the examples that count.
+    """
+    accuracy = {f"{name}/{condition}": float(hits[which].mean()) for (name, condition), hits in right.items()}
+    for name in dict.fromkeys(name for name, _ in right):
         for corruption in CORRUPTIONS:
-            by_severity = [accuracy.pop((victim.name, f"{corruption}/{severity}")) for severity in SEVERITIES]
-            accuracy[victim.name, corruption] = float(np.mean(by_severity))
-        accuracy[victim.name, "corruptions"] = float(np.mean([accuracy[victim.name, one] for one in CORRUPTIONS]))
-    always = majority(train.label, label)
-    scalars = {f"{name}/{condition}": value for (name, condition), value in accuracy.items()}
-    scalars |= {"majority": always, "train_examples": float(len(train.label)), "test_examples": float(len(label))}
-    return Result.of("robustness", scalars, _table(accuracy, [victim.name for victim in victims], always))
+            by_severity = [accuracy.pop(f"{name}/{corruption}/{severity}") for severity in SEVERITIES]
+            accuracy[f"{name}/{corruption}"] = float(np.mean(by_severity))
+        accuracy[f"{name}/corruptions"] = float(np.mean([accuracy[f"{name}/{one}"] for one in CORRUPTIONS]))
+    return accuracy
 
 
 def check_pictures(config: ConfigDict) -> None:
@@ -234,11 +281,12 @@ def _of_encoder(setup: Setup) -> Features:
     return features
 
 
-def _judged(setup: Setup, victims: list[Victim]) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray]:
+def _judged(
+    setup: Setup, source: Source, victims: list[Victim]
+) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray]:
     """Which examples that decode are classified right, `[n] bool` by victim and condition; and their labels."""
     options, name, batches = setup.config.eval.robustness, group_name(setup, "image"), []
-    examples = min(setup.config.eval.test_examples, options.examples)
-    for part in clean_batches(setup, open_labelled(setup.config, "test"), examples):
+    for part in clean_batches(setup, source, _examples(setup.config)):
         example = put_batch({key: part["example"][key] for key in ("valid", "label", "position")}, setup.mesh)
         right: dict[tuple[str, str], jax.Array] = {}
         for condition, group in _conditions(setup, part["groups"][name], part["example"]["position"]):
@@ -251,7 +299,7 @@ def _judged(setup: Setup, victims: list[Victim]) -> tuple[dict[tuple[str, str], 
         batches.append({**fetch(example), "right": {key: fetch(hits) for key, hits in right.items()}})
     whole = concatenated(batches)
     valid, label = whole["valid"], whole["label"]
-    check_labels(valid, label)
+    valid &= label != UNLABELLED  # told where its features are encoded
     return {key: whole["right"][key][valid] for key in right}, label[valid]
 
 
@@ -268,12 +316,27 @@ def _conditions(setup: Setup, group: dict[str, Any], position: np.ndarray) -> It
                 yield f"{corruption}/{severity}", {**group, "visible": {**visible, "value": patches}}
 
 
-def _table(accuracy: Mapping[tuple[str, str], float], names: list[str], always: float) -> str:
-    rows = []
-    for condition in [condition for name, condition in accuracy if name == names[0]]:
-        attack, _, epsilon = condition.partition("/")
-        title = f"{attack.upper()}, {epsilon}/255" if epsilon else condition.replace("_", " ")
-        title = "mean of corruptions" if condition == "corruptions" else title
-        rows.append([title, *(f"{accuracy[name, condition]:.3f}" for name in names)])
-    rows.append(["majority class", *[f"{always:.3f}"] * len(names)])
-    return table(["accuracy on pictures", *names], rows)
+def _table(accuracy: Figures, columns: Mapping[str, str], always: list[float]) -> str:
+    """A row for each condition.
+
+    Args:
+        accuracy: of `_accuracies`, with what `beside` adds.
+        columns: heads of the columns by victim, of `with_beside`.
+        always: accuracy of the majority class, of each column of a victim.
+    """
+    first, rows = next(iter(columns)), []
+    names = [name.partition("/")[2] for name in accuracy if name.startswith(f"{first}/") and WITHOUT not in name]
+    for condition in names:
+        parts = (column.partition("/") for column in columns)
+        rows.append(
+            [_title(condition), *(f"{accuracy[f'{name}/{condition}{slash}{more}']:.3f}" for name, slash, more in parts)]
+        )
+    rows.append(["majority class", *(f"{always[i % len(always)]:.3f}" for i in range(len(columns)))])
+    return table(["accuracy on pictures", *columns.values()], rows)
+
+
+def _title(condition: str) -> str:
+    attack, _, epsilon = condition.partition("/")
+    if epsilon:
+        return f"{attack.upper()}, {epsilon}/255"
+    return "mean of corruptions" if condition == "corruptions" else condition.replace("_", " ")

@@ -10,10 +10,11 @@ Legend: ``B`` examples of a batch, ``C`` classes, ``D`` width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -28,13 +29,15 @@ from m3ae_jax.data.fields import check_crops
 from m3ae_jax.data.order import Order, fold_seed
 from m3ae_jax.data.pipeline import Feed, View
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals.base import Result, table
+from m3ae_jax.evals.base import Result, amount, table
 from m3ae_jax.evals.clean import clean_batches, with_labels
-from m3ae_jax.evals.features import INPUTS, pooled, shown
-from m3ae_jax.evals.labelled import UNLABELLED, LabelRecorder, open_labelled
+from m3ae_jax.evals.features import INPUTS, contents_of, pooled, shown, with_beside
+from m3ae_jax.evals.labelled import UNLABELLED, LabelRecorder, common_classes, open_labelled
+from m3ae_jax.evals.overlap import WITHOUT, note, overlap, unlabelled
+from m3ae_jax.evals.verdict import Measured, compared, sentence
 from m3ae_jax.objectives.base import Objective, Params, Part
 from m3ae_jax.objectives.batch import abstract_part
-from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch
+from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch, put_whole_batch
 from m3ae_jax.train.setup import Setup
 
 log = logging.getLogger("m3ae_jax")
@@ -114,8 +117,8 @@ class Task:
         self.setup, self.name, self.options = setup, name, config.eval[name]
         self._change = change
         self.groups = setup.objective.view(INPUTS[self.options.input])
-        self._train = open_labelled(config, "train")
-        self.classes = len(self._train.classes)
+        self._train, self._test = open_labelled(config, "train"), open_labelled(config, "test")
+        self.classes = len(common_classes(self._train.classes, self._test.classes))
         self.examples = min(len(self._train), config.eval.train_examples)
         self.batch_size = setup.eval_rows(self.examples, self.options.batch_size)
         self.steps = max(1, self._duration("duration"))
@@ -157,17 +160,43 @@ class Task:
         batches = setup.batches(Feed((labels,), (view,)), self.groups, self.batch_size, 0, self.steps)
         yield from map(self._on_mesh, with_labels(batches, labels))
 
+    @functools.cached_property
+    def seen(self) -> np.ndarray:
+        """Which test examples are training examples too, `[n] bool`, in the order of `test_batches`.
+
+        Raises:
+            UserError: all are, or as `evals.labelled.with_class`.
+        """
+        train, test = (contents_of(self.setup, part) for part in ("train", "test"))
+        return overlap(self.setup, "test", test, {"train": train})
+
+    @property
+    def readable_seen(self) -> np.ndarray:
+        """`seen` of the test examples alone that could be read and have a class."""
+        return self.seen[contents_of(self.setup, "test").valid]
+
     def test_batches(self) -> Iterator[dict[str, Any]]:
-        """Every test example once, unaugmented; ``real`` `[B]` is False for padding."""
-        config = self.setup.config
-        parts = clean_batches(self.setup, open_labelled(config, "test"), config.eval.test_examples)
-        yield from map(self._on_mesh, parts)
+        """Every test example once, unaugmented.
+
+        ``real`` `[B]` is False for padding; ``seen`` `[B]` is there if any of the batch is a training example too, of
+        whichever process.
+        """
+        start, examples = 0, self.setup.config.eval.test_examples
+        for part in clean_batches(self.setup, self._test, examples):
+            batch = self._on_mesh(part)
+            size = len(batch["valid"])
+            of_batch = np.pad(self.seen[start : start + size], (0, max(0, start + size - len(self.seen))))
+            if of_batch.any():
+                batch |= put_whole_batch({"seen": of_batch}, self.setup.mesh)
+            start += size
+            yield batch
 
     def _on_mesh(self, part: dict[str, Any]) -> dict[str, Any]:
         example, groups = part["example"], {group.name: part["groups"][group.name] for group in self.groups}
         real = example.get("real", np.ones_like(example["valid"]))
         batch = {"groups": groups, "label": example["label"], "valid": example["valid"], "real": real}
-        return put_batch(batch, self.setup.mesh)
+        on_mesh: dict[str, Any] = put_batch(batch, self.setup.mesh)
+        return on_mesh
 
 
 def counted(batch: Part) -> jax.Array:
@@ -210,8 +239,8 @@ def sums(logits: jax.Array, batch: Part, answers: Answers) -> Sums:
         answers: to it.
 
     Returns:
-        Sums ``loss``, ``correct``, ``top5``, ``count``, ``unlabelled`` and ``left_out``, and ``classes`` `[C]`, how
-        often each is the right answer.
+        Sums ``loss``, ``correct``, ``top5``, ``count`` and ``left_out``, and ``classes`` `[C]`, how often each is the
+        right answer.
     """
     label, weight = answers.label, answers.weight
     right = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
@@ -220,7 +249,6 @@ def sums(logits: jax.Array, batch: Part, answers: Answers) -> Sums:
         "correct": jnp.sum((jnp.argmax(logits, axis=1) == label) * weight),
         "top5": jnp.sum((jnp.sum(logits > right, axis=1) < 5) * weight),
         "count": jnp.sum(weight),
-        "unlabelled": jnp.sum(batch["valid"] & (batch["label"] == UNLABELLED)),
         "left_out": jnp.sum(batch["real"] & ~batch["valid"]),
         "classes": jnp.sum(jax.nn.one_hot(label, logits.shape[1]) * weight[:, None], axis=0),
     }
@@ -266,6 +294,7 @@ class Count:
         top5: share of the examples whose class is among the five likeliest.
         left_out: examples whose picture does not decode.
         classes: `[C]`, examples of each.
+        without: of the test examples that are no training examples; None if all are such, or none is.
     """
 
     loss: float
@@ -273,20 +302,32 @@ class Count:
     top5: float
     left_out: int
     classes: np.ndarray
+    without: Count | None = None
 
     @classmethod
-    def of(cls, batches: list[dict[str, np.ndarray]], name: str) -> Count:
+    def of(cls, batches: Sequence[dict[str, np.ndarray]], seen: Sequence[dict[str, np.ndarray]]) -> Count:
         """Adds up.
 
-        Raises:
-            UserError: an example has no class, or none counts.
+        Args:
+            batches: `Sums` of each.
+            seen: of test batches, `Sums` of those examples alone that are training examples too.
         """
-        total: dict[str, Any] = {k: np.sum([b[k] for b in batches], axis=0, dtype=np.float64) for k in batches[0]}
-        if total["unlabelled"] or not total["count"]:
-            usable, without = int(total["count"]), int(total["unlabelled"])
-            raise UserError(f"{name}: {usable} labelled examples can be read, {without} without a class")
-        loss, accuracy, top5 = (float(total[key] / total["count"]) for key in ("loss", "correct", "top5"))
+        total = _added(batches)
+        found = cls._divided(total)
+        if not seen:
+            return found
+        others = jax.tree.map(np.subtract, total, _added(seen))
+        return dataclasses.replace(found, without=cls._divided(others)) if others["count"] else found
+
+    @classmethod
+    def _divided(cls, total: dict[str, Any]) -> Count:
+        count = max(total["count"], 1.0)  # of a few training batches perhaps not one example has a class
+        loss, accuracy, top5 = (float(total[key] / count) for key in ("loss", "correct", "top5"))
         return cls(loss, accuracy, top5, int(total["left_out"]), total["classes"])
+
+
+def _added(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+    return {key: np.sum([batch[key] for batch in batches], axis=0, dtype=np.float64) for key in batches[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,14 +350,18 @@ class Trained:
 def train(task: Task, step: Callable[[S, Part, np.int32], tuple[S, dict[str, Sums]]], state: S) -> Trained:
     """Runs all steps, or until the loss of every head is not finite.
 
+    Before the first it tells of test examples that are training examples too.
+
     Args:
         task: what is trained on.
         step: of (state, batch, steps done) to the next state and `Sums` by head.
         state: before the first.
 
     Raises:
-        UserError: an example has no class.
+        UserError: most examples have no class, or all test examples are training examples.
     """
+    if task.seen.any():
+        log.warning("%s: %s", task.name, note(task.readable_seen).strip())
     every = -(-task.steps // _REPORTS)
     waiting: list[dict[str, Sums]] = []
     window: list[dict[str, Any]] = []
@@ -329,7 +374,7 @@ def train(task: Task, step: Callable[[S, Part, np.int32], tuple[S, dict[str, Sum
             window += fetch(waiting)
             waiting = []
         if report:
-            last = {head: Count.of([one[head] for one in window], task.name) for head in figures}
+            last = {head: Count.of([one[head] for one in window], ()) for head in figures}
             seen, window = seen + next(iter(last.values())).classes, []
             _report(task, done, last, diverged)
         if len(diverged) == len(figures):
@@ -362,15 +407,23 @@ def test(task: Task, count: Callable[[Part], dict[str, Sums]]) -> dict[str, Coun
     Args:
         task: what is tested on.
         count: `Sums` of a batch by head.
-
-    Raises:
-        UserError: an example has no class.
     """
-    batches: list[Any] = list(_fetched(map(count, task.test_batches())))
-    counts = {head: Count.of([batch[head] for batch in batches], task.name) for head in batches[0]}
+
+    def both(batch: Part) -> dict[str, dict[str, Sums]]:
+        every = {name: value for name, value in batch.items() if name != "seen"}
+        figures = {"all": count(every)}
+        if "seen" in batch:
+            figures["seen"] = count({**every, "valid": batch["valid"] & batch["seen"]})
+        return figures
+
+    batches: list[Any] = list(_fetched(map(both, task.test_batches())))
+    counts = {}
+    for head in batches[0]["all"]:
+        every, seen = ([batch[of][head] for batch in batches if of in batch] for of in ("all", "seen"))
+        counts[head] = Count.of(every, seen)
     left_out = next(iter(counts.values())).left_out
     if left_out:
-        log.warning("%s: %d test examples are left out: their pictures do not decode", task.name, left_out)
+        log.warning("%s: left out: %s whose picture does not decode", task.name, amount(left_out, "test example"))
     return counts
 
 
@@ -384,20 +437,29 @@ def _fetched(values: Iterable[S]) -> Iterator[S]:
 def result(task: Task, trained: Trained, tested: Mapping[str, Count]) -> Result:
     """Figures and table; those of the first head have no head in their name."""
     heads = list(tested)
-    classes = tested[heads[0]].classes
-    majority = float(classes[np.argmax(trained.classes)] / classes.sum())
+    classes, seen = tested[heads[0]].classes, task.readable_seen
+    majority = {"majority": _majority(trained, tested[heads[0]])}
+    if without := tested[heads[0]].without:
+        majority[f"majority/{WITHOUT}"] = _majority(trained, without)
+    train, test = (contents_of(task.setup, part) for part in ("train", "test"))
     scalars = {
-        "majority": majority,
-        "train_examples": float(task.examples),
+        **majority,
+        "train_examples": float(task.examples - train.unlabelled),
         "test_examples": float(classes.sum()),
         "batch_size": float(task.batch_size),
         "steps": float(task.steps),
+        "overlap": float(seen.sum()),
+        **unlabelled(train, test),
     }
-    columns = ["accuracy", *(["top5_accuracy"] if task.classes > 5 else []), "train_accuracy", "train_loss"]
+    measured = ("accuracy", *(("top5_accuracy",) if task.classes > 5 else ()))
+    columns = with_beside({name: name.replace("_", " ") for name in measured}, seen)
+    columns |= {"train_accuracy": "train accuracy", "train_loss": "train loss"}
     rows = []
     for head, count in tested.items():
         last, ending = trained.last[head], ""
         figures = {"accuracy": count.accuracy, "top5_accuracy": count.top5}
+        if count.without:
+            figures |= {f"accuracy/{WITHOUT}": count.without.accuracy, f"top5_accuracy/{WITHOUT}": count.without.top5}
         if head in trained.diverged:  # then it has no loss
             figures["diverged_at_step"] = float(trained.diverged[head])
             ending = f", diverged at step {trained.diverged[head]}"
@@ -406,6 +468,21 @@ def result(task: Task, trained: Trained, tested: Mapping[str, Count]) -> Result:
         rows.append([head + ending, *(shown(figures, column) for column in columns)])
         before = "" if head == heads[0] else f"{head}/"
         scalars |= {before + key: value for key, value in figures.items() if key in (*columns, "diverged_at_step")}
-    rows.append(["majority class", f"{majority:.3f}", *[""] * (len(columns) - 1)])
-    heads_of_columns = [column.replace("_", " ") for column in columns]
-    return Result.of(task.name, scalars, table([task.options.input, *heads_of_columns], rows))
+    guessed = [f"{value:.3f}" for value in majority.values()]
+    rows.append(["majority class", *guessed, *[""] * (len(columns) - len(guessed))])
+    text = table([task.options.input, *columns.values()], rows) + note(seen)
+    return Result.of(task.name, scalars, text, _verdict(task.options.input, tested, majority))
+
+
+def _verdict(read: str, tested: Mapping[str, Count], majority: Mapping[str, float]) -> str:
+    """What accuracy the first head reached, beside the others' and the majority class's."""
+    counts = {head: count.without or count for head, count in tested.items()}
+    examples = float(next(iter(counts.values())).classes.sum())
+    shares = [Measured.share(head, count.accuracy, examples) for head, count in counts.items()]
+    floor = Measured.share("the majority class", list(majority.values())[-1], examples)
+    return sentence([compared(read, shares[:1], [*shares[1:], floor])])
+
+
+def _majority(trained: Trained, tested: Count) -> float:
+    """Accuracy of always saying the class that was trained on most often."""
+    return float(tested.classes[np.argmax(trained.classes)] / tested.classes.sum())

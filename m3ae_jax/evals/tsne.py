@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 import m3ae_jax.inference as inference
 from m3ae_jax.checkpoint.manager import find
 from m3ae_jax.config.fields import FieldGroup, setting
-from m3ae_jax.data.text import load_tokenizer
+from m3ae_jax.data.run_tokenizer import of_run
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.features import INPUTS, Encoded, encode_source, fresh_params
 from m3ae_jax.evals.labelled import LabelRecorder, open_labelled
+from m3ae_jax.evals.verdict import Measured, compared, sentence
 from m3ae_jax.objectives.base import Params, build
 from m3ae_jax.parallel.mesh import param_shardings
 from m3ae_jax.report.pictures import ClassMap, class_maps
@@ -117,7 +118,10 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     title = f"t-SNE of {options.feature}: {len(label):,} test examples of {shown}"
     picture = class_maps([ClassMap(p.title, p.places, label) for p in panels], classes, title)
     heads = ("encoder", f"accuracy of {NEIGHBORS} neighbours in the map", "in the features")
-    return Result.of("tsne", scalars, table(heads, rows), {"maps": picture})
+    shares = [Measured.share(p.title, scalars[f"{p.name}/features"], len(label)) for p in panels]
+    floor = Measured.share("the majority class", always, len(label))
+    said = sentence([compared(f"{NEIGHBORS} neighbours in the features", shares[:1], [*shares[1:], floor])])
+    return Result.of("tsne", scalars, table(heads, rows), said, {"maps": picture})
 
 
 def _encoded(config: ConfigDict, model: Setup, params: dict[str, Params]) -> Encoded:
@@ -229,9 +233,6 @@ def _other_setup(setup: Setup, stored: inference.Stored) -> Setup:
     config.compute.update(attention="xla", remat="none")  # for whatever device, and no gradient
     tokenizer = None
     if "text" in needed:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if stored.tokenizer and tokenizer.fingerprint != stored.tokenizer:
-            raise UserError(
-                f"eval.tsne.beside={beside!r}: data.tokenizer={config.data.tokenizer!r} is another one than the run's"
-            )
+        how = f"eval.tsne.beside={beside!r} needs the one that it was trained with"
+        tokenizer = of_run(config.data.tokenizer, stored.run, how, stored.tokenizer)
     return dataclasses.replace(setup, config=config, tokenizer=tokenizer, objective=build(config, stored.vocabulary))

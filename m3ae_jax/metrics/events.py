@@ -31,8 +31,8 @@ class Events(logging.Handler):
         """Writes one event.
 
         Args:
-            kind: started, resumed, config, saved, evaluated, skipped, stalled, preempted, stopped, failed, warning,
-                finished, profile.
+            kind: started, resumed, config, data, saved, evaluated, skipped, stalled, preempted, stopped, failed,
+                warning, finished, profile.
             text: for people; line ends become blanks.
             step: the last one done; by default `self.step`.
         """

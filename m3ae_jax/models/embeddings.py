@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3ae_jax.data.tokens import Modality
+from m3ae_jax.data.tokens import MASK, Modality
 from m3ae_jax.models.transformer import dense, gathered, named
+
+POSITIONS = "position_embedding"
+"""The name of a learned position table, `[L, D]`."""
 
 Tokens = Mapping[str, jax.Array]
 """A token set: ``value`` (of pictures normalised pixels), ``position``, ``valid``."""
@@ -75,7 +78,7 @@ class Places(nn.Module):
         m = self.modality
         if self.learned:
             initializer = named(nn.initializers.normal(0.02), None, "embed")
-            self.table: Any = self.param("position_embedding", initializer, (m.tokens, self.width))
+            self.table: Any = self.param(POSITIONS, initializer, (m.tokens, self.width))
         else:
             self.table = sincos_2d(self.width, m.grid) if m.grid else sincos_1d(self.width, np.arange(m.tokens))
         if self.typed:
@@ -92,9 +95,12 @@ class Embedding(Places):
 
     Attributes:
         dtype: of the linear map's products.
+        masked: token sets may have ``input``, which is shown instead of ``value``, with a learned vector for
+            `tokens.MASK`.
     """
 
     dtype: Any = jnp.float32
+    masked: bool = False
 
     def setup(self) -> None:
         """Declares what is learned."""
@@ -108,10 +114,16 @@ class Embedding(Places):
                 embedding_init=named(nn.initializers.normal(1.0), "vocab", "embed"),
                 promote_dtype=gathered("vocab", "embed"),
             )
+        if self.masked:
+            self.mask = vector(self, "mask_embedding", self.width)
 
     def __call__(self, tokens: Tokens) -> jax.Array:
         """Maps a token set to `[B, K, D]`."""
-        return self.embedding(tokens["value"]) + self.place(tokens["position"])
+        shown = tokens["input"] if self.masked and "input" in tokens else tokens["value"]
+        if shown is tokens["value"]:
+            return self.embedding(shown) + self.place(tokens["position"])
+        embedded = jnp.where((shown == MASK)[..., None], self.mask, self.embedding(jnp.maximum(shown, 0)))
+        return embedded + self.place(tokens["position"])
 
 
 class MaskTokens(Places):

@@ -43,12 +43,14 @@ class Encoder(nn.Module):
         modalities: whose tokens it embeds.
         typed: add a learned vector of its modality to each token.
         learned_positions: names of the modalities whose positions are learned.
+        masked: names of the modalities that are shown with masks, see `Embedding`.
     """
 
     options: TransformerOptions
     modalities: tuple[Modality, ...]
     typed: bool = True
     learned_positions: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, visible: TokenSets, *, deterministic: bool = True) -> Encoded:
@@ -61,7 +63,9 @@ class Encoder(nn.Module):
         o = self.options
         present = [m for m in self.modalities if m.name in visible]
         parts = [
-            Embedding(m, o.width, m.name in self.learned_positions, self.typed, o.dtype, name=m.name)(visible[m.name])
+            Embedding(
+                m, o.width, m.name in self.learned_positions, self.typed, o.dtype, m.name in self.masked, name=m.name
+            )(visible[m.name])
             for m in present
         ]
         cls = jnp.broadcast_to(vector(self, "cls_token", o.width), (parts[0].shape[0], 1, o.width))

@@ -48,10 +48,16 @@ class ModelFields(FieldGroup):
     @staticmethod
     def check(config: ConfigDict, path: str) -> None:
         """Fills in the encoder's size, and refuses one that cannot be computed."""
-        m = config.model
-        width, depth, heads = SIZES[m.size]
-        m.update(width=m.width or width, depth=m.depth or depth, heads=m.heads or heads)
-        check_stack(config, "model.", m.width, m.heads)
+        width, depth, heads = encoder_size(config)
+        config.model.update(width=width, depth=depth, heads=heads)
+        check_stack(config, "model.", width, heads)
+
+
+def encoder_size(config: ConfigDict) -> tuple[int, int, int]:
+    """Width, depth and heads of the encoder; those that are 0 as its size says."""
+    m = config.model
+    width, depth, heads = SIZES[m.size]
+    return m.width or width, m.depth or depth, m.heads or heads
 
 
 def check_stack(config: ConfigDict, prefix: str, width: int, heads: int) -> None:

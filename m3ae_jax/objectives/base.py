@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.schema import objective_class
@@ -86,13 +87,17 @@ class Objective(Protocol):
         Fields: the dataclass of its own fields of the config; none if it has none. They are the group of the
             objective's name: that under which it is built in, or its `name`, or the class's name in lower case.
         couples_examples: whether an example's loss depends on the others of its batch (contrast, negatives); the
-            batch is then not cut into micro-batches.
+            batch is then not cut into micro-batches, unless `chunked`.
+        chunked: whether the loss cuts a batch into ``config.micro_batches`` by itself.
+        alarms: least and greatest value of some metrics; a run warns when one leaves them.
         stacks: paths of the parameters of its layer stacks, as ``encoder/blocks``, in the order of the forward pass.
     """
 
     groups: tuple[Group, ...]
     term_weights: Mapping[str, float]
     couples_examples: bool = False
+    chunked: bool = False
+    alarms: Mapping[str, tuple[float, float]] = types.MappingProxyType({})
     stacks: tuple[str, ...] = ()
 
     def init(self, rng: jax.Array) -> Boxed:
@@ -146,11 +151,13 @@ class Restored:
         value: in data space: `[B, K, P] uint8` pixels or `[B, K] int32` token ids.
         loss: `[B, K] float32`, as the training loss measures each token.
         correct: `[B, K] bool`, whether an id is right; None for pixels.
+        own_statistics: whether a patch's pixels have the mean and deviation of the true one, not the model's.
     """
 
     value: jax.Array
     loss: jax.Array
     correct: jax.Array | None = None
+    own_statistics: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @runtime_checkable
@@ -159,6 +166,47 @@ class Encodes(Protocol):
 
     def encode(self, params: Params, part: Part, rng: jax.Array | None = None) -> Encoded:
         """Features of a part's visible tokens, of all its groups together; `rng` is of dropout."""
+
+
+def pool(encoded: Encoded, groups: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Features of whole examples: what the objective pools (``cls``), and the ``mean`` over the real tokens.
+
+    Args:
+        encoded: of `Encodes.encode`.
+        groups: of the part that was encoded.
+
+    Returns:
+        ``{name: [B, D] float32}``; the mean is zero for an example without any token (no caption). Of groups of
+        different widths the means stand side by side.
+    """
+    features = {name: x.astype(jnp.float32) for name, x in encoded.pooled.items()}
+    if len({x.shape[-1] for x in encoded.tokens.values()}) > 1:
+        alone = [Encoded({}, {name: encoded.tokens[name]}) for name in groups]
+        means = [pool(one, {name: groups[name] for name in one.tokens})["mean"] for one in alone]
+        return {**features, "mean": jnp.concatenate(means, axis=-1)}
+    valid = jnp.concatenate([sets["visible"]["valid"] for sets in groups.values()], axis=1)
+    tokens = jnp.concatenate([encoded.tokens[name].astype(jnp.float32) for name in groups], axis=1)
+    total = jnp.sum(jnp.where(valid[..., None], tokens, 0.0), axis=1)
+    return {**features, "mean": total / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)}
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Puts pictures and captions into one space, where those that belong together are close."""
+
+    def embed(self, params: Params, part: Part, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Unit vectors `[B, d] float32` of the whole picture (``image``) and caption (``text``), if the part has them.
+
+        Tokens that are hidden count too; `rng` is of dropout.
+        """
+
+
+@runtime_checkable
+class Matches(Protocol):
+    """Says whether a picture and a caption belong together, reading both."""
+
+    def match(self, params: Params, part: Part) -> jax.Array:
+        """Logits `[B] float32` of the pairs, the higher the better they fit; deterministic."""
 
 
 @runtime_checkable
@@ -195,6 +243,18 @@ class Attends(Protocol):
 
 
 @runtime_checkable
+class Itemizes(Protocol):
+    """Says what the parts of a step cost."""
+
+    def products(self, rows: int) -> dict[str, float]:
+        """Floating-point operations of an example's matrix products by part of the step, forward and backward.
+
+        Args:
+            rows: of the batch, with all of which an example is compared.
+        """
+
+
+@runtime_checkable
 class Prior(Protocol):
     """Knows what a predictor that ignores the other tokens reaches."""
 
@@ -219,5 +279,5 @@ def build(config: ConfigDict, vocab_size: int) -> Objective:
     objective: Objective | None = None if lacking else kind(config, vocab_size)
     lacking += [name for name in ("groups", "term_weights") if objective and not hasattr(objective, name)]
     if objective is None or lacking:
-        raise UserError(f"objective={config.objective!r} lacks {', '.join(lacking)}, see docs/new_objective.md")
+        raise UserError(f"objective={config.objective!r} lacks {', '.join(lacking)}, see m3ae_jax.objectives.base")
     return objective

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.mixture import cut_mixture
-from m3ae_jax.data.tokens import EXAMPLE, Group, restricted
-from m3ae_jax.objectives.base import Batch, LossOutput, Objective, Params, Terms
+from m3ae_jax.data.tokens import EXAMPLE, Group, Modality, restricted
+from m3ae_jax.objectives.base import NOTHING_HIDDEN, Batch, LossOutput, Objective, Params, Terms
 
 
 def abstract_part(groups: Iterable[Group], rows: int) -> dict[str, Any]:
@@ -31,6 +32,37 @@ def abstract_part(groups: Iterable[Group], rows: int) -> dict[str, Any]:
 def zeros_part(groups: Iterable[Group], rows: int = 1) -> dict[str, Any]:
     """As `abstract_part`, filled with zeros: what a model's parameters are made with."""
     return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), abstract_part(groups, rows))
+
+
+def modality_groups(
+    modalities: Mapping[str, Modality], inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN
+) -> tuple[Group, ...]:
+    """A group for each modality that is among the inputs, of its name; a random subset of its tokens is hidden.
+
+    Args:
+        modalities: by name.
+        inputs: names.
+        hidden: mask ratio of a modality; 0 where it is not named.
+    """
+    return tuple(
+        Group(name, (modality,), RandomSubset(hidden.get(name, 0.0)))
+        for name, modality in modalities.items()
+        if name in inputs
+    )
+
+
+def clean(sets: Mapping[str, Any], *, shown: bool = False) -> dict[str, jax.Array]:
+    """The tokens of a group, the visible ones before the targets, as one token set.
+
+    Args:
+        sets: ``visible`` and ``target``.
+        shown: targets as the masker shows them (``input``), not as they are.
+    """
+    visible, target = dict(sets["visible"]), dict(sets["target"])
+    target_input = target.pop("input", None)
+    if shown and target_input is not None:
+        visible["input"], target["input"] = visible["value"], target_input
+    return {name: jnp.concatenate([visible[name], target[name]], axis=1) for name in visible}
 
 
 def abstract_batch(config: ConfigDict, objective: Objective, batch_size: int, unit: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
-from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.tokens import Group, modality_table
 from m3ae_jax.models.decoder import Decoder
@@ -24,8 +23,14 @@ from m3ae_jax.models.fields import check_stack
 from m3ae_jax.models.transformer import stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
 from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, LossOutput, Objective, Params, Part, Restored, Terms
-from m3ae_jax.objectives.batch import row_total, summed, zeros_part
-from m3ae_jax.objectives.parts.pixels import denormalize_pixels, normalize_patches, normalize_pixels, patch_statistics
+from m3ae_jax.objectives.batch import modality_groups, row_total, summed, zeros_part
+from m3ae_jax.objectives.parts.pixels import (
+    denormalize_pixels,
+    normalize_patches,
+    normalize_pixels,
+    normalized_tokens,
+    patch_statistics,
+)
 from m3ae_jax.objectives.parts.prior import statistics_loss
 
 
@@ -104,11 +109,7 @@ class M3AE(Objective):
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
-        return tuple(
-            Group(name, (modality,), RandomSubset(hidden.get(name, 0.0)))
-            for name, modality in self._modalities.items()
-            if name in inputs
-        )
+        return modality_groups(self._modalities, inputs, hidden)
 
     def loss(self, params: Params, extra: Any, part: Part, rng: jax.Array | None, step: jax.Array) -> LossOutput:
         """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
@@ -186,7 +187,8 @@ class M3AE(Objective):
                 restored[name] = Restored(words.best, words.loss, words.best == values[name])
             else:
                 error = jnp.mean(jnp.square(prediction - values[name]), axis=-1)
-                restored[name] = Restored(self._pixels(part, prediction), error)
+                own = bool(self._config.m3ae.normalize_patches)
+                restored[name] = Restored(self._pixels(part, prediction), error, own_statistics=own)
         return restored
 
     def _values(self, part: Part) -> dict[str, jax.Array]:
@@ -225,10 +227,7 @@ class M3AE(Objective):
         return {**part, "groups": {**part["groups"], "image": {**group, "target": target}}}
 
     def _visible(self, part: Part) -> dict[str, dict[str, jax.Array]]:
-        visible = {name: dict(group["visible"]) for name, group in part["groups"].items()}
-        if "image" in visible:
-            visible["image"]["value"] = normalize_pixels(visible["image"]["value"], self._config)
-        return visible
+        return {name: normalized_tokens(group["visible"], self._config) for name, group in part["groups"].items()}
 
 
 def _targets(part: Part) -> dict[str, Any]:

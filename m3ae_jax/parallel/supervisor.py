@@ -16,10 +16,13 @@ import signal
 import sys
 import threading
 
-from m3ae_jax.errors import LOST, STOPPED
+from m3ae_jax.errors import LOST, MISTAKE, STOPPED
 
 _COORDINATION = re.compile(rb"coordination_service|preemption_|JAX distributed service detected fatal errors")
-_GLOO = b"[Gloo]"  # logs, and has no setting to stop it
+# Gloo logs, and has no setting to stop it. It writes a line in pieces, so that lines of two threads can mix.
+_GLOO = re.compile(
+    rb"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\s)+"
+)
 _LAST_LINES = 1.0  # seconds for them to come through
 _PR_SET_PDEATHSIG = 1
 
@@ -50,11 +53,16 @@ def supervise() -> None:
     _end(code, held)
 
 
+def is_of_gloo(line: bytes) -> bool:
+    """Whether a line of the console consists of what Gloo logs on connecting, in any order."""
+    return _GLOO.fullmatch(line) is not None
+
+
 def _forward(reader: int, held: list[bytes]) -> None:
     """Shows the child's standard error as it comes; holds it back from JAX's coordination's first line on."""
     with os.fdopen(reader, "rb") as lines:
         for line in lines:
-            if _GLOO in line:
+            if is_of_gloo(line):
                 continue
             if held or _COORDINATION.search(line):
                 held.append(line)
@@ -85,9 +93,9 @@ def _end(code: int, held: list[bytes]) -> None:
     if code == -signal.SIGABRT and _COORDINATION.search(text):
         _show(f"error: {LOST}\n".encode())
         os._exit(STOPPED)
-    if code == STOPPED:
+    if code in (STOPPED, MISTAKE):
         _show(b"".join(line for line in held if line.startswith(b"error: ")))
-        os._exit(STOPPED)
+        os._exit(code)
     _show(text)
     if code >= 0:
         os._exit(code)

@@ -15,8 +15,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import m3ae_jax.console as console
 from m3ae_jax.config import resolve, steps
 from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import Itemizes, build
 from m3ae_jax.parallel.mesh import AXES, PRESETS, mesh_shape
 from m3ae_jax.plan.chips import Topology, parse
 from m3ae_jax.plan.compile import Compiled, compile_step, for_tpu, libtpu_path, no_tpu_here
@@ -90,8 +92,7 @@ def plan(config: ConfigDict, name: str, workdir: Path, topologies: str, price: f
     )
     need = work(resolved, request.vocab_size)
     lines = _closed_form(resolved, name, need, request)
-    for line in lines:
-        log.info(line)
+    log.info(console.readable("\n".join(lines)))
     try:
         libtpu_path()
     except UserError as error:
@@ -99,12 +100,11 @@ def plan(config: ConfigDict, name: str, workdir: Path, topologies: str, price: f
         return []
     plans: list[Plan] = []
     rows = [_HEADER, _RULE]
-    log.info("%s\n%s", _HEADER, _RULE)
     for topology in request.topologies:
         for result in _plans(resolved, request, topology, need):
             rows.append(result if isinstance(result, str) else _row(result, price))
             plans += [result] if isinstance(result, Plan) else []
-            log.info(rows[-1])
+            log.info("%s\n", console.readable("\n".join([_HEADER, _RULE, rows[-1]])))
             _save(workdir, [f"## {name}", "", "  \n".join(lines), "", *rows], plans, price)
     log.info("saved: %s and plan.json beside it", workdir / "plan.md")
     return plans
@@ -138,8 +138,18 @@ def _closed_form(config: ConfigDict, name: str, need: Work, request: Request) ->
         f"matrix products in closed form: {need.flops_per_example / 1e9:,.1f} GFLOP an example (forward and backward), "
         f"{need.flops_per_example * config.batch_size / 1e12:,.1f} TFLOP a step, "
         f"{need.executed_flops / 1e12:,.1f} TFLOP with what remat repeats",
+        *_itemized(config, request.vocab_size),
         "memory and collectives are the TPU compiler's; times are rooflines, estimates of the best case",
     ]
+
+
+def _itemized(config: ConfigDict, vocab_size: int) -> list[str]:
+    """What the parts of a step cost, if the objective says."""
+    objective = build(config, vocab_size)
+    if not isinstance(objective, Itemizes):
+        return []
+    parts = objective.products(config.batch_size)
+    return ["of them, GFLOP an example: " + ", ".join(f"{name} {cost / 1e9:,.2f}" for name, cost in parts.items())]
 
 
 def _plan(config: ConfigDict, request: Request, topology: Topology, need: Work) -> Plan:

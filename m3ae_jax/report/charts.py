@@ -24,6 +24,12 @@ from m3ae_jax.report.page import Html
 _WIDTH, _HEIGHT = 460, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 26, 20, 32
 _POINTS = 600  # of a line: more than one a unit of the width does not show
+# Hues that are told apart without red, green or blue cones too; of 16 lines each has its own hue and dash.
+_HUES = tuple(f"var(--c{number})" for number in range(1, 5))
+_DASHES = ("", "7 3", "2 3", "9 3 2 3")
+_LEVEL = "5 4"
+_AREAS = tuple(f"var(--c{number})" for number in (1, 2, 3, 5, 6, 4))
+_MOST = 1e300  # what is greater counts as not finite: an axis to it would overflow
 _FEW = 30  # points that also get dots: a line of one is seen by them alone
 
 
@@ -61,12 +67,14 @@ class Line:
     Attributes:
         label: in the legend.
         series: its points.
-        colour: in CSS syntax; "" for one that differs from the chart's other lines.
+        colour: in CSS syntax; "" for one that, with the dash, differs from the chart's other lines.
+        dash: lengths of strokes and gaps as SVG has them; "" for a solid line.
     """
 
     label: str
     series: Series
     colour: str = ""
+    dash: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +115,7 @@ def collect(rows: Iterable[Mapping[str, object]]) -> dict[str, Series]:
     series = {}
     for name, pairs in points.items():
         steps, values = map(np.array, zip(*pairs, strict=True))
-        series[name] = Series(steps, np.where(np.isfinite(values), values, math.nan))
+        series[name] = Series(steps, np.where(np.abs(values) < _MOST, values, math.nan))
     return series
 
 
@@ -139,23 +147,23 @@ def chart(
         log_from: the axis is logarithmic if the values are positive and the greatest is so many times the least.
         from_zero: the axis begins at 0, so that a ripple of a great value looks like one.
     """
-    lines = _coloured(lines)
+    lines = _distinct(lines)
     levels = [level[1]] if level and math.isfinite(level[1]) else []
     x = _steps_axis(lines)
     y = _values_axis(np.concatenate([*(line.series.values for line in lines), levels, [0.0] * from_zero]), log_from)
-    drawn, legend = [_frame(x, y, unit)], _newest(lines)
+    drawn, legend = [_frame(x, y, unit)], [_key(_newest(line), line.colour, line.dash) for line in lines]
     if level and levels:
-        drawn.append(_stroke(f"M{x.start} {y.at(level[1]):.1f}H{x.end}", "var(--faint)", dashed=True))
-        legend.append(("var(--faint)", f"{level[0]} {short(level[1])}"))
+        drawn.append(_stroke(f"M{x.start} {y.at(level[1]):.1f}H{x.end}", "var(--faint)", _LEVEL))
+        legend.append(_key(f"{level[0]} {short(level[1])}", "var(--faint)", _LEVEL))
     for line in lines:
         drawn += _curve(line, x, y)
     not_finite = np.concatenate([line.series.steps[np.isnan(line.series.values)] for line in lines])
     if not_finite.size:
         drawn.append(_marks(x, not_finite, "m-3 -3l6 6m-6 0l6 -6", _TOP + 4))
-        legend.append(("var(--bad)", "✕ not finite"))
+        legend.append(_swatch("✕ not finite", "var(--bad)"))
     if len(skipped):
         drawn.append(_marks(x, np.asarray(skipped), "v-7", _HEIGHT - _BOTTOM))
-        legend.append(("var(--bad)", "| skipped steps"))
+        legend.append(_swatch("| skipped steps", "var(--bad)"))
     return _figure(title, drawn, legend)
 
 
@@ -167,7 +175,7 @@ def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
         unit: of the values.
         lines: from the bottom up, none below 0; where one has no value, it counts as 0.
     """
-    lines = _coloured(lines)
+    colours = [line.colour or _AREAS[number % len(_AREAS)] for number, line in enumerate(lines)]
     steps = np.unique(np.concatenate([line.series.steps for line in lines]))
     heights = np.zeros((len(lines), len(steps)))
     for height, line in zip(heights, lines, strict=True):
@@ -178,10 +186,10 @@ def stack(title: str, unit: str, lines: Sequence[Line]) -> Html:
     edges = np.concatenate([np.zeros((1, len(steps))), np.cumsum(heights, axis=0)])
     x, y = _steps_axis(lines), _Axis(0.0, max(float(edges.max()), 1e-9), _HEIGHT - _BOTTOM, _TOP)
     drawn = [_frame(x, y, unit)]
-    for line, (below, above) in zip(lines, itertools.pairwise(edges), strict=True):
+    for colour, (below, above) in zip(colours, itertools.pairwise(edges), strict=True):
         around = _path(np.append(x.at(steps), x.at(steps[::-1])), np.append(y.at(above), y.at(below[::-1])))
-        drawn.append(page.element("path", d=around + "Z", style=f"fill:{line.colour};fill-opacity:0.75"))
-    return _figure(title, drawn, _newest(lines))
+        drawn.append(page.element("path", d=around + "Z", style=f"fill:{colour};fill-opacity:0.75"))
+    return _figure(title, drawn, [_swatch(_newest(line), colour) for line, colour in zip(lines, colours, strict=True)])
 
 
 def bar(share: float) -> Html:
@@ -201,18 +209,29 @@ def thinned(series: Series, most: int = _POINTS) -> Series:
     return Series(steps[index], values[index])
 
 
-def _coloured(lines: Sequence[Line]) -> list[Line]:
-    """Gives each line without a colour one that differs from the others, in the light and in the dark."""
-    if len(lines) <= 6:
-        colours = [f"var(--c{number})" for number in range(1, len(lines) + 1)]
-    else:
-        colours = [f"hsl({360 * number // len(lines)} 65% 50%)" for number in range(len(lines))]
-    return [dataclasses.replace(line, colour=line.colour or c) for line, c in zip(lines, colours, strict=True)]
+def _distinct(lines: Sequence[Line]) -> list[Line]:
+    """Gives each line without a colour one of few hues, and where these are used up another dash."""
+    styles = itertools.cycle(itertools.product(_DASHES, _HUES))
+    return [
+        line if line.colour else dataclasses.replace(line, colour=hue, dash=dash)
+        for line, (dash, hue) in zip(lines, styles, strict=False)
+    ]
 
 
-def _newest(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """The legend: the colour of each line, its label and its newest value."""
-    return [(line.colour, f"{line.label} {short(line.series.last)}") for line in lines]
+def _newest(line: Line) -> str:
+    """A line's label and its newest value."""
+    return f"{line.label} {short(line.series.last)}"
+
+
+def _key(label: str, colour: str, dash: str) -> Html:
+    """An entry of the legend with a piece of the line."""
+    piece = page.element("svg", _stroke("M0 4H28", colour, dash), class_="chart key", viewBox="0 0 28 8")
+    return page.element("span", piece, page.data(label))
+
+
+def _swatch(label: str, colour: str) -> Html:
+    """An entry of the legend with a patch of the colour."""
+    return page.element("span", page.data(label), class_="swatch", style=f"--key:{colour}")
 
 
 def _steps_axis(lines: Sequence[Line]) -> _Axis:
@@ -272,7 +291,7 @@ def _curve(line: Line, x: _Axis, y: _Axis) -> Iterator[Html]:
     if not points.values.size:
         return
     path = _path(x.at(points.steps), y.at(points.values))
-    yield _stroke(path, line.colour)
+    yield _stroke(path, line.colour, line.dash)
     if points.values.size <= _FEW:
         dots = path.replace("L", "h0M") + "h0"
         yield page.element("path", d=dots, style=f"stroke:{line.colour};stroke-width:5;stroke-linecap:round")
@@ -288,20 +307,19 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
-def _stroke(path: str, colour: str, *, dashed: bool = False) -> Html:
-    return page.element("path", d=path, style=f"stroke:{colour}" + (";stroke-dasharray:5 4" if dashed else ""))
+def _stroke(path: str, colour: str, dash: str = "") -> Html:
+    return page.element("path", d=path, style=f"stroke:{colour}" + (f";stroke-dasharray:{dash}" if dash else ""))
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> Html:
     return page.element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", **{"text-anchor": anchor})
 
 
-def _figure(title: str, drawn: Iterable[Html], legend: Iterable[tuple[str, str]]) -> Html:
+def _figure(title: str, drawn: Iterable[Html], legend: Iterable[Html]) -> Html:
     box = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": title}
-    keys = (page.element("span", page.data(label), style=f"--key:{colour}") for colour, label in legend)
     return page.element(
         "figure",
         page.element("h4", page.data(title)),
-        page.element("div", *keys, class_="legend"),
+        page.element("div", *legend, class_="legend"),
         page.element("svg", *drawn, class_="chart", **box),
     )

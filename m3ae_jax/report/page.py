@@ -48,8 +48,12 @@ def join(parts: Iterable[object], separator: str = "") -> Html:
 
 
 def element(name: str, *parts: object, **attributes: str) -> Html:
-    """``<name attribute="...">parts</name>``; a trailing underscore of an attribute (``class_``) is left out."""
-    written = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    """``<name attribute="...">parts</name>``; an attribute's trailing underscore (``class_``) is left out.
+
+    Others become hyphens (``data_head``).
+    """
+    names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
+    written = "".join(f' {names[key]}="{escape(value)}"' for key, value in attributes.items())
     return Html(f"<{name}{written}>{join(parts)}</{name}>")
 
 
@@ -86,12 +90,14 @@ def bullets(items: Iterable[object]) -> Html:
 def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
     """A table; numbers to the right, text in its own direction. A wide one scrolls by itself.
 
+    On a narrow screen each row is a block, its cells one below the other, with the columns' headings before them.
+
     Args:
         columns: headings.
         rows: cells; text such as ``1,234`` or ``0.5 %`` counts as a number, `Html` never does.
     """
     head = element("tr", *(element("th", column) for column in columns))
-    body = [element("tr", *(_cell(cell) for cell in row)) for row in rows]
+    body = [element("tr", *(_cell(cell, head) for cell, head in zip(row, columns, strict=True))) for row in rows]
     return _scrolling(element("table", element("thead", head), element("tbody", *body)))
 
 
@@ -121,12 +127,13 @@ def _scrolling(wide: Html) -> Html:
     return element("div", wide, class_="wide")
 
 
-def _cell(value: object) -> Html:
+def _cell(value: object, head: object) -> Html:
+    heading = str(head)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return element("td", f"{value:,}", class_="number")
+        return element("td", f"{value:,}", class_="number", data_head=heading)
     if not isinstance(value, Html) and _NUMBER.fullmatch(str(value)):
-        return element("td", value, class_="number")
-    return element("td", value, dir="auto")
+        return element("td", value, class_="number", data_head=heading)
+    return element("td", value, dir="auto", data_head=heading)
 
 
 def figure(picture: bytes | Figure, alt: str, caption: object = "") -> Html:
@@ -233,10 +240,10 @@ BODY
 
 _STYLE = """
 :root { --ink: #1a1a1a; --faint: #5f6368; --paper: #ffffff; --line: #d5d8dc; --mark: #ffe08a; --bad: #b3261e;
-  --c1: #1f77b4; --c2: #d95f02; --c3: #2b8a3e; --c4: #7b3294; --c5: #b8860b; --c6: #6d4c41; }
+  --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #1a1a1a; --c5: #b34b8e; --c6: #c99700; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --faint: #a2a7ad; --paper: #16181b; --line: #3b4047; --mark: #6b5200; --bad: #ff8a80;
-    --c1: #6cb4ee; --c2: #ff9f5a; --c3: #69c779; --c4: #c99be0; --c5: #e3b341; --c6: #c9a491; }
+    --c1: #4aa3e0; --c2: #e8743b; --c3: #2fc79a; --c4: #f5f5f5; --c5: #d78ac2; --c6: #f0d94a; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -265,7 +272,14 @@ th[scope] { font-weight: normal; color: var(--faint); white-space: nowrap; }
 .charts figure { margin: 0; min-width: 0; } .chart { display: block; width: 100%; height: auto; }
 .chart text { font: 11.5px system-ui, sans-serif; fill: var(--faint); } .chart path { fill: none; stroke-width: 1.5; }
 .legend { font-size: 0.8rem; color: var(--faint); display: flex; flex-wrap: wrap; gap: 0 0.9rem; }
-.legend span::before, .bar { content: ""; display: inline-block; background: var(--key); height: 0.6em; }
-.legend span::before { width: 0.9em; margin-inline-end: 0.35em; border-radius: 2px; }
+.swatch::before, .bar { content: ""; display: inline-block; background: var(--key); height: 0.6em; }
+.swatch::before { width: 0.9em; margin-inline-end: 0.35em; border-radius: 2px; }
+.chart.key { display: inline-block; width: 28px; height: 8px; margin-inline-end: 0.35em; }
+@media (max-width: 40rem) {
+  thead { display: none; } .wide tbody tr:has(td[data-head]) { display: block; border-bottom: 1px solid var(--line); }
+  td[data-head], td[data-head].number { display: block; border: 0; padding: 0 0 0.15rem; text-align: start; }
+  td[data-head]:empty { display: none; } th[scope], td code { white-space: normal; overflow-wrap: anywhere; }
+  td[data-head]:not([data-head=""])::before { content: attr(data-head) ": "; color: var(--faint); }
+}
 .words { color: var(--ink); font-size: 0.95rem; margin: 0.25rem 0; }
 """

@@ -33,7 +33,14 @@ _TEXT_ONLY_WIDTH = 760
 _COLUMNS = ("original", "masked", "reconstruction")
 _RATIO_CELL = 192  # five of them fill a page
 _ATTENTION_CELL, _ATTENTION_WORDS = 224, 300
+_STRIPES = (96, 224)  # of what is hidden, dark and light
 _HEAT = "YlOrRd"  # pale to dark: it reads in grey too
+
+OWN_STATISTICS = (
+    "The model restores patches normalised by their own mean and deviation: each restored patch is shown with the mean "
+    "and deviation of the true one, which the model did not find out."
+)
+"""What to know of pictures of a model with normalised patches."""
 
 UNITS = {
     "loss": "weighted sum of the terms",
@@ -64,7 +71,7 @@ class Reconstruction:
 
     Attributes:
         original: `[H, W, 3] uint8`, or None (as the next two) in an example without a picture.
-        masked: `[H, W, 3] uint8`, the hidden patches blanked.
+        masked: `[H, W, 3] uint8`, the hidden patches `hatched`.
         restored: `[H, W, 3] uint8`, as the model reconstructs it.
         words: the caption's tokens in order; empty in an example without a caption.
     """
@@ -166,7 +173,20 @@ _Block = Image.Image | _Flow
 """Something in a column."""
 
 
-def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Image:
+def hatched(height: int, width: int, patch: int) -> np.ndarray:
+    """What stands for hidden patches: `[H, W, 3] uint8`, dark and light diagonal stripes, which no picture looks like.
+
+    Args:
+        height: of the whole picture.
+        width: likewise.
+        patch: side of a patch, in pixels; four stripes cross it.
+    """
+    y, x = np.indices((height, width))
+    light = (x + y) // max(patch // 4, 1) % 2 == 1
+    return np.repeat(np.where(light, _STRIPES[1], _STRIPES[0]).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def reconstruction_sheet(rows: Sequence[Reconstruction], title: str, note: str = "") -> Image.Image:
     """Draws one row an example: original, masked and restored picture, and the caption with its guesses.
 
     A column that no example has (pictures or captions) is left out. Small pictures are enlarged to at least
@@ -175,6 +195,7 @@ def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Im
     Args:
         rows: the examples, top to bottom; with none the sheet says so.
         title: the heading, wrapped where it is long.
+        note: what else to know, likewise.
 
     Returns:
         An RGB picture as wide as its columns and as high as its rows.
@@ -191,15 +212,16 @@ def reconstruction_sheet(rows: Sequence[Reconstruction], title: str) -> Image.Im
         if len(columns) < len(widths):
             columns.append([_flow(_caption(row), _font(16), widths[-1])])
         grid.append(columns)
-    return _grid(title, [_legend(rows, sum(widths))], widths, grid)
+    return _grid(title, [*_noted(note, sum(widths)), _legend(rows, sum(widths))], widths, grid)
 
 
-def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str) -> Image.Image:
+def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str, note: str = "") -> Image.Image:
     """Draws one row an example: the original, and beside it what was masked and restored at each mask ratio.
 
     Args:
         examples: each restored at the same ratios.
         title: the heading, wrapped where it is long.
+        note: what else to know, likewise.
 
     Returns:
         An RGB picture; 1,024 pixels wide of four ratios.
@@ -214,7 +236,7 @@ def ratio_sheet(examples: Sequence[Mapping[float, Reconstruction]], title: str) 
         visible = tuple(dataclasses.replace(word, hidden=False) for word in first.words)
         original = _restored_stack(dataclasses.replace(first, words=visible), (first.original,))
         rows.append([original, *(_restored_stack(one, (one.masked, one.restored)) for one in example.values())])
-    return _grid(title, [_legend(everything, sum(widths))], widths, rows)
+    return _grid(title, [*_noted(note, sum(widths)), _legend(everything, sum(widths))], widths, rows)
 
 
 def attention_sheet(rows: Sequence[Attended], title: str, note: str) -> Image.Image:
@@ -402,6 +424,10 @@ def _put_stack(sheet: Image.Image, stack: Sequence[_Block], x: int, y: int) -> i
 def _line(text: str, size: int, width: int, *, bold: bool = False) -> _Flow:
     """Plain words, in lines of at most `width` pixels."""
     return _flow([_Chip(word, _PLAIN) for word in text.split()], _font(size, bold=bold), width)
+
+
+def _noted(note: str, width: int) -> list[_Block]:
+    return [_line(note, 13, width)] if note else []
 
 
 def _headings(names: Sequence[str], widths: Sequence[int]) -> list[list[_Block]]:

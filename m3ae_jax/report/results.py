@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import glob
 import io
+import itertools
 import json
 import math
 import re
@@ -17,6 +19,7 @@ from PIL import Image
 from m3ae_jax.report import page
 from m3ae_jax.report.charts import bar, short
 from m3ae_jax.report.page import Html
+from m3ae_jax.report.pictures import OWN_STATISTICS
 
 _BETWEEN = 6  # pictures between the first and the last
 _BYTES = 330_000  # of a picture: eight of them, a third longer as text, leave the page room below 5 MB
@@ -28,8 +31,10 @@ _REPLAYS = 3
 _WORST = 32
 _LAYERS = 100
 _CAPTION = 500  # characters
+_LINE = 4_000  # characters of a line below a table, such as a verdict
 _CHARACTERS = 20_000  # of a text
-_EVALUATION = re.compile(r"(.+)_[0-9]+\.json")
+_DATA = "[A-Za-z0-9-]+-[0-9a-f]{6}"  # `evals.base.Data.name`
+_EVALUATION = re.compile(rf"(?P<name>.+)_(?P<step>[0-9]+)(?:_(?P<data>{_DATA}))?\.json")
 
 
 def reconstructions(folder: Path) -> Iterator[Html]:
@@ -39,11 +44,20 @@ def reconstructions(folder: Path) -> Iterator[Html]:
         folder: the run's.
     """
     sheets = numbered(folder / "pictures", r"step_([0-9]+)\.png")
+    if sheets:
+        yield from _about_pixels(folder)
     chosen = spread(list(sheets))
     if len(chosen) < len(sheets):
         yield page.note(f"{len(chosen)} of the {len(sheets):,} sheets in ", page.code("pictures/"), ".")
     for step in chosen:
         yield picture(sheets[step], f"Reconstructions at step {step:,}", f"Step {step:,}")
+
+
+def _about_pixels(folder: Path) -> Iterator[Html]:
+    """What to know of restored patches that were normalised."""
+    groups = load(folder / "config.json").values()
+    if any(isinstance(group, dict) and group.get("normalize_patches") is True for group in groups):
+        yield page.note(OWN_STATISTICS)
 
 
 def numbered(folder: Path, pattern: str) -> dict[int, Path]:
@@ -101,45 +115,81 @@ def _fitting(file: Path, changed: int, size: int) -> tuple[bytes, bool]:
 
 
 def evaluations(folder: Path) -> Iterator[Html]:
-    """The section of ``evals/``: the newest step of each evaluation, and its metrics over the steps.
+    """The section of ``evals/``: the newest step of each evaluation of each data, and its metrics over the steps.
 
     Args:
         folder: the run's.
     """
-    folder = folder / "evals"
-    for name in sorted({match[1] for file in folder.glob("*") if (match := _EVALUATION.fullmatch(file.name))}):
-        by_step = numbered(folder, re.escape(name) + r"_([0-9]+)\.json")
-        newest = max(by_step)
-        yield page.heading(f"{name} at step {newest:,}")
-        text = by_step[newest].with_suffix(".md")
-        if text.exists():
-            yield text_or_table(text.read_text(encoding="utf-8", errors="replace"))
-        for file in sorted(folder.glob(f"{name}_{newest}_*.png")):
-            caption = file.stem.removeprefix(f"{name}_{newest}_").replace("_", " ")
-            yield picture(file, f"{name}: {caption}", caption)
-        if len(by_step) > 1 or not text.exists():
-            yield _over_steps(by_step)
+    for name, by_data in sorted(by_name(folder).items()):
+        for data, by_step in sorted(by_data.items()):
+            yield from _evaluation(name, data, dict(sorted(by_step.items())))
+        if len(by_data) > 1:
+            yield page.heading(f"{name}, data beside each other")
+            newest = [(data, max(by_step)) for data, by_step in sorted(by_data.items())]
+            heads = [f"{data or 'data unknown'}, step {step:,}" for data, step in newest[:_COLUMNS]]
+            yield _columns(heads, [by_data[data][step] for data, step in newest[:_COLUMNS]])
+
+
+def by_name(folder: Path) -> dict[str, dict[str, dict[int, Path]]]:
+    """The files of ``evals/`` in a run's folder, by evaluation, by data ("": not told) and by step."""
+    found: dict[str, dict[str, dict[int, Path]]] = {}
+    for file in (folder / "evals").glob("*"):
+        if match := _EVALUATION.fullmatch(file.name):
+            found.setdefault(match["name"], {}).setdefault(match["data"] or "", {})[int(match["step"])] = file
+    return found
+
+
+def _evaluation(name: str, data: str, by_step: dict[int, Path]) -> Iterator[Html]:
+    """The results of an evaluation of some data, by step, rising."""
+    newest = max(by_step)
+    file = by_step[newest]
+    yield page.heading(f"{name} at step {newest:,}" + (f", of {data}" if data else ""))
+    if about := list(_about(load(file).get("data"))):
+        yield page.note(*about)
+    text = file.with_suffix(".md")
+    if text.exists():
+        yield text_or_table(text.read_text(encoding="utf-8", errors="replace"))
+    for sheet in sorted(file.parent.glob(f"{glob.escape(file.stem)}_*.png")):
+        rest = sheet.stem.removeprefix(f"{file.stem}_")
+        if data or not re.match(f"{_DATA}_", rest):  # those are of the same step, of other data
+            caption = rest.replace("_", " ")
+            yield picture(sheet, f"{name}: {caption}", caption)
+    if len(by_step) > 1 or not text.exists():
+        shown = list(by_step)[-_COLUMNS:]
+        yield _columns([f"step {step:,}" for step in shown], [by_step[step] for step in shown])
+        if len(shown) < len(by_step):
+            yield page.note(f" The newest {_COLUMNS} of {len(by_step)} steps.")
+
+
+def _about(data: object) -> Iterator[Html]:
+    """What a result's file says of its data."""
+    parts = data.items() if isinstance(data, dict) else ()
+    for number, (part, about) in enumerate((part, about) for part, about in parts if isinstance(about, dict)):
+        fields = [str(about[key]) for key in ("source", "path", "split", "label") if about.get(key)]
+        count = about.get("examples")
+        examples = [f"{count:,} examples"] if isinstance(count, int) else []
+        yield page.join(["; " if number else "", page.data(f"{part}: {', '.join([*fields, *examples])}")])
 
 
 def text_or_table(text: str) -> Html:
-    """A text as it is written; one that is nothing but a Markdown table, as a table."""
+    """A text as it is written; a Markdown table that it begins with, as a table, and what follows as lines."""
     lines = [line.strip() for line in text.strip().splitlines()]
-    if len(lines) > 2 and all(line.startswith("|") and line.endswith("|") for line in lines):
-        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    rows = list(itertools.takewhile(lambda line: line.startswith("|") and line.endswith("|"), lines))
+    if len(rows) > 2 and (len(rows) == len(lines) or not lines[len(rows)]):
+        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in rows]
         if set("".join(cells[1])) <= set("-: "):
-            return page.table(cells[0], cells[2:])
+            below = [page.paragraph(page.data(line[:_LINE])) for line in lines[len(rows) :][:_LAYERS] if line]
+            return page.join([page.table(cells[0], cells[2:]), *below])
     cut = f"\n… and {len(text) - _CHARACTERS:,} characters more" if len(text) > _CHARACTERS else ""
     return page.preformatted(text[:_CHARACTERS] + cut)
 
 
-def _over_steps(by_step: dict[int, Path]) -> Html:
-    shown = list(by_step)[-_COLUMNS:]
-    columns = [_numbers(load(by_step[step])) for step in shown]
+def _columns(heads: list[str], files: list[Path]) -> Html:
+    """The numbers in several files, side by side."""
+    columns = [_numbers(load(file)) for file in files]
     names = dict.fromkeys(name for column in columns for name in column if name != "step")
     rows = [[name, *(short(column[name]) if name in column else "" for column in columns)] for name in names]
-    older = f" The newest {_COLUMNS} of {len(by_step)} steps." if len(shown) < len(by_step) else ""
-    table = page.table(["", *(f"step {step:,}" for step in shown)], rows)
-    return page.join([table, page.note(older) if older else ""])
+    return page.table(["", *heads], rows)
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -172,6 +222,8 @@ def replays(folder: Path) -> Iterator[Html]:
         folder: the run's.
     """
     by_step = numbered(folder / "replay", r"step_([0-9]+)\.json")
+    if by_step:
+        yield from _about_pixels(folder)
     for step in list(by_step)[: -_REPLAYS - 1 : -1]:
         yield page.heading(f"Step {step:,}")
         yield from _replay(load(by_step[step]), by_step[step].with_suffix(".png"), step)

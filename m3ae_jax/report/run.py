@@ -6,6 +6,7 @@ the day on which something went wrong.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -21,9 +22,10 @@ import numpy as np
 
 import m3ae_jax.config as config_lib
 import m3ae_jax.console as console
+from m3ae_jax.doctor.subject import subject
 from m3ae_jax.errors import UserError
-from m3ae_jax.metrics.writers import read_lines, read_rows
-from m3ae_jax.report import measured, page, results
+from m3ae_jax.metrics.writers import EVERY_STEP, damaged_lines, read_lines, read_rows
+from m3ae_jax.report import data, measured, page, results
 from m3ae_jax.report.charts import Series, collect, short
 from m3ae_jax.report.page import Html
 
@@ -115,7 +117,8 @@ class Run:
 
 
 def build_run(workdir: Path) -> Path:
-    """Makes the run's parts of the page anew, and the page; other parts, as the data doctor's, stay as they are.
+    """Makes the run's parts of the page anew, and the page; other parts stay as they are, the data doctor's unless it
+    is of other data.
 
     Args:
         workdir: the run's folder.
@@ -128,6 +131,7 @@ def build_run(workdir: Path) -> Path:
         OSError: the page cannot be written.
     """
     run = read(Path(workdir))
+    _drop_stale_doctor(run)
     for number, name, title, section in _SECTIONS:
         try:
             parts = list(section(run))
@@ -139,6 +143,13 @@ def build_run(workdir: Path) -> Path:
         else:  # there may have been something before
             page.place(run.folder, number, name).unlink(missing_ok=True)
     return page.build(run.folder, run.folder.resolve().name)
+
+
+def _drop_stale_doctor(run: Run) -> None:
+    """Removes the data doctor's part where it is of other data, or of another tokenizer, than the run's config."""
+    told = results.load(run.folder / "report" / "data_doctor.json")
+    if run.config and "subject" in told and told["subject"] != subject(run.config):
+        page.place(run.folder, 10, "data_doctor").unlink(missing_ok=True)
 
 
 def read(folder: Path) -> Run:
@@ -157,7 +168,19 @@ def read(folder: Path) -> Run:
         run.trouble.append(f"{_METRICS if run.events else _EVENTS} cannot be read: {type(error).__name__}: {error}")
     if not run.config and (folder / _CONFIG).exists():
         run.trouble.append(f"{_CONFIG} cannot be read")
+    run.trouble.extend(_damage(folder))
     return run
+
+
+def _damage(folder: Path) -> Iterator[str]:
+    """What of a run's small files cannot be read, a line a file."""
+    for name in (_METRICS, EVERY_STEP, _EVENTS):
+        with contextlib.suppress(OSError):
+            if count := damaged_lines(folder / name):
+                yield f"{name}: {count:,} lines cannot be read, as after a kill, and are left out"
+    for file in (folder / "data.json", *sorted((folder / "evals").glob("*.json"))):
+        if file.exists() and not results.load(file):
+            yield f"{file.relative_to(folder)} cannot be read, and is left out"
 
 
 def _event(line: dict[str, Any]) -> Event:
@@ -307,6 +330,7 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]
 _SECTIONS: tuple[tuple[int, str, str, Callable[[Run], Iterator[Html]]], ...] = (
     (0, "run", "Run", _summary),
     (5, "events", "What happened when", _table_of_events),
+    (15, "data", "Data", lambda run: data.section(run.folder, run.metrics)),
     (20, "curves", "Curves", lambda run: measured.curves(run.metrics)),
     (25, "throughput", "Throughput", lambda run: measured.throughput(run.metrics)),
     (30, "reconstructions", "Reconstructions", lambda run: results.reconstructions(run.folder)),

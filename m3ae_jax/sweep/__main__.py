@@ -1,6 +1,6 @@
 r"""Trains a config at all points of a grid, with several seeds, and compares what the evaluations say.
 
-    python -m m3ae_jax.sweep --config=configs/tiny.py --grid="config.m3ae.text_mask_ratio=0.15,0.5,0.75,0.9" \
+    python -m m3ae_jax.sweep --config=tiny --grid="config.m3ae.text_mask_ratio=0.15,0.5,0.75,0.9" \
         --seeds=3 --eval=probe
 
 The same command goes on with a sweep that was stopped, at whatever moment; what is done is not done again. Each run
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import m3ae_jax.console as console
 
 console.quiet_environment()
-console.exit_on_sigterm()
+console.exit_on_signals()
 
 from absl import flags  # noqa: E402
 
 import m3ae_jax.command_line as command_line  # noqa: E402
 import m3ae_jax.config as config_lib  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
+from m3ae_jax.paths import local  # noqa: E402
 
 if TYPE_CHECKING:
     from m3ae_jax.sweep.sweep import Sweep
@@ -52,7 +53,7 @@ def _sweep() -> Sweep:
     if not _EVAL.value:
         raise UserError("--eval= names no evaluation, so there is nothing to compare")
     config.evals = tuple(_EVAL.value)
-    folder = Path(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}").expanduser().resolve()
+    folder = local(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}", "--workdir").resolve()
     settings = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
     return Sweep(_CONFIG.value, config, _overrides, folder, *settings)
 
@@ -63,6 +64,8 @@ def _run() -> int:
     from m3ae_jax.sweep.runner import run_all
 
     jax.config.update("jax_platforms", "cpu")  # this process only counts; the accelerator is the runs'
+    if _PRINT_COMMANDS.value:
+        console.only_errors()
     sweep = _sweep()
     jobs = sweep.jobs()
     if _PRINT_COMMANDS.value:
@@ -73,7 +76,7 @@ def _run() -> int:
     if results.done:
         folder = jobs[0].folder.parent
         results.save(folder, sweep.about(), _TITLE.value or f"{Path(_CONFIG.value).stem}: {', '.join(_EVAL.value)}")
-        print(results.table())
+        print(console.readable(results.table()))
         print(f"{len(results.done)} of {len(jobs)} runs: results.json, results.md and results.png in {folder}")
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed; the same command tries them again", file=sys.stderr)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from m3ae_jax.atomic import replacing, write_text
 from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.evals.few_shot import half_interval
+from m3ae_jax.evals.overlap import WITHOUT
 from m3ae_jax.report.pictures import figure_of_panels
 from m3ae_jax.sweep.budget import Budget
 from m3ae_jax.sweep.grid import Axis, Run, value_text
@@ -125,8 +126,10 @@ class Results:
         if TRAINED not in figure:
             return []
         evaluation, _, rest = figure.partition(TRAINED)
+        rest, without, _ = rest.partition(f"/{WITHOUT}")
         metric = rest.rpartition("/")[2]
         names = [f"{evaluation}{UNTRAINED}{rest}", f"{evaluation}/pixels/{metric}", f"{evaluation}/majority"]
+        names = [name + without for name in names]
         return [name for name in names if any(name in result.scalars for result in self.done)]
 
     def table(self) -> str:
@@ -219,7 +222,8 @@ class Results:
 
 def _chosen(known: Sequence[str]) -> list[str]:
     """The metrics that are shown unless some are named."""
-    pictures = [name for name in known if f"{TRAINED}image/" in name and not name.endswith(("/l2", "/interval"))]
+    beside = ("/l2", "/interval", f"/{WITHOUT}")
+    pictures = [name for name in known if f"{TRAINED}image/" in name and not name.endswith(beside)]
     return (pictures or list(known))[:_DEFAULT_FIGURES]
 
 

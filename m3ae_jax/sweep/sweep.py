@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m3ae_jax.config import apply_overrides, resolve
-from m3ae_jax.evals.base import place
-from m3ae_jax.evals.run import check
+from m3ae_jax.evals.base import stored
+from m3ae_jax.evals.named import data_of
+from m3ae_jax.evals.run import EVALUATIONS, check
 from m3ae_jax.sweep.budget import Budgets
 from m3ae_jax.sweep.grid import Axis, Overrides, Run, make_runs, parse_grid
 from m3ae_jax.sweep.results import Results, RunResult
@@ -33,6 +33,7 @@ class Sweep:
         equal_flops: names of axes, see `Budgets`.
         compare: name of an axis, see `Results`.
         figures: names of scalars, see `Results`.
+        data: what the data of each evaluation are called (`Data.name`), by run.
 
     Raises:
         UserError: a point's config cannot work, or a name is wrong; before anything is run.
@@ -53,10 +54,13 @@ class Sweep:
         self._budgets = Budgets(self.config, self.axes, self.equal_flops)
         Results(self.axes, (), (), self.compare)
         self.runs = make_runs(self.axes, self.config, self.seeds)
+        self.data: dict[str, dict[str, str]] = {}
         for run in self.runs:
             config = self.config.copy_and_resolve_references()
             apply_overrides(config, self._budgets.overrides(run))
-            check(resolve(config))
+            config = resolve(config)
+            check(config)
+            self.data[run.name] = {name: data_of(config, EVALUATIONS[name].parts).name for name in config.evals}
 
     def jobs(self) -> list[Job]:
         """The jobs that make the runs, one for each."""
@@ -77,12 +81,12 @@ class Sweep:
         """All metrics of a run's evaluations at its end; nothing as long as one is missing."""
         folder, steps = self.folder / run.name / "evals", self._budgets.of(run).steps
         scalars: dict[str, float] = {}
-        for name in self.config.evals:
-            try:
-                scalars |= json.loads(place(folder, name, steps).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # a kill while it was written
+        for name, data in self.data[run.name].items():
+            result = stored(folder, name, steps, data)
+            if result is None:
                 return {}
-        return {name: value for name, value in scalars.items() if name != "step"}
+            scalars |= result
+        return {name: value for name, value in scalars.items() if name != "step" and isinstance(value, int | float)}
 
     def _results(self, runs: Sequence[Run]) -> Results:
         results = [RunResult(run, self._budgets.of(run), self._scalars(run)) for run in runs]

@@ -99,7 +99,10 @@ def _count_equation(equation: Any, inputs: list[bool]) -> _Count:
 
 
 def _scan(params: dict[str, Any], body: Any, inputs: list[bool]) -> _Count:
-    consts, carried = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # JAX 0.12
+        consts, carried, _ = (len(list(kind)) for kind in params["ft_in"].update(inputs).unpack())
+    else:
+        consts, carried = params["num_consts"], params["num_carry"]
     while True:  # until what an iteration passes on to the next depends on nothing new
         count = _count(body, inputs)
         before = inputs[consts : consts + carried]

@@ -19,12 +19,17 @@ class Hooks:
         """Figures that the first validation is to be compared with, as ``prior/<name>``."""
         return {}
 
-    def validate(self, state: TrainState) -> dict[str, float]:
-        """Figures on the validation data, as ``val/<name>``."""
+    def validate(self, state: TrainState, stopping: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Figures on the validation data, as ``val/<name>``.
+
+        Args:
+            state: whose parameters are validated.
+            stopping: called before each batch; if it is true, the run stops here and the answer is None.
+        """
         return {}
 
-    def draw(self, state: TrainState) -> np.ndarray | None:
-        """A picture of what the model does, `[H, W, 3] uint8`; it is also written to the run's folder."""
+    def draw(self, state: TrainState) -> tuple[np.ndarray, str] | None:
+        """A picture of what the model does, `[H, W, 3] uint8`, and its texts; the picture is also in the folder."""
         return None
 
     def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> None:
@@ -36,8 +41,8 @@ class Hooks:
             stage: called with what comes next, before each.
         """
 
-    def curves(self, step: int) -> None:
-        """Draws the run's curves up to a step."""
+    def curves(self) -> None:
+        """Draws the run's curves."""
 
     def page(self) -> None:
         """Rebuilds the run's page."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from m3ae_jax.checkpoint import meta as meta_lib
 from m3ae_jax.config.files import from_json
 from m3ae_jax.config.schema import difference, identifies, leaves
+from m3ae_jax.data.order import order_version
 from m3ae_jax.errors import UserError
 
-STATE = "state_version"
+STATE, ORDER = "state_version", "order_version"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,11 @@ class Identity:
             What differs and was allowed to, a line each.
 
         Raises:
-            UserError: something that identifies a run has changed; it is named, with both values.
+            UserError: something that identifies a run has changed; it is named, with both values. Or a newer program
+                made the state.
         """
-        stored = from_json(json.dumps(meta["config"]))
+        meta_lib.refuse_newer(meta, where)
+        stored = from_json(meta_lib.config_of(meta, where))
         changes = [change for change in difference(stored, self.config) if self._identifies(change[0])]
         changes += [(n, meta.get(n), now) for n, now in self.others.items() if len(meta) > 1 and meta.get(n) != now]
         lines = {name: f"{name}={new!r} (the run has {old!r})" for name, old, new in changes}
@@ -70,5 +73,7 @@ class Identity:
             ways = "choose another --workdir, or start a new run from its weights with --config.init_from"
             if STATE not in refused:
                 ways += f", or go on nevertheless with --allow_config_change={','.join(refused)}"
+            if ORDER in refused and meta.get(ORDER) == order_version(crop_rule=1):
+                ways = f"to go on with the crops that it began with add --config.data.crop_rule=1; or {ways}"
             raise UserError(f"{where} holds another run: {'; '.join(lines[name] for name in refused)}; {ways}")
         return list(lines.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,13 +18,18 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
 import m3ae_jax.console as console
+import m3ae_jax.data.run_tokenizer as run_tokenizer
 from m3ae_jax.atomic import replacing
+from m3ae_jax.checkpoint import manifest, origin
+from m3ae_jax.checkpoint import meta as checkpoint_meta
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.errors import LOST, STOPPED, Stopped, UserError
 from m3ae_jax.metrics.events import Events
 from m3ae_jax.metrics.writers import MetricWriter
 from m3ae_jax.parallel.mesh import put_batch
 from m3ae_jax.parallel.processes import tells_of_a_loss
+from m3ae_jax.stopping import Stop, stopped_at
+from m3ae_jax.train import data_report
 from m3ae_jax.train.flops import flops_per_example
 from m3ae_jax.train.guard import FINE, VERDICTS
 from m3ae_jax.train.hooks import Hooks
@@ -32,7 +39,6 @@ from m3ae_jax.train.progress import Progress, Start, memory
 from m3ae_jax.train.replacements import Replacements
 from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState
-from m3ae_jax.train.stopping import StopFlag
 from m3ae_jax.train.watchdog import Watchdog
 
 log = logging.getLogger("m3ae_jax")
@@ -40,7 +46,13 @@ log = logging.getLogger("m3ae_jax")
 CONFIG_FILE = "config.json"
 _LOCK_WAIT = 10.0  # seconds for which a process that was just killed may still hold the folder
 _EVERY_STEP = ("loss", "gradient_norm", "skipped")
-_OUTPUTS = ("checkpoints", "report.html", "pictures")
+_OUTSIDE = "stopped outside the steps; the same command goes on"
+_OF_A_START = (
+    CONFIG_FILE,
+    *("metrics.jsonl", "every_step.jsonl", "events.jsonl", "tensorboard", "pictures", "evals", "curves.png"),
+    *("data.json", "report", "report.html", "profile", "replay"),
+    *("tokenizer.model", "tokenizer.txt", "tokenizer.json", "weights.json", "MODEL.md"),
+)
 
 
 def train(
@@ -48,6 +60,7 @@ def train(
     workdir: Path,
     allow_config_change: tuple[str, ...] = (),
     hooks: Callable[[Setup, Path], Hooks] = lambda setup, workdir: Hooks(),
+    stop: Stop | None = None,
 ) -> TrainState:
     """Trains, or goes on with, the run in `workdir`.
 
@@ -56,19 +69,21 @@ def train(
         workdir: the run's folder; made if missing.
         allow_config_change: names of what may differ from what the run has (`identity.Identity`).
         hooks: made of the run's parts and folder; what happens beside the steps.
+        stop: the program's; None, in one process alone: signals are followed between steps and are the caller's else.
 
     Raises:
         UserError: the config, the data or the folder does not fit, or the run cannot go on.
         Stopped: by a signal.
     """
-    start = Start()
+    start, stop = Start(), stop or Stop()
     resolved = config_lib.resolve(config)
     with start.part("data"):
-        setup = prepare(resolved)
+        setup = prepare(resolved, workdir)
     identity = Identity(resolved, setup.identity(), allow_config_change)
     identity.check_allowed()
     beside = hooks(setup, workdir)
     first = jax.process_index() == 0
+    writer = MetricWriter(workdir, resolved, enabled=first)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_opened(workdir, identity))
         events = Events(workdir, enabled=first)
@@ -81,29 +96,33 @@ def train(
         try:
             checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
             stack.enter_context(contextlib.closing(checkpoints))
-            writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, enabled=first)))
-            return _Loop(setup, workdir, identity, checkpoints, writer, events, start, beside).run()
+            stack.enter_context(contextlib.closing(writer))
+            stop.at_end(lambda: events.add("preempted", _OUTSIDE))
+            stop.at_end(writer.close)
+            return _Loop(setup, workdir, identity, checkpoints, writer, events, start, beside, stop).run()
         except Exception as error:
             if tells_of_a_loss(error):
+                stop.wait_for_news()
                 _leave_alone(workdir, events, error, beside)
             raise
 
 
 @contextlib.contextmanager
 def _opened(workdir: Path, identity: Identity) -> Iterator[None]:
-    """Makes the folder and holds it against other processes; refuses one whose run has another config."""
-    saved = workdir / CONFIG_FILE
-    if saved.exists():
-        identity.check(f"--workdir={workdir}", {"config": config_lib.load(str(saved)).to_dict()})
+    """Makes the folder and holds it against other processes; refuses one with the checkpoints of another run."""
+    found = checkpoint_meta.newest(workdir / "checkpoints")
+    if found:
+        identity.check(f"--workdir={workdir}", found[1])
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "log.txt").touch()
+        (workdir / "log.txt").open("a").close()
         lock = (workdir / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+        raise _unwritable(workdir, error) from None
     with lock:
         if jax.process_index() == 0:
             _lock(lock.fileno(), workdir)
+            _set_aside_unsaved(workdir, identity)
         yield
 
 
@@ -120,6 +139,37 @@ def _lock(file: int, workdir: Path) -> None:
             return None  # a file system without locks
 
 
+def _set_aside_unsaved(workdir: Path, identity: Identity) -> None:
+    """Sets aside what starts with another config left in a folder without a checkpoint, which is free for this run.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    saved = workdir / CONFIG_FILE
+    if not saved.exists() or manifest.steps(workdir / "checkpoints"):
+        return
+    try:
+        identity.check("", {"config": config_lib.load(str(saved)).to_dict()})
+        return
+    except UserError:  # or it cannot be read
+        pass
+    names = (workdir / f"unsaved_{number}" for number in itertools.count(1))
+    aside = next(folder for folder in names if not folder.exists())
+    log.warning("%s: no step was saved of the run that %s is of: it makes room, see %s", workdir, saved, aside)
+    try:
+        aside.mkdir()
+        for name in _OF_A_START:
+            if (workdir / name).exists():
+                (workdir / name).rename(aside / name)
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+
+
+def _unwritable(workdir: Path, error: OSError) -> UserError:
+    file = error.filename2 or error.filename or "a file"  # a full disk names none
+    return UserError(f"--workdir={workdir}: {file} cannot be written: {error.strerror}")
+
+
 @contextlib.contextmanager
 def _ending_recorded(events: Events) -> Iterator[None]:
     """Records how the run ended."""
@@ -132,7 +182,7 @@ def _ending_recorded(events: Events) -> Iterator[None]:
         events.add("stopped", "interrupted; the same command goes on from the last checkpoint")
         raise
     except SystemExit:
-        events.add("preempted", "stopped outside the steps; the same command goes on")
+        events.add("preempted", _OUTSIDE)
         raise
     except BaseException as error:
         events.add("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
@@ -154,8 +204,9 @@ def _leave_alone(workdir: Path, events: Events, error: Exception, hooks: Hooks) 
 
 
 def _page(hooks: Hooks, workdir: Path) -> None:
-    with may_fail(workdir / "report.html"):
-        hooks.page()
+    if workdir.is_dir():  # else it was deleted, which was told
+        with may_fail(workdir / "report.html"):
+            hooks.page()
 
 
 @contextlib.contextmanager
@@ -182,15 +233,19 @@ class _Loop:
         events: Events,
         start: Start,
         hooks: Hooks,
+        stop: Stop,
     ) -> None:
         self._setup, self._workdir, self._identity = setup, workdir, identity
         self._checkpoints, self._writer, self._events = checkpoints, writer, events
-        self._start, self._hooks = start, hooks
+        self._start, self._hooks, self._stop = start, hooks, stop
         self._metrics: dict[str, float] = {}
         self._priors: dict[str, float] = {}
         self._replaced = Replacements()
+        self._alarmed: set[str] = set()
         self._since_log: list[dict[str, jax.Array]] = []
         config = setup.config
+        self._eval_every = setup.steps("eval.every")
+        self._evals_every = setup.steps("eval.evals_every") if config.eval.evals_every else setup.total_steps
         self._watchdog = Watchdog(config.stall.report_after, config.stall.stop_after)
         flops = flops_per_example(config, setup.tokenizer.vocab_size if setup.tokenizer else 0)
         kind = jax.devices()[0].device_kind
@@ -200,8 +255,11 @@ class _Loop:
         """From the first state to the closing evaluations, watched."""
         with self._watchdog:
             self._watchdog.stage("starting", patient=True)
+            data_report.tell(self._setup.reports(), self._events.add)
             with self._start.part("state"):
                 state = self._first_state()
+            self._save_data()
+            self._catch_up(state)
             if int(state.step) < self._setup.total_steps:
                 state = self._train(state)
             else:
@@ -211,12 +269,11 @@ class _Loop:
         return state
 
     def _train(self, state: TrainState) -> TrainState:
-        """Every step: train, log, validate, evaluate, save; in this order and nowhere else."""
-        setup, watchdog = self._setup, self._watchdog
+        """Every step: train, log, validate, save, evaluate; in this order and nowhere else."""
+        setup, watchdog, stop = self._setup, self._watchdog, self._stop
         start, total = int(state.step), setup.total_steps
         step_fn = setup.train_step()
-        log_every, eval_every, save_every = map(setup.steps, ("log_every", "eval.every", "checkpoint.every"))
-        evals_every = setup.steps("eval.evals_every") if setup.config.eval.evals_every else total
+        log_every, save_every = map(setup.steps, ("log_every", "checkpoint.every"))
         if start == 0:
             self._priors = self._hooks.prior()
             self._evaluate(state)
@@ -225,9 +282,9 @@ class _Loop:
         self._progress.start(start)
         metrics: dict[str, jax.Array] = {}
         with (
-            StopFlag() as stop,
             Profile(setup.config.profile, self._workdir / "profile", self._events) as profile,
             contextlib.closing(iter(setup.train_batches(start))) as batches,
+            contextlib.ExitStack() as stack,
         ):
             for step in range(start + 1, total + 1):
                 self._metrics = {}
@@ -239,27 +296,49 @@ class _Loop:
                 watchdog.stage("compiling the step" if compiling else "running steps", patient=compiling)
                 with self._progress.spent_on("compile") if compiling else contextlib.nullcontext():
                     state, metrics = step_fn(state, put_batch(batch, setup.mesh))
+                if compiling:  # until here nothing is lost by ending at once
+                    stack.callback(stop.release)
+                    stop.hold()
                 watchdog.started(step, metrics["loss"])
                 profile.after(step, metrics)
                 self._since_log.append({name: metrics[name] for name in _EVERY_STEP})
-                last = step == total or stop.at(step)
-                if step % log_every == 0 or step == start + 1 or last:
+                stopping = stop.at_boundary()
+                if step % log_every == 0 or step == start + 1 or step == total or stopping:
                     self._log(step, metrics, state)
-                if step % eval_every == 0 or step == total:
-                    self._evaluate(state)
-                if step % evals_every == 0 and step < total:
-                    with self._progress.spent_on("evaluation"):
-                        self._run_evals(state)
-                if step % save_every == 0 or last:
+                if self._validation_is_due(step) and not stopping:
+                    stopping = not self._evaluate(state, stop.at_boundary)
+                evaluations = self._evaluations_are_due(step)
+                if step % save_every == 0 or step == total or evaluations or stopping:
                     self._save(state)
-                if last:
-                    self._checkpoints.wait()  # inside, so that a second signal does not cut the save short
+                if step == total or evaluations or stopping:
+                    self._checkpoints.wait()
+                if stopping:
                     break
-        if int(state.step) < total:
-            raise Stopped(f"stopped at step {int(state.step)}, saved; the same command goes on")
+                if evaluations:  # of a state that is saved, so that they can be cut short
+                    with stop.released(step), self._progress.spent_on("evaluation"):
+                        self._run_evals(state)
+        if stop.requested:
+            raise stopped_at(int(state.step))
         if self._replaced.by_reason.sum():
             log.warning(self._replaced.summary())
         return state
+
+    def _validation_is_due(self, step: int) -> bool:
+        return step % self._eval_every == 0 or step == self._setup.total_steps
+
+    def _evaluations_are_due(self, step: int) -> bool:
+        """Whether those at an interval are."""
+        return step % self._evals_every == 0 and step < self._setup.total_steps
+
+    def _catch_up(self, state: TrainState) -> None:
+        """Does what a stop at this step has left undone."""
+        step = int(state.step)
+        if step == 0:
+            return
+        if self._setup.val_source and self._validation_is_due(step) and not self._checkpoints.is_evaluated(step):
+            self._evaluate(state)
+        if self._evaluations_are_due(step):
+            self._run_evals(state)
 
     def _first_state(self) -> TrainState:
         """What the run starts from: 1. its own newest checkpoint, 2. ``init_from``, 3. fresh parameters."""
@@ -267,11 +346,13 @@ class _Loop:
         step = self._checkpoints.latest()
         if step is not None:
             state = self._restored(step)
-            self._save_config()
+            self._save_config(fresh_start=False)
+            self._writer.start(step)
             self._announce("resumed", f"going on from step {step} of {self._workdir}", step)
             return state
-        self._save_config()
+        self._save_config(fresh_start=True)
         state = setup.fresh_state()
+        self._writer.start(0)
         _log_overview(setup, state)
         self._announce("started", f"{setup.total_steps} steps of {setup.config.batch_size} examples", 0)
         return state
@@ -291,20 +372,37 @@ class _Loop:
                 f"changed config; start a new run from its weights with --config.init_from={self._workdir}"
             ) from error
 
-    def _save_config(self) -> None:
+    def _save_config(self, *, fresh_start: bool) -> None:
+        """Writes what the folder needs beside its checkpoints: config, tokenizer, the origin of its first weights."""
         if jax.process_index() > 0:
             return
         try:
             with replacing(self._workdir / CONFIG_FILE) as fresh:  # a kill while writing must not leave half a config
                 fresh.write_text(config_lib.to_json(self._setup.config), encoding="utf-8")
+            if self._setup.tokenizer:
+                run_tokenizer.keep(self._setup.config.data.tokenizer, self._workdir)
+            if fresh_start:
+                origins = (origin.of_checkpoint(load.path) for load in self._setup.loads())
+                origin.save(self._workdir, itertools.chain.from_iterable(origins))
         except OSError as error:
-            raise UserError(f"--workdir={self._workdir} cannot be written: {error.strerror}") from None
+            raise _unwritable(self._workdir, error) from None
+
+    def _save_data(self) -> None:
+        """Writes down for the page what of the data is read and left out; of a run that may go on with them."""
+        config, sources = self._setup.config, self._setup.sources()
+        specs = {f"data.mixture.{name}": spec for name, spec in config.data.mixture.items()}
+        specs |= {"data.train": config.data.train, "data.val": config.data.val}
+        places = {field: {"format": specs[field].source, "path": specs[field].path} for field in sources}
+        if jax.process_index() == 0:
+            with may_fail(self._workdir / data_report.DATA_FILE):
+                data_report.save(self._workdir, sources, places)
 
     def _announce(self, kind: str, text: str, step: int) -> None:
         log.info(text)
         self._events.add(kind, text, step)
 
     def _log(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
+        self._checkpoints.check_place()
         self._watchdog.stage(f"waiting for step {step}")
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._events.step = step
@@ -323,8 +421,18 @@ class _Loop:
         if parts:
             listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
             log.info("  the first step was done after %.1f s: %s", sum(parts.values()), listed)
-        self._replaced.check(self._setup.config.data.max_bad_fraction)
+        self._replaced.check(self._setup.config.data.max_bad_fraction, last=step == self._setup.total_steps)
         self._check_skipped(state)
+        self._check_alarms(step, values)
+
+    def _check_alarms(self, step: int, values: Mapping[str, float]) -> None:
+        """Warns when a metric leaves the objective's bounds, as that of latent targets that collapse."""
+        for name, (low, high) in self._setup.objective.alarms.items():
+            out = name in values and not low <= values[name] <= high
+            if out and name not in self._alarmed:
+                text = "step %d: %s is %.4g, outside %g to %g (docs/metrics.md)"
+                log.warning(text, step, name, values[name], low, high, extra={"kind": "alarm", "step": step})
+            (self._alarmed.add if out else self._alarmed.discard)(name)
 
     def _record_every_step(self, step: int) -> int:
         """Records loss and verdict of all steps since the last time; returns how many were skipped."""
@@ -356,17 +464,27 @@ class _Loop:
                 "on with another optimizer.learning_rate or anomaly.spike (--allow_config_change) or anomaly.stop_after"
             )
 
-    def _evaluate(self, state: TrainState) -> None:
+    def _evaluate(self, state: TrainState, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Validation and pictures; False if `stopping` was true before the end."""
+        self._checkpoints.check_place()
         self._watchdog.stage("evaluating", patient=True)
         with self._progress.spent_on("evaluation"):
-            self._metrics = self._hooks.validate(state)
+            metrics = self._hooks.validate(state, stopping)
+            if metrics is None:
+                return False
+            self._metrics = metrics
             step = int(state.step)
             self._writer.scalars(step, self._metrics | (self._priors if step == 0 else {}))
-            picture = None
+            if self._checkpoints.latest() == step:  # at once: a stop from here on must not lead to a second validation
+                self._checkpoints.add_metrics(step, self._metrics)
+            sheet = None
             with may_fail(self._workdir / "pictures"):
-                picture = self._hooks.draw(state)
-            if picture is not None:
+                sheet = self._hooks.draw(state)
+            if sheet is not None:
+                picture, texts = sheet
                 self._writer.image(step, "reconstructions", picture)
+                if texts:
+                    self._writer.text(step, "reconstructions/captions", texts)
             if self._metrics:
                 shown = " ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in self._metrics.items())
                 self._announce("evaluated", f"  validation at step {step}: {shown}", step)
@@ -374,6 +492,7 @@ class _Loop:
                 log.info("  to beat: %s", " ".join(f"{k} {v:.4f}" for k, v in self._priors.items()))
             if jax.process_index() == 0:
                 _page(self._hooks, self._workdir)
+        return True
 
     def _save(self, state: TrainState) -> None:
         self._watchdog.stage("saving")
@@ -391,13 +510,31 @@ class _Loop:
         where, step = self._workdir, int(state.step)
         if jax.process_index() == 0:
             with may_fail(where / "curves.png"):
-                self._hooks.curves(step)
+                self._hooks.curves()
         self._run_evals(state)
         self._events.add("finished", f"all {self._setup.total_steps} steps are done", step)
-        log.info("done: checkpoints in %s, the run's page %s, pictures in %s", *(where / p for p in _OUTPUTS))
+        log.info(_what_next(where, self._setup.total_steps, self._setup.config))
 
     def _run_evals(self, state: TrainState) -> None:
+        self._checkpoints.check_place()
         self._hooks.evaluate(state, self._writer, lambda name: self._watchdog.stage(name, patient=True))
+
+
+def _what_next(workdir: Path, steps: int, config: ConfigDict) -> str:
+    """The last lines of a run: what can be done with it, as commands for this folder."""
+    folder, program = shlex.quote(str(workdir)), f"{console.python()} -m m3ae_jax.main"
+    longer = f'--config.duration="{2 * steps} steps" --allow_config_change=duration'
+    code = "".join(f" {override}" for override in config_lib.allowing_named_code(config))
+    objective = f", objective={config.objective!r}" if ":" in config.objective else ""
+    return "\n".join(
+        (
+            f"done: all {steps} steps; checkpoints and pictures are in {workdir}",
+            f"  its page:       {workdir / 'report.html'}",
+            f"  use it:         m3ae_jax.load({str(workdir)!r}{objective})",
+            f"  evaluate it:    {program} --mode=eval --workdir={folder}{code}",
+            f"  train it on:    {program} --config={folder}/config.json{code} {longer}",
+        )
+    )
 
 
 def _log_overview(setup: Setup, state: TrainState) -> None:

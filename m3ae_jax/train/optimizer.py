@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.config.durations import steps
 from m3ae_jax.config.fields import FieldGroup, setting
+from m3ae_jax.errors import UserError, one_of
 
 
 class OptimizerFields(FieldGroup):
@@ -30,10 +32,59 @@ class OptimizerFields(FieldGroup):
     """Decay of the weights, times the learning rate."""
     no_decay: tuple[str, ...] = setting(("bias", "scale", "embedding", "cls_token"))
     """Parameters whose name ends so are not decayed."""
+    rates: tuple[str, ...] = setting(())
+    """Factors of the learning rate, "PATH=FACTOR": image/transformer=0.1 is a slower tower, text=0 a frozen one; of
+    several paths that hold a parameter the longest counts."""
     clip_norm: float = setting(0.0, low=0.0, aliases=("grad_clip", "clip", "clip_grad"))
     """Greatest norm of the whole gradient; 0: any."""
     first_moment_dtype: str = setting("float32", choices=("float32", "bfloat16"), aliases=("mu_dtype",))
     """bfloat16 takes two bytes a parameter less."""
+
+    @staticmethod
+    def check(config: ConfigDict, path: str) -> None:
+        """Refuses rates that are none."""
+        parsed_rates(tuple(config.optimizer.rates))
+
+
+def parsed_rates(rates: tuple[str, ...]) -> dict[str, float]:
+    """``optimizer.rates`` by path.
+
+    Raises:
+        UserError: one is not PATH=FACTOR, or its factor no number from 0 on.
+    """
+    parsed = {}
+    for rate in rates:
+        path, _, factor = rate.partition("=")
+        try:
+            parsed[path.strip("/ ")] = value = float(factor)
+        except ValueError:
+            value = math.nan
+        if not path or not 0 <= value < math.inf:
+            raise UserError(f"optimizer.rates: {rate!r} is not PATH=FACTOR with a factor from 0 on, as image=0.1")
+    return parsed
+
+
+def rate_factors(params: Any, rates: tuple[str, ...]) -> Any:
+    """The factor of each parameter's learning rate, a pytree of float like `params`.
+
+    Raises:
+        UserError: no parameter is at a path; it names the nearest.
+    """
+    parsed, known = parsed_rates(rates), set[str]()
+
+    def factor(path: tuple[Any, ...], _: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = name.split("/")
+        above = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        known.update(above)
+        return next((parsed[prefix] for prefix in reversed(above) if prefix in parsed), 1.0)
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    for path in parsed:
+        if path not in known:
+            depth = path.count("/")
+            raise UserError(one_of("optimizer.rates", path, (name for name in known if name.count("/") == depth)))
+    return factors
 
 
 def schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Schedule:
@@ -84,6 +135,7 @@ def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gradie
         scale_by_adam(o.b1, o.b2, 1e-8, o.first_moment_dtype),
         optax.add_decayed_weights(o.weight_decay, lambda params: decay_mask(params, tuple(o.no_decay))),
         optax.scale_by_learning_rate(learning_rate),
+        *([_scale_by_rates(tuple(o.rates))] if o.rates else []),
     )
 
     def update(updates: Any, state: Any, params: Any = None, *, fine: jax.Array | None = None) -> tuple[Any, Any]:
@@ -92,6 +144,13 @@ def optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gradie
         return updates, jax.tree.map(lambda n, old: _where(fine, n, old) if n.ndim == 0 else n, new, state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _scale_by_rates(rates: tuple[str, ...]) -> optax.GradientTransformation:
+    def scale(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda x, factor: x * factor, updates, rate_factors(params, rates))
+
+    return optax.stateless(scale)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, first_moment_dtype: Any) -> optax.GradientTransformationExtraArgs:

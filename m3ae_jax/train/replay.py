@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.checkpoint.manifest as manifest
 import m3ae_jax.config as config_lib
+import m3ae_jax.console as console
 from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.errors import UserError
@@ -61,7 +62,7 @@ def replay(
         UserError: no such step, or the folder holds another run.
     """
     resolved = config_lib.resolve(config)
-    setup = prepare(resolved)
+    setup = prepare(resolved, workdir)
     if not 1 <= step <= setup.total_steps:
         raise UserError(f"--step={step}: the run has the steps 1 to {setup.total_steps}")
     state = _nearest(setup, workdir, step)
@@ -95,7 +96,7 @@ def _nearest(setup: Setup, workdir: Path, step: int) -> TrainState:
     """The state of the newest whole checkpoint before a step, or the state that the run began with."""
     folder = workdir / "checkpoints"
     identity = Identity(setup.config, setup.identity())
-    for before in manifest.finished(folder):
+    for before in manifest.steps(folder):
         if before >= step:
             continue
         if wrong := manifest.problems(folder / str(before)):
@@ -105,7 +106,7 @@ def _nearest(setup: Setup, workdir: Path, step: int) -> TrainState:
                 identity.check(str(workdir), checkpoints.meta(before))
                 return checkpoints.restore(before, setup.abstract_state())
     saved = workdir / "config.json"
-    if not saved.exists():
+    if not saved.exists() and not manifest.steps(folder):
         raise UserError(f"--workdir={workdir} holds no run")
     identity.check(str(workdir), {"config": config_lib.load(str(saved)).to_dict()})
     log.info("no checkpoint before step %d is left: from the start of the run", step)
@@ -187,10 +188,10 @@ def _report(
     other = f"NOT the recorded {recorded}: another device layout, machine or version?"
     comparison = {None: "no loss was recorded", True: "the recorded one, bit for bit", False: other}[equal]
     log.info("step %d: loss %.9g, %s; %s", step, loss, comparison, report["verdict"])
-    for name, norm in report["gradient_norms"].items():
-        log.info("  gradient norm %-28s %.6g", name, norm)
-    for one in report["worst"]:
-        log.info("  loss %.4f  %s %d (position %d)", one["loss"], one["source"], one["index"], one["position"])
+    lines = [(name, f"{norm:.6g}") for name, norm in report["gradient_norms"].items()]
+    log.info("%s", console.table(lines, ("gradient norm of", "L2")))
+    examples = [(f"{one['loss']:.4f}", one["source"], one["index"], one["position"]) for one in report["worst"]]
+    log.info("%s", console.table(examples, ("loss", "source", "example", "position")))
     return report
 
 

@@ -5,25 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import m3ae_jax.console as console
+import m3ae_jax.data.run_tokenizer as run_tokenizer
+from m3ae_jax.checkpoint import manifest
 from m3ae_jax.checkpoint.init_from import load_into
+from m3ae_jax.checkpoint.manager import load_meta, located
+from m3ae_jax.checkpoint.meta import STATE_VERSION
 from m3ae_jax.config import default, difference, resolve, steps, to_json
+from m3ae_jax.config import load as load_config
 from m3ae_jax.data.mixture import Mixture, open_mixture
-from m3ae_jax.data.order import ORDER_VERSION
+from m3ae_jax.data.order import order_version
 from m3ae_jax.data.pipeline import Batches, Feed, eval_view, together
 from m3ae_jax.data.sources import build_source
-from m3ae_jax.data.sources.base import Source
+from m3ae_jax.data.sources.base import Source, report_of
+from m3ae_jax.data.sources.index import IndexReport
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
-from m3ae_jax.data.tokens import Group, restricted
+from m3ae_jax.data.tokens import Group, Modality, restricted
 from m3ae_jax.errors import UserError
+from m3ae_jax.models import positions
 from m3ae_jax.models.attention import KERNELS
 from m3ae_jax.objectives.base import Batch, Load, Objective, build
 from m3ae_jax.parallel.mesh import (
@@ -35,9 +45,9 @@ from m3ae_jax.parallel.mesh import (
     make_mesh,
     mesh_rules,
 )
+from m3ae_jax.parallel.processes import check_equal, in_all
 from m3ae_jax.train.optimizer import optimizer, schedule
 from m3ae_jax.train.step import (
-    STATE_VERSION,
     TrainState,
     abstract_state,
     check_micro_batches,
@@ -45,6 +55,8 @@ from m3ae_jax.train.step import (
     init_state,
     jit_train_step,
 )
+
+log = logging.getLogger("m3ae_jax")
 
 T = TypeVar("T")
 
@@ -72,6 +84,17 @@ class Setup:
     total_steps: int
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
+
+    def sources(self) -> dict[str, Source]:
+        """What is trained and validated on, by the field of the config that names it."""
+        names, members = self.train_data.names, self.train_data.members
+        fields = [f"data.mixture.{name}" for name in names] if names else ["data.train"]
+        held = {"data.val": self.val_source} if self.val_source else {}
+        return {**{field: member.source for field, member in zip(fields, members, strict=True)}, **held}
+
+    def reports(self) -> dict[str, IndexReport | None]:
+        """What each of `sources` left out and does not read; None of one that does not say."""
+        return {field: report_of(source) for field, source in self.sources().items()}
 
     def steps(self, name: str) -> int:
         """A duration field of the config (``eval.every``) in steps, at least 1."""
@@ -136,16 +159,45 @@ class Setup:
             stop_step=stop,
         )
 
+    def loads(self) -> tuple[Load, ...]:
+        """Checkpoints that go into the fresh state: that of ``init_from``, then the objective's."""
+        first = (Load(self.config.init_from),) if self.config.init_from else ()
+        return (*first, *self.objective.loads())
+
     def fresh_state(self) -> TrainState:
         """What a run begins with: fresh parameters, and what ``init_from`` and the objective load into the state."""
         state = self.init_state()
-        first = (Load(self.config.init_from),) if self.config.init_from else ()
-        loads = (*first, *self.objective.loads())
-        params = _loaded(state.params, "params", loads)
+        loads = self.loads()
+        params = self._loaded(state.params, "params", loads)
         if params is not state.params:
             extra = extra_of(self.objective, params, self.abstract_state(), self.config.seed)
             state = dataclasses.replace(state, params=params, extra=extra)
-        return dataclasses.replace(state, extra=_loaded(state.extra, "extra", loads))
+        return dataclasses.replace(state, extra=self._loaded(state.extra, "extra", loads))
+
+    def _loaded(self, tree: Any, name: str, loads: Iterable[Load]) -> Any:
+        """``params`` or ``extra`` with the loads that go into it."""
+        modalities = self._modalities()
+
+        def fit(name: str, stored: np.ndarray, leaf: jax.Array) -> tuple[Any, str] | None:
+            return positions.fitted(name, stored, leaf, modalities)
+
+        for load in loads:
+            into, _, branch = load.into.partition("/")
+            if into not in ("params", "extra"):
+                raise UserError(f"an objective's load of {load.path} goes into {load.into!r}: not params or extra")
+            if into == name:
+                tree = load_into(tree, load.path, branch, load.source, complete=load.complete, fit=fit)
+                self._tell_of(load)
+        return tree
+
+    def _tell_of(self, load: Load) -> None:
+        """Logs what of a checkpoint's run differs from this one so that its weights mean something else."""
+        meta = load_meta(load.path)
+        for line in positions.computed_anew(meta.get("modalities", ()), self._modalities()):
+            log.info("init_from=%s: %s", load.path, line)
+        theirs, ours = meta.get("tokenizer"), self.tokenizer.fingerprint if self.tokenizer else ""
+        if theirs and ours and theirs != ours:
+            log.warning("init_from=%s: it has another tokenizer: its embeddings are of other words", load.path)
 
     def init_state(self) -> TrainState:
         """A fresh state on the mesh."""
@@ -187,15 +239,17 @@ class Setup:
         """What makes the numbers of a run what they are, beside its config."""
         return {
             "state_version": STATE_VERSION,
-            "order_version": ORDER_VERSION,
+            "order_version": order_version(self.config.data.crop_rule),
             "train_data": self.train_data.fingerprint,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
 
     def modalities(self) -> list[dict[str, Any]]:
         """The table of the objective's modalities, JSON-able: stored with each checkpoint."""
-        table = {m.name: m for group in self.objective.groups for m in group.modalities}
-        return [dataclasses.asdict(modality) for modality in table.values()]
+        return [dataclasses.asdict(modality) for modality in self._modalities()]
+
+    def _modalities(self) -> list[Modality]:
+        return list({m.name: m for group in self.objective.groups for m in group.modalities}.values())
 
     def derived(self) -> dict[str, Any]:
         """Values that follow from the config and its data, for people to read."""
@@ -213,17 +267,6 @@ class Setup:
         }
 
 
-def _loaded(tree: Any, name: str, loads: Iterable[Load]) -> Any:
-    """``params`` or ``extra`` with the loads that go into it."""
-    for load in loads:
-        into, _, branch = load.into.partition("/")
-        if into not in ("params", "extra"):
-            raise UserError(f"an objective's load of {load.path} goes into {load.into!r}: not params or extra")
-        if into == name:
-            tree = load_into(tree, load.path, branch, load.source, complete=load.complete)
-    return tree
-
-
 def derived(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
     """Values that follow from a resolved config alone."""
     objective = build(config, vocab_size)
@@ -239,8 +282,12 @@ def derived(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def prepare(config: ConfigDict) -> Setup:
+def prepare(config: ConfigDict, workdir: Path | None = None) -> Setup:
     """Opens the data and builds the parts that a resolved config names.
+
+    Args:
+        config: resolved.
+        workdir: the run's folder, where there may be one: it has its tokenizer.
 
     Raises:
         UserError: the data or the tokenizer is missing, or does not fit the config.
@@ -248,23 +295,21 @@ def prepare(config: ConfigDict) -> Setup:
     mesh = make_mesh(config)
     _check_device(config)
     check_batch_size(config, mesh)
-    train_data = open_mixture(config, batch_parts(mesh) * config.micro_batches)
     has_val = config.data.val.path or config.data.val.source == "scenes"
-    val_source = build_source(config, "val") if has_val else None
+
+    def opened() -> tuple[Mixture, Source | None]:
+        unit = batch_parts(mesh) * config.micro_batches
+        return open_mixture(config, unit), build_source(config, "val") if has_val else None
+
+    # Into a folder that all share, one process writes the indices, and the others read them.
+    train_data, val_source = in_all(opened, first_alone=bool(config.data.index_dir))
+    _check_same_data(train_data, val_source)
     if val_source and not set(val_source.modalities) & set(config.data.modalities):
         raise UserError(
             f"data.val holds only {', '.join(val_source.modalities)}, and data.modalities="
             f"{tuple(config.data.modalities)!r} trains none of it"
         )
-    tokenizer = None
-    if "text" in config.data.modalities:
-        if not config.data.tokenizer:
-            raise UserError(
-                "data.tokenizer is empty; it takes FILE.model (SentencePiece), a BERT vocab.txt or 'scenes'. To train "
-                f"one: python -m m3ae_jax.data.train_tokenizer --source={config.data.train.source} "
-                f"--path={config.data.train.path or 'DIR'} --output=tokenizer.model"
-            )
-        tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = _tokenizer(config, workdir) if "text" in config.data.modalities else None
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
     check_micro_batches(objective, config.micro_batches)
     examples = train_data.epoch_examples
@@ -282,6 +327,43 @@ def prepare(config: ConfigDict) -> Setup:
         learning_rate=learning_rate,
         optimizer=optimizer(config, learning_rate),
     )
+
+
+def _tokenizer(config: ConfigDict, run: Path | None) -> Tokenizer:
+    """That of the run or, of a run that begins, that which is named.
+
+    Raises:
+        UserError: there is none; to train one is advised where nothing has been trained with another.
+    """
+    path, begins_with = config.data.tokenizer, config.init_from
+    if run and manifest.steps(run / "checkpoints"):
+        return run_tokenizer.of_run(path, run, run_tokenizer.HOW)
+    if begins_with and (theirs := _tokenizer_of(located(begins_with)[0].parent)):
+        advice = f"the weights of init_from={begins_with!r} go with theirs: --config.data.tokenizer={theirs}"
+        if not path:
+            raise UserError(f"data.tokenizer is empty; {advice}")
+        return load_tokenizer(path, advice)
+    if not path:
+        raise UserError(
+            "data.tokenizer is empty; it takes FILE.model (SentencePiece), a BERT vocab.txt, a tokenizer.json or "
+            f"'scenes'. To train one: python -m m3ae_jax.data.train_tokenizer --source={config.data.train.source} "
+            f"--path={config.data.train.path or 'DIR'} --output=tokenizer.model"
+        )
+    return load_tokenizer(path)
+
+
+def _tokenizer_of(run: Path) -> str:
+    """Where another run's tokenizer lies, or lay; empty of one without text."""
+    with contextlib.suppress(UserError, OSError):
+        return str(run_tokenizer.held(run) or load_config(str(run / "config.json")).data.tokenizer)
+    return ""
+
+
+def _check_same_data(train_data: Mixture, val_source: Source | None) -> None:
+    """Refuses processes that would train on other examples than the first one."""
+    sources = {f"the data of {member.name}": member.source for member in train_data.members}
+    for name, source in {**sources, **({"data.val": val_source} if val_source else {})}.items():
+        check_equal(name, f"{len(source):,} examples (fingerprint {source.fingerprint})")
 
 
 def _check_device(config: ConfigDict) -> None:

@@ -20,9 +20,6 @@ from m3ae_jax.objectives.batch import batch_loss, mean, token_counts, total_loss
 from m3ae_jax.parallel.mesh import RULES, Rules, param_shardings, replicated
 from m3ae_jax.train.guard import Guard
 
-STATE_VERSION = 3
-"""Of what `TrainState` holds: 2 has the guard, 3 has encoder and decoder apart."""
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -128,7 +125,7 @@ def check_micro_batches(objective: Objective, micro_batches: int) -> None:
     Raises:
         UserError: as said.
     """
-    if micro_batches > 1 and objective.couples_examples:
+    if micro_batches > 1 and objective.couples_examples and not objective.chunked:
         raise UserError(
             f"micro_batches={micro_batches}: the objective {type(objective).__name__} compares the examples of a "
             "batch with each other, so it cannot be cut: set micro_batches=1"
@@ -225,7 +222,9 @@ def step_gradient(
     def of_step(state: TrainState, batch: Batch) -> tuple[Any, LossOutput]:
         # One key a step: a resumed run draws what an unbroken one would have drawn.
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        return accumulated(state, batch, rng) if micro_batches > 1 else gradient(state.params, state, batch, rng)
+        if micro_batches > 1 and not objective.chunked:
+            return accumulated(state, batch, rng)
+        return gradient(state.params, state, batch, rng)
 
     return of_step
 

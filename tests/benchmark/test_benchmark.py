@@ -145,7 +145,7 @@ def test_the_other_program_is_of_pictures_alone():
         UserError, match=r"--against='vitmae' is not one of m3ae, m3ae_256, vit_mae; did you mean 'vit_mae'"
     ):
         step.measure(small(), repeats=1, against="vitmae")
-    with pytest.raises(UserError, match=r"take configs/mae\.py"):
+    with pytest.raises(UserError, match=r"take --config=mae"):
         step.measure(small(), repeats=1, against="vit_mae")
 
 
@@ -227,7 +227,7 @@ def test_the_m3ae_reference_trains_beside_ours(monkeypatch):
     monkeypatch.setattr(step, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     figures = step.measure(small(), repeats=2, caption_tokens=6.0, against="m3ae")
     assert len(figures.against.seconds) == 2 and "text length 64" in figures.text()
-    with pytest.raises(UserError, match=r"take configs/base\.py"):
+    with pytest.raises(UserError, match=r"take --config=base"):
         step.measure(small(modalities=("image",)), repeats=1, against="m3ae")
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"--against=m3ae on 8 devices"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from m3ae_jax.convert import unpickle
+from m3ae_jax.convert.convert import import_weights
 from m3ae_jax.errors import UserError
 
 ARRAYS = {
@@ -174,3 +175,49 @@ def test_a_dict_named_again_and_again_is_refused() -> None:
     ring: dict[str, Any] = {}
     ring["again"] = ring
     assert unpickle.arrays(read(pickle.dumps(ring))) == {}
+
+
+def nested(depth: int) -> bytes:
+    """Opcodes that leave a tuple on the stack which holds itself two to the power of `depth` times."""
+    return b"K\x01q\x00" + b"".join(b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+
+
+@pytest.mark.parametrize(
+    "use", [b"}h(K\x01s", b"}(h(K\x01u", b"(h(K\x01d", b"\x8f(h(\x90", b"(h(\x91", b"}}h(K\x01sh(s", b"0}h(h(s"]
+)
+def test_item_6_a_key_whose_hash_takes_for_ever_is_one_line(use: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.pkl"
+    file.write_bytes(b"\x80\x04" + nested(40) + use + b".")  # "(" is 40
+    with pytest.raises(UserError, match=r"is not a whole pickle: .*more than 1000 parts") as error:
+        unpickle.load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_item_6_no_name_is_made_of_what_takes_for_ever() -> None:
+    array = pickle.dumps({"x": np.arange(3, dtype=np.float32)}, 2)
+    assert b"X\x02\x00\x00\x00f4" in array
+    with pytest.raises(UserError, match="its dtype has no name"):
+        unpickle.arrays(read(b"\x80\x02" + nested(40) + b"0" + array[2:].replace(b"X\x02\x00\x00\x00f4", b"h(")))
+    assert unpickle.plain(read(b"\x80\x02" + nested(40) + b"0}X\x01\x00\x00\x00ah(sX\x01\x00\x00\x00bK\x05s.")) == {
+        "b": 5
+    }
+    assert list(unpickle.arrays({10**5000: {"x": unpickle.read(io.BytesIO(array), len(array))["x"]}})) == ["?/x"]
+    small = {("a", 1): 2, frozenset("b"): 3}
+    assert read(pickle.dumps(small)) == small
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", pickle.dumps({"a": 1}), b"PK\x03\x04cut", b"\x93NUMPY\x01\x00"])
+def test_item_6_an_npz_that_is_no_zip_is_one_line(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "weights.npz"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"is not a whole \.npz: ValueError: it is no zip file") as error:
+        import_weights(file)
+    assert "\n" not in str(error.value) and "allow_pickle" not in str(error.value)
+
+
+def test_item_6_shapes_that_no_model_has_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "weights.npz"
+    np.savez(file, **{"cls_token": np.zeros(3), "encoder/Block_0/TransformerMLP_0/fc1/kernel": np.zeros(3)})
+    with pytest.raises(UserError, match="is not a whole model of format m3ae") as error:
+        import_weights(file)
+    assert "\n" not in str(error.value)

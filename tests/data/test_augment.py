@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m3ae_jax.config import default
-from m3ae_jax.data.augment import OPERATIONS, RandAugment
+from m3ae_jax.data.augment import COLOR_SAFE, OPERATIONS, RandAugment
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.data.masking import WHOLE
 from m3ae_jax.data.order import Order, fold_seed
-from m3ae_jax.data.pipeline import Batches, Feed, View, generator
+from m3ae_jax.data.pipeline import Batches, Feed, View, eval_view, generator, train_view
 from m3ae_jax.data.sources.scenes import SceneOptions, ScenesSource
 from m3ae_jax.data.tokens import Group, modality_table
 
@@ -102,3 +102,25 @@ def test_the_pipeline_changes_pictures_after_crop_and_flip_by_their_draw():
 
 def test_a_view_changes_nothing_by_default():
     assert {f.name: f.default for f in dataclasses.fields(View)}["change"] is None
+
+
+@pytest.mark.parametrize("operations", ["color_safe", "all"])
+def test_training_changes_pictures_where_it_is_asked_to_and_validation_never(operations):
+    c = default()
+    source = ScenesSource("train")
+    assert train_view(c, source).change is None
+    c.data.rand_augment, c.data.rand_augment_operations = 7.0, operations
+    change = train_view(c, source).change
+    assert change == RandAugment.of(c.data, 7.0, COLOR_SAFE if operations == "color_safe" else tuple(OPERATIONS))
+    assert eval_view(c, source, 8).change is None
+
+
+def test_colours_stay_under_the_operations_that_keep_them():
+    """Of a picture of two colours no pixel gets a third hue, but between them and the fill."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[8:24, 8:24] = (222, 28, 36)
+    change = RandAugment(10.0, (0, 0, 0), COLOR_SAFE)
+    for draw in range(40):
+        changed = change(picture, generator(1, draw)).astype(int)
+        bright = changed[changed[..., 0] > 60]
+        assert len(bright) and (bright[:, 0] > 2 * bright[:, 1]).all() and (bright[:, 0] > 2 * bright[:, 2]).all()

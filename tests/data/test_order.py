@@ -11,8 +11,20 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m3ae_jax import config as config_lib
 from m3ae_jax.data import order
-from m3ae_jax.data.order import ATTEMPTS, ORDER_VERSION, Order, fold_seed, hidden_count, keeps_caption, token_budget
+from m3ae_jax.data.order import (
+    ATTEMPTS,
+    ORDER_VERSION,
+    Order,
+    fold_seed,
+    hidden_count,
+    keeps_caption,
+    order_version,
+    token_budget,
+)
+from m3ae_jax.errors import UserError
+from m3ae_jax.train.identity import Identity
 
 RATIOS = [k / 20 for k in range(20)]
 SEEDS = st.integers(0, 2**31 - 1)
@@ -81,6 +93,26 @@ def test_golden_values(golden: Callable[..., None]) -> None:
         "keeps a caption": np.flatnonzero(keeps_caption(np.arange(40), 40, 0.3, 3)).tolist(),
     }
     golden("order.json", values)
+
+
+def test_item_8_the_order_of_former_crops_is_another_version() -> None:
+    assert (order_version(1), order_version(2)) == (ORDER_VERSION, 3)
+
+
+def test_item_8_a_run_of_former_crops_is_told_how_to_go_on() -> None:
+    config = config_lib.resolve(config_lib.default())
+    identity = Identity(config, {"order_version": order_version(config.data.crop_rule)})
+    with pytest.raises(UserError, match=r"order_version=3 \(the run has 2\).*add --config\.data\.crop_rule=1") as error:
+        identity.check("runs/a", {"config": config.to_dict(), "order_version": 2})
+    assert "--allow_config_change=order_version" in str(error.value) and "\n" not in str(error.value)
+    former = config_lib.default()
+    former.data.crop_rule = 1
+    assert not Identity(config_lib.resolve(former), {"order_version": order_version(1)}).check(
+        "runs/a", {"config": config.to_dict(), "order_version": 2}
+    )
+    with pytest.raises(UserError) as error:
+        identity.check("runs/a", {"config": config.to_dict(), "order_version": 1})
+    assert "crop_rule" not in str(error.value)
 
 
 # -- how good the shuffle is

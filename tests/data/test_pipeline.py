@@ -21,7 +21,7 @@ from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.order import ATTEMPTS, Order
 from m3ae_jax.data.pipeline import Batches, Feed, View, eval_view, train_view
 from m3ae_jax.data.sources import build_source
-from m3ae_jax.data.sources.base import Record
+from m3ae_jax.data.sources.base import Record, called
 from m3ae_jax.data.text import Tokenizer, load_tokenizer
 from m3ae_jax.data.tokens import Group, Modality, modality_table, patch_grid
 from m3ae_jax.errors import UserError
@@ -289,6 +289,17 @@ def test_storage_that_stays_away_stops_the_run(groups: tuple[Group, ...], naps: 
     assert len(naps) <= 3 * 3
 
 
+@pytest.mark.parametrize("field", ["data.train.", "data.val.", "eval.test."])
+def test_item_12_a_message_names_the_data_that_it_is_of(naps: list[float], field: str) -> None:
+    data = called(source(), field)
+    data.failures = 10**9
+    with pytest.raises(UserError, match=rf"^{field[:-1]}: reading the data failed 4 times"):
+        next(iter(batches(data)))
+    data.modalities = ("image",)
+    with pytest.raises(UserError, match=rf"data\.modalities asks for 'text', but {field[:-1]} holds only image"):
+        batches(data)
+
+
 def test_good_batches_before_the_storage_went_are_the_same(whole: list[dict[str, Any]], naps: list[float]) -> None:
     class Failing(FakeSource):
         def read(self, indices: np.ndarray) -> list[Record]:
@@ -440,7 +451,7 @@ def test_build_source() -> None:
 
 LEFT_EARLY = """
 import contextlib, sys
-from configs.tiny import get_config
+from m3ae_jax.configs.tiny import get_config
 from m3ae_jax.data.masking import WHOLE
 from m3ae_jax.data.pipeline import Batches, Feed, train_view
 from m3ae_jax.data.sources import build_source

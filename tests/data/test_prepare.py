@@ -24,12 +24,19 @@ from PIL import Image
 array_record_module = pytest.importorskip("array_record.python.array_record_module")
 
 from m3ae_jax.data import images  # noqa: E402
-from m3ae_jax.data.prepare import Job, Progress, Summary, picture, prepare  # noqa: E402
+from m3ae_jax.data.prepare import Job, Progress, Summary, _summary_lines, picture, prepare  # noqa: E402
 from m3ae_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
 from m3ae_jax.data.sources.base import Record, Source, SourceOptions  # noqa: E402
+from m3ae_jax.data.sources.index import IndexReport  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may write into the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
@@ -73,7 +80,7 @@ def read(source: Source) -> list[Record]:
 
 
 def read_back(job: Job) -> list[Record]:
-    return read(ArrayRecordSource(str(Path(job.output, f"{job.read.split}.array_record-*"))))
+    return read(ArrayRecordSource(str(Path(job.output, f"{job.split}.array_record-*"))))
 
 
 def pairs_of(records: Sequence[Record]) -> list[tuple[bytes, bytes]]:
@@ -85,7 +92,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(Path(job.output, f"{job.read.split}.manifest.json").read_bytes())
+    result: dict[str, Any] = json.loads(Path(job.output, f"{job.split}.manifest.json").read_bytes())
     return result
 
 
@@ -163,7 +170,7 @@ def test_labels_and_classes(tmp_path: Path) -> None:
     assert [record["label"] for record in read(source)] == [0, 0, 1, 1]
     assert read(source)[0]["caption"] == b"a photo of a a cat"
     # Other splits: one without classes goes with these, one of other classes does not.
-    prepare(job_of(tmp_path / "pairs", small(2), output=job.output, read=SourceOptions(split="test")))
+    prepare(job_of(tmp_path / "pairs", small(2), output=job.output, name="test"))
     before = contents(job.output)
     (tmp_path / "more" / "bird").mkdir(parents=True)
     (tmp_path / "more" / "bird" / "0.jpg").write_bytes(encode(colours(9, 9)))
@@ -267,6 +274,93 @@ def test_a_file_of_nothing_and_a_split_of_nothing(tmp_path: Path, kind: str) -> 
     assert "no example is left (empty file 3 (e.g. example 0))" in one_line(nothing)
 
 
+class Odd:
+    """A source of pictures and captions of which some have none, or say that they cannot be used."""
+
+    uses: frozenset[str] = frozenset()
+    modalities = ("image", "text")
+    classes = ()
+    fingerprint = "odd"
+    report = IndexReport(1, 5, {"no caption": 2}, {"no caption": "a:7", "column url": "b"}, {"column url": 1})
+
+    def __init__(self, path: str, options: SourceOptions) -> None:
+        self.options = options
+
+    def __len__(self) -> int:
+        return 5
+
+    def read(self, indices: np.ndarray) -> list[Record]:
+        image = encode(colours(9, 9))
+        records: list[Record] = [
+            {"image": image, "caption": b"one"},
+            {"image": image},
+            {"image": image, "caption": b""},
+            {"image": b"", "unusable": images.TOO_MANY_BYTES},
+            {"image": b""},
+        ]
+        return [records[i] for i in indices]
+
+
+@pytest.mark.parametrize(("kind", "check"), [("array_record", True), ("tfds", True), ("array_record", False)])
+def test_item_1_examples_without_a_caption_are_left_out_and_counted(tmp_path: Path, kind: str, check: bool) -> None:
+    job = Job(f"{__name__}:Odd", "in", str(tmp_path / "out"), name="test", format=kind, check=check)
+    summary = prepare(job)
+    assert [record["caption"] for record in read_back(job)] == [b"one", b""]
+    other = {images.EMPTY: 1, images.NO_CAPTION: 1} if check else {images.NO_CAPTION: 2}
+    assert summary.report.skipped == {images.TOO_MANY_BYTES: 1, **other}
+    assert summary.source is Odd.report
+    lines = _summary_lines(job, summary)
+    assert "no caption 2 (e.g. a:7)" in lines and "column url 1 (e.g. b)" in lines and "example 3" in lines
+
+
+def test_item_1_what_a_source_does_not_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    read = SourceOptions(caption_key="text")
+    assert "caption_key='text': the format text does not read it" in one_line(
+        Job("text", str(tmp_path / "a.txt"), str(tmp_path / "out"), read)
+    )
+
+
+def test_item_2_splits_in_one_folder_are_read_apart(tmp_path: Path) -> None:
+    texts = {"train": "a\nb\n", "val": "c\n", "val_novel": "d\n", "holdout": "e\n"}
+    for split, text in texts.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+        prepare(Job("text", str(tmp_path / f"{split}.txt"), str(tmp_path / "out"), name=split))
+    for split, text in texts.items():
+        source = ArrayRecordSource(str(tmp_path / "out"), SourceOptions(split=split))
+        assert [record["caption"] for record in read(source)] == text.encode().split()
+        assert sum(source.report.unused.values()) == 3 and source.report.skipped == {}
+    with pytest.raises(UserError, match=r"split='test' is not one of holdout, train, val, val_novel"):
+        ArrayRecordSource(str(tmp_path / "out"), SourceOptions(split="test"))
+
+
+def test_item_3_a_damaged_file_counts_with_the_examples_of_the_manifest(tmp_path: Path) -> None:
+    job = job_of(tmp_path, small(7), shard_examples=3)
+    prepare(job)
+    os.truncate(Path(job.output, "train.array_record-00001-of-00003"), 100)
+    source = ArrayRecordSource(job.output)
+    assert source.report.skipped == {"damaged file": 3} and len(source) == 4
+
+
+def test_a_manifest_from_before_an_option_goes_on_with_its_default(tmp_path: Path) -> None:
+    job = job_of(tmp_path, small(3))
+    prepare(job)
+    before = manifest(job)
+    del before["options"]["max_bytes"], before["options"]["caption_per_line"]
+    Path(job.output, "train.manifest.json").write_text(json.dumps(before))
+    assert prepare(job).reused == 1
+    limited = dataclasses.replace(job, read=SourceOptions(max_bytes=2**20))
+    assert f"max_bytes={2**28} (now {2**20})" in one_line(limited)
+
+
+def test_files_of_another_name_than_the_split_read(tmp_path: Path) -> None:
+    job = job_of(tmp_path, small(3), name="novel")
+    prepare(job)
+    assert "novel.array_record-00000-of-00001" in contents(job.output) and prepare(job).reused == 1
+    other = one_line(dataclasses.replace(job, read=SourceOptions(split="val")))
+    assert "its split 'novel' was begun with read_split='train' (now 'val')" in other
+
+
 # --- TensorFlow Datasets -----------------------------------------------------------------------------------
 
 
@@ -300,7 +394,7 @@ def test_tensorflow_datasets_opens_the_folder(tmp_path: Path) -> None:
     records = read(tfds_source.TFDSSource(output))
     assert pairs_of(records)[:7] == pairs[:7] and records == read_back(train)
     assert pairs_of(read(tfds_source.TFDSSource(output, SourceOptions(split="val")))) == small(2)
-    assert "alike" in one_line(dataclasses.replace(train, format="array_record", read=SourceOptions(split="x")))
+    assert "alike" in one_line(dataclasses.replace(train, format="array_record", name="x"))
 
 
 def test_tensorflow_datasets_reads_labels(tmp_path: Path) -> None:
@@ -439,7 +533,9 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         ({"path": "nowhere"}, "no such file"),
         ({"format": "array_records"}, "did you mean 'array_record'?"),
         ({"read": SourceOptions(captions="drawn")}, "did you mean 'draw'?"),
-        ({"read": SourceOptions(split="train[:9%]")}, "letters, digits"),
+        ({"read": SourceOptions(split="train[:9%]")}, "split='train[:9%]' names the files: it takes letters, digits"),
+        ({"name": "a/b"}, "name='a/b' names the files: it takes letters, digits"),
+        ({"read": SourceOptions(split="novel")}, "; name='novel' instead names the files alone"),
         ({"short_side": -1}, "short_side=-1 must be at least 0"),
         ({"quality": 0}, "quality=0 must be at least 1"),
         ({"quality": 101}, "quality=101 must be at most 100"),
@@ -485,9 +581,11 @@ def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
     flags = ["--source=webdataset", f"--path={tmp_path}", f"--output={tmp_path / 'out'}", "--quality=0"]
     command = [sys.executable, "-m", "m3ae_jax.data.prepare", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 1 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("prepare: quality=0 must")
+    assert result.stderr.startswith("error: quality=0 must")
+    unknown = subprocess.run([*command, "--qualty=9"], capture_output=True, text=True, timeout=120, check=False)
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "quality" in unknown.stderr
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,54 @@ def wordpiece(folder: Path) -> Tokenizer:
     return load_tokenizer(str(folder / "vocab.txt"))
 
 
-@pytest.fixture(params=["sentencepiece", "wordpiece"])
+def hugging_face(kind: str) -> str:
+    """A `tokenizer.json` that `tokenizers` trained, with special tokens, cutting and padding, as such files have."""
+    made = pytest.importorskip("tokenizers")
+    models, trainers = made.models, made.trainers
+    options = {
+        "special_tokens": ["<pad>", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"],
+        "show_progress": False,
+    }
+    if kind == "bytes":
+        result, trainer = (
+            made.Tokenizer(models.BPE(dropout=0.5)),
+            trainers.BpeTrainer(vocab_size=400, initial_alphabet=made.pre_tokenizers.ByteLevel.alphabet(), **options),
+        )
+        result.pre_tokenizer = made.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        result.decoder, result.normalizer = made.decoders.ByteLevel(), made.normalizers.Lowercase()
+    elif kind == "wordpiece":
+        result = made.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        trainer = trainers.WordPieceTrainer(vocab_size=120, **options)
+        result.normalizer, result.decoder = made.normalizers.BertNormalizer(), made.decoders.WordPiece()
+        result.pre_tokenizer = made.pre_tokenizers.BertPreTokenizer()
+    else:
+        result = made.Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=120, unk_token="[UNK]", **options)
+        result.normalizer = made.normalizers.Lowercase()
+        result.pre_tokenizer, result.decoder = made.pre_tokenizers.Metaspace(), made.decoders.Metaspace()
+    result.train_from_iterator([*CAPTIONS, *["red dogs, red dog [mask]"] * 50], trainer)
+    result.enable_truncation(3)
+    result.enable_padding(length=50)
+    cls = result.token_to_id("[CLS]")
+    result.post_processor = made.processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", cls)])
+    return result.to_str(pretty=True)
+
+
+@pytest.fixture(scope="module", params=["bytes", "wordpiece", "unigram"])
+def json_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tokenizer.json` of each model."""
+    file = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    file.write_text(hugging_face(request.param), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def hf_wordpiece(folder: Path) -> Tokenizer:
+    (folder / "words.json").write_text(hugging_face("wordpiece"), encoding="utf-8")
+    return load_tokenizer(str(folder / "words.json"))
+
+
+@pytest.fixture(params=["sentencepiece", "wordpiece", "hf_wordpiece"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """Each kind in turn."""
     return request.getfixturevalue(request.param)
@@ -205,11 +252,80 @@ def test_cased_vocabulary_keeps_case(folder: Path, wordpiece: Tokenizer) -> None
     assert wordpiece.pieces(wordpiece.encode(["Dog dog Café"])[0]) == ["dog", "dog", "cafe"]
 
 
+# --- tokenizer.json ---
+
+
+def test_item_10_a_tokenizer_json_is_read(json_file: Path) -> None:
+    tokenizer = load_tokenizer(str(json_file))
+    assert load_tokenizer(str(json_file.parent)).fingerprint == tokenizer.fingerprint
+    rows = tokenizer.encode(["a red dogs", b"A red dogs", "two cats sit in a small red house, by the sea"])
+    assert rows[0] == rows[1] and len(rows[0]) < len(rows[2]) > 3  # neither cut nor padded, and no [CLS]
+    assert max(map(max, rows)) < tokenizer.vocab_size
+    assert tokenizer.decode(np.asarray(rows[0], np.int32)) == "a red dogs"
+    assert "".join(read_pieces(tokenizer, rows[0])).strip() == "a red dogs"
+    assert tokenizer.encode(["a red dog"] * 50) == [tokenizer.encode(["a red dog"])[0]] * 50  # no dropout
+
+
+def test_item_10_special_tokens_of_a_tokenizer_json_are_text(json_file: Path) -> None:
+    tokenizer = load_tokenizer(str(json_file))
+    ids = tokenizer.encode([SPECIAL])[0]
+    special = {"<pad>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "</s>"}
+    assert special <= set(tokenizer.pieces(range(tokenizer.vocab_size)))
+    assert not special & set(tokenizer.pieces(ids))
+    assert tokenizer.encode(["[MASK] a dog"]) == tokenizer.encode(["[mask] a dog"])
+    assert "".join(covered(tokenizer, SPECIAL)) == SPECIAL.replace(" ", "")
+
+
+@pytest.mark.parametrize("caption", ["A red dogs", "Füße, red Café dogs", "red 🐈 dog 中 a", "½ cafe\u0301"])
+def test_spans_of_a_tokenizer_json_cover_the_caption_in_order(json_file: Path, caption: str) -> None:
+    tokenizer = load_tokenizer(str(json_file))
+    spans = tokenizer.spans(caption)
+    assert len(spans) == len(tokenizer.encode([caption])[0])
+    assert all(0 <= start <= end <= len(caption) for start, end in spans)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert "".join(covered(tokenizer, caption)).replace("\u0301", "") == caption.replace(" ", "").replace("\u0301", "")
+
+
+def test_pieces_of_bytes_are_readable(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(hugging_face("bytes"), encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path / "a.json"))
+    assert tokenizer.pieces(tokenizer.encode(["a red füße 🐈"])[0])[-5:] == [" ", r"\xf0", r"\x9f", r"\x90", r"\x88"]
+    assert " füße" in tokenizer.pieces(tokenizer.encode(["a red füße"])[0])
+    assert tokenizer.decode(tokenizer.encode(["a red füße 🐈"])[0]) == "a red füße 🐈"
+
+
+def test_pieces_of_a_vocabulary_that_marks_the_ends_of_words(tmp_path: Path) -> None:
+    """As CLIP's."""
+    made = pytest.importorskip("tokenizers")
+    clip = made.Tokenizer(made.models.BPE(end_of_word_suffix="</w>", unk_token="<|end|>"))
+    clip.pre_tokenizer = made.pre_tokenizers.Whitespace()
+    trainer = made.trainers.BpeTrainer(
+        vocab_size=300, end_of_word_suffix="</w>", special_tokens=["<|end|>"], show_progress=False
+    )
+    clip.train_from_iterator([*CAPTIONS, "s"], trainer)
+    clip.save(str(tmp_path / "clip.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "clip.json"))
+    ids = tokenizer.encode(["a red dogrun"])[0]
+    assert "".join(tokenizer.pieces(ids)) == " a red dogrun" and len(ids) > 3
+    assert tokenizer.pieces([0]) == ["<|end|>"]
+    assert tokenizer.encode(["🐈 🐈"]) == [[]]
+
+
+def test_a_folder_without_a_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder without a tokenizer\.json; train one"):
+        load_tokenizer(str(tmp_path))
+
+
 # --- loading ---
 
 
 def test_fingerprint_is_the_content(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    name = "vocab.txt" if tokenizer.vocab_size == len(VOCABULARY.split()) else "words.model"
+    names = {
+        "SentencePieceTokenizer": "words.model",
+        "WordPieceTokenizer": "vocab.txt",
+        "HuggingFaceTokenizer": "words.json",
+    }
+    name = names[type(tokenizer).__name__]
     copy = tmp_path / f"copy_{name}"
     copy.write_bytes((folder / name).read_bytes())
     assert load_tokenizer(str(copy)).fingerprint == tokenizer.fingerprint
@@ -228,7 +344,10 @@ def test_windows_line_ends_and_none_at_the_end(folder: Path, wordpiece: Tokenize
     ("name", "content", "says"),
     [
         ("scene", None, "neither 'scenes' nor"),
-        ("a.json", b"{}", "neither 'scenes' nor"),
+        ("a.bin", b"{}", "neither 'scenes' nor"),
+        ("a.json", b"{}", "is no tokenizer.json of Hugging Face's tokenizers (Model missing"),
+        ("b.json", b"\xff", "is no tokenizer.json"),
+        ("missing.json", None, "No such file"),
         ("missing.model", None, "No such file"),
         ("missing.txt", None, "No such file"),
         ("junk.model", b"not a model" * 100, "not a SentencePiece model"),
@@ -237,7 +356,7 @@ def test_windows_line_ends_and_none_at_the_end(folder: Path, wordpiece: Tokenize
     ],
 )
 def test_a_wrong_file_gets_one_line(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
-    if name == "captions.txt":
+    if name.endswith((".txt", ".json")):
         pytest.importorskip("tokenizers")
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -248,10 +367,12 @@ def test_a_wrong_file_gets_one_line(tmp_path: Path, name: str, content: bytes | 
     assert "\n" not in str(error.value)
 
 
-def test_wordpiece_without_its_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["vocab.txt", "a.json"])
+def test_without_their_package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (folder / "a.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UserError, match="pip install tokenizers"):
-        load_tokenizer(str(folder / "vocab.txt"))
+        load_tokenizer(str(folder / name))
 
 
 # --- the built-in model ---
@@ -284,3 +405,13 @@ def test_shared_bad_captions(tokenizer: Tokenizer) -> None:
     assert result["01"] == result["07"] == 0
     assert result["04"] == 32
     assert min(result["03"], result["06"], result["15"]) > 0
+
+
+def test_item_10_of_a_runs_folder_its_tokenizer_is_proposed(tmp_path):
+    for name in ("config.json", "log.txt", "tokenizer.model"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"did you mean '.*tokenizer\.model'\?"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="; train one with"):
+        load_tokenizer(str(tmp_path))

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3ae_jax.data import images
 from m3ae_jax.data.sources.base import Record
+from m3ae_jax.data.sources.index import Tally
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.data.train_tokenizer import read_captions, train
 from m3ae_jax.errors import UserError
@@ -127,9 +129,42 @@ def test_too_many_captions_are_thinned_evenly() -> None:
     assert list(read_captions(Numbers(10), 4)) == [f"number {i}" for i in (0, 2, 5, 7)]
 
 
+def test_item_1_examples_without_a_caption_are_passed_over_and_counted() -> None:
+    class Odd(Numbers):
+        def read(self, indices: np.ndarray) -> list[Record]:
+            records = [
+                Record(image=b""),
+                Record(unusable=images.TOO_MANY_BYTES),
+                Record(caption=b" "),
+                Record(caption=b"a"),
+            ]
+            return [records[i % 4] for i in indices]
+
+    tally = Tally()
+    assert list(read_captions(Odd(10), 100, tally)) == ["", "a", "", "a"]
+    assert tally.skipped == {
+        images.NO_CAPTION: (3, "example 0"),
+        images.TOO_MANY_BYTES: (3, "example 1"),
+        images.NO_WORDS: (2, "example 2"),
+    }
+
+
+def test_item_2_the_command_tells_what_was_left_out(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(CAPTIONS) + "\n\n")
+    output = f"--output={tmp_path / 'a.model'}"
+    result = run("--source=text", f"--path={tmp_path / 'lines.txt'}", output, "--vocab_size=30")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == f"{tmp_path / 'a.model'}: 30 ids from {len(CAPTIONS)} captions"
+    assert "not read: blank line 1 (e.g. lines.txt:byte " in second
+    refused = run("--source=text", f"--path={tmp_path / 'lines.txt'}", output, "--caption_key=text")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "--caption_key='text': the format text does not read it" in refused.stderr
+
+
 def test_command_says_a_wrong_source_in_one_line(tmp_path: Path) -> None:
     result = run("--source=webdatset", f"--output={tmp_path / 'a.model'}")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "did you mean 'webdataset'?" in result.stderr
 

@@ -22,6 +22,7 @@ from m3ae_jax.doctor import speed, survey
 from m3ae_jax.doctor.findings import ADVICE, FACT, PROBLEM, percent
 from m3ae_jax.doctor.inspection import inspect
 from m3ae_jax.errors import UserError
+from m3ae_jax.report.pictures import hatched
 
 EXAMPLES = 60
 HTML = "<script>alert(1)</script> & <b>bold"
@@ -177,7 +178,7 @@ def test_findings_come_in_the_order_of_their_weight(faulty):
     (bad,) = (text for text in texts if "do not decode" in text)
     assert bad.startswith("6.7 % of the pictures") and "3.3 % damaged picture, e.g. train example" in bad
     assert "data.max_bad_fraction=0.05, so training stops" in bad and texts[bad] == PROBLEM
-    assert any("2 left out at indexing: no caption 2, e.g. 00000.tar:lonely1.jpg" in text for text in texts)
+    assert any("2 examples left out: no caption 2, e.g. 00000.tar:lonely1.jpg" in text for text in texts)
     assert any("no tokenizer is named" in text and "cuts 5.1 %" in text for text in texts)
 
 
@@ -306,7 +307,7 @@ def test_hidden_words_are_distinguished_from_visible_ones(tmp_path):
     assert [(word.text, word.hidden) for word in words] == [(" red", False), (" car", True), ("s", False)]
 
 
-def test_a_hidden_patch_is_greyed_and_a_visible_one_is_not():
+def test_a_hidden_patch_is_hatched_and_a_visible_one_is_not():
     config = load()
     patches = np.full((16, 8 * 8 * 3), 200, np.uint8)
     visible = {"position": np.arange(15), "valid": np.ones(15, bool), "value": patches[:15]}
@@ -314,7 +315,9 @@ def test_a_hidden_patch_is_greyed_and_a_visible_one_is_not():
     picture = speed._veiled({"visible": visible, "target": target}, config)
     assert picture.shape == (224, 224, 3)
     assert (picture[:168] == 200).all() and (picture[:, :168] == 200).all()
-    assert (picture[170:222, 170:222] == int(200 * 0.35 + 128 * 0.65)).all()
+    inside = (slice(170, 222),) * 2
+    assert (picture[inside] == (200 * 0.35 + hatched(224, 224, 56)[inside] * 0.65).astype(np.uint8)).all()
+    assert np.ptp(picture[inside]) > 50, "no even grey, which a picture's own background may have"
     assert (picture[168, 168:] == 96).all() and (picture[168:, 223] == 96).all()
 
 

@@ -8,13 +8,14 @@ from m3ae_jax import config as config_lib
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.scenes import SceneOptions
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals import features, masked_prediction
+from m3ae_jax.evals import features, labelled, linear, masked_prediction, supervised
 from m3ae_jax.evals.clean import clean_batches
 from m3ae_jax.evals.fields import LABELS
 from m3ae_jax.evals.labelled import LabelledScenes, open_labelled
-from m3ae_jax.evals.run import check
+from m3ae_jax.evals.run import check, run
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
+from tests.evals.numbers import SOURCE, Numbers
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -148,6 +149,152 @@ def test_sources_without_classes_and_with_others_are_refused(shared, tmp_path):
     h5 = {"eval.test.source": "hdf5", "eval.test.path": shared / "data/openclipart/openclipart_val.h5"}
     with pytest.raises(UserError, match=r"no classes there; eval\.test\.label_key"):
         check(config(**h5))
+
+
+def numbers(train, test, **changes):
+    paths = {f"eval.{part}.path": path for part, path in (("train", train), ("test", test))}
+    return config(**{f"eval.{part}.source": SOURCE for part in ("train", "test")}, **paths, **changes)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        pytest.param("0:30:10", "30:46:8", marks=pytest.mark.slow),
+        pytest.param("0:30:8", "30:46:10", marks=pytest.mark.slow),
+    ],
+)
+def test_item_5_unnamed_classes_are_as_many_as_the_larger_count(train, test):
+    c = numbers(train, test)
+    check(c)
+    setup = run_setup.prepare(c)
+    first, second = features.encoded_pair(setup, setup.init_state())
+    assert first.classes == second.classes == tuple(map(str, range(10)))
+    assert supervised.Task(setup, "linear_probe").classes == supervised.Task(setup, "finetune").classes == 10
+    probe = linear.swept(first.features["pixels"], first.label, len(first.classes))
+    assert probe.logits(second.features["pixels"]).shape[1] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["knn", "probe", "few_shot", "linear_probe", "finetune", "robustness", "ood"])
+def test_item_5_every_evaluation_bears_classes_without_examples(name):
+    fields = {"eval.outside.source": SOURCE, "eval.outside.path": "60:70:3", "eval.robustness.epsilons": "()"}
+    fields |= {f"eval.{protocol}.duration": "2 steps" for protocol in supervised.PROTOCOLS}
+    fields |= {f"eval.{protocol}.warmup": "1 steps" for protocol in supervised.PROTOCOLS}
+    setup = run_setup.prepare(numbers("0:30:8", "30:46:10", evals=name, **fields))
+    found = run(name, setup, setup.init_state()).scalars
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_item_5_named_classes_are_compared_as_they_are(monkeypatch):
+    monkeypatch.setattr(labelled, "_unnamed", lambda classes: False)
+    with pytest.raises(UserError, match=r"eval\.train has 1 class and eval\.test 3: only one of them has '1', '2'"):
+        check(numbers("0:30:1", "30:46:3"))
+    monkeypatch.undo()
+    assert labelled.common_classes(("0", "1"), ("0", "1", "2")) == ("0", "1", "2")
+    assert labelled.common_classes(("1", "2"), ("1", "2")) == ("1", "2")
+    with pytest.raises(UserError, match=r"eval\.test has 1 class; an evaluation needs two or more"):
+        check(numbers("0:30:1", "30:46:1"))
+
+
+def test_item_5_a_key_that_the_format_does_not_read_is_not_recommended(tmp_path):
+    (tmp_path / "a.txt").write_text("a red circle\n")
+    for source, path in (("tests.evals.numbers:NoClasses", "0:9:2"), ("text", str(tmp_path / "a.txt"))):
+        c = config(**{"eval.test.source": source, "eval.test.path": path})
+        with pytest.raises(UserError, match=f"no classes there; the format {source} has none") as error:
+            open_labelled(c, "test")
+        assert "label_key" not in str(error.value)
+
+
+def unlabelled(monkeypatch, every):
+    """Every so many numbers have no class."""
+    record = Numbers._record
+
+    def without(self, number):
+        made = record(self, number)
+        if number % every == 0:
+            del made["label"]
+        return made
+
+    monkeypatch.setattr(Numbers, "_record", without)
+
+
+LABELLED = ("knn", "probe", "few_shot", "ood", "robustness", "linear_probe", "finetune")
+
+
+@pytest.mark.slow
+def test_item_5_examples_without_a_class_are_left_out_and_counted(monkeypatch, caplog):
+    unlabelled(monkeypatch, 8)
+    fields = {"eval.outside.source": SOURCE, "eval.outside.path": "60:70:2", "eval.robustness.epsilons": "()"}
+    for protocol in supervised.PROTOCOLS:
+        fields |= {f"eval.{protocol}.{k}": v for k, v in (("duration", "2 steps"), ("warmup", "1 steps"))}
+    setup = run_setup.prepare(numbers("0:21:2", "30:38:2", evals=LABELLED, **fields))
+    state = setup.init_state()
+    for name in LABELLED:
+        found = run(name, setup, state).scalars
+        assert all(np.isfinite(value) for value in found.values())
+        if name != "ood":
+            assert found[f"{name}/test_examples"] == 7 and found[f"{name}/train_examples"] == 18
+        if name not in ("ood", "robustness"):
+            assert found[f"{name}/unlabelled"] == 4
+    assert "eval.test (30:38:2): 1 of 8 examples has no class and is left out, e.g. example 2" in caplog.text
+    assert "eval.train (0:21:2): 3 of 21 examples have no class and are left out, e.g. example 0" in caplog.text
+
+
+@pytest.mark.parametrize("name", supervised.PROTOCOLS)
+def test_item_5_most_examples_without_a_class_are_refused_before_the_training(name, monkeypatch):
+    unlabelled(monkeypatch, 1)
+    setup = run_setup.prepare(numbers("0:21:2", "30:38:2", evals=name))
+    told = r"eval\.train \(0:21:2\): 21 of 21 examples have no class, e\.g\. example 0: more than half; give them one"
+    with pytest.raises(UserError, match=told):
+        supervised.train(supervised.Task(setup, name), lambda *_: pytest.fail("trained"), None)
+
+
+def test_item_5_half_without_a_class_is_borne_and_more_is_refused():
+    label, index = np.array([-1, 0, -1, 1, -1]), np.array([9, 8, 4, 6, 7])
+    valid = np.array([True, True, True, True, False])
+    assert labelled.with_class("x", valid, label, index).tolist() == [False, True, False, True, False]
+    with pytest.raises(UserError, match=r"x: 3 of 5 examples have no class, e\.g\. example 4: more than half"):
+        labelled.with_class("x", valid | True, label, index)
+    with pytest.raises(UserError, match="x: not one of its examples can be read"):
+        labelled.with_class("x", valid & False, label, index)
+
+
+def test_item_13_groups_of_training_examples_are_read():
+    setup = run_setup.prepare(numbers("0:21:2", "30:46:2", **{"eval.group_key": "concept"}))
+    train, test = (features.encode_source(setup, {}, open_labelled(setup.config, p), 21) for p in ("train", "test"))
+    assert test.group is None
+    order = np.concatenate(
+        [
+            b["example"]["index"][b["example"]["valid"]]
+            for b in clean_batches(setup, open_labelled(setup.config, "train"), 21)
+        ]
+    )
+    for i in range(21):
+        for j in range(21):
+            same = order[i] // 3 == order[j] // 3 and order[i] % 7 and order[j] % 7
+            assert (train.group[i] == train.group[j]) == bool(same or i == j)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"eval.group_key": "concept"}, r"eval\.group_key='concept': scenes have no fields"),
+        (
+            {"eval.group_key": "x", "eval.train.source": "tests.evals.numbers:NoClasses", "eval.train.path": "0:9:2"},
+            r"eval\.group_key='x': the format tests\.evals\.numbers:NoClasses does not read it",
+        ),
+    ],
+)
+def test_item_13_a_group_key_that_is_not_read_is_refused(fields, told):
+    with pytest.raises(UserError, match=told):
+        check(config(**fields))
+
+
+@pytest.mark.slow
+def test_item_13_a_group_key_without_a_value_is_refused():
+    setup = run_setup.prepare(numbers("0:21:2", "30:46:2", **{"eval.group_key": "other"}))
+    with pytest.raises(UserError, match=r"eval\.group_key='other': no example of eval\.train has a value there"):
+        features.encoded(setup, setup.init_state(), "train")
 
 
 def test_shuffled_partners_are_others(setup):

@@ -14,6 +14,7 @@ from m3ae_jax.data.sources.scenes import SceneOptions, ScenesSource
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals import grounding
 from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.clean import scene_tokens
 from m3ae_jax.evals.run import check
 from m3ae_jax.objectives.base import Restored
 from m3ae_jax.objectives.m3ae import M3AE
@@ -92,7 +93,7 @@ def test_a_model_that_knows_all_and_one_that_knows_nothing(setup, scenes):
 def test_a_model_that_looks_at_the_picture_is_told_from_one_that_does_not(setup, scenes):
     """The stub answers right only if the picture is the caption's own."""
     ask = grounding_of(setup, not_asked)
-    tokens = ask._tokens(scenes)
+    tokens = scene_tokens(setup, [s.image for s in scenes], [s.caption for s in scenes])
     own = {patches.tobytes(): i for i, patches in enumerate(tokens["image"][0])}
     captions = [s.caption for s in scenes]
 

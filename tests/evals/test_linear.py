@@ -49,6 +49,35 @@ def test_a_warm_start_ends_where_a_cold_one_does():
     assert found.accuracy(x, y) == pytest.approx(cold.accuracy(x, y), abs=0.01)
 
 
+def test_item_13_groups_stay_together_when_the_penalty_is_chosen():
+    """Several drawings of a concept: a classifier that knows one of them by heart knows the others."""
+    rng = np.random.default_rng(0)
+    concept, classes = np.repeat(np.arange(60), 5), rng.integers(0, 2, 60)
+    drawings = rng.normal(size=(60, 100))[concept] + 0.05 * rng.normal(size=(300, 100))
+    x, y = drawings.astype(np.float32), classes[concept]
+    leaking, grouped = linear.swept(x, y, 2), linear.swept(x, y, 2, group=concept)
+    held, rest = linear.held_out(300, None)
+    assert linear.Problem(x[rest], y[rest], 2).fit(1e-3).accuracy(x[held], y[held]) == 1.0
+    held, rest = linear.held_out(300, concept)
+    assert not set(concept[held]) & set(concept[rest]) and sorted([*held, *rest]) == list(range(300))
+    assert linear.Problem(x[rest], y[rest], 2).fit(1e-3).accuracy(x[held], y[held]) < 0.75  # there is nothing to learn
+    assert len(held) == 60 and leaking.l2 in linear.L2 and grouped.l2 in linear.L2
+    same = linear.swept(x, y, 2, group=None)
+    np.testing.assert_array_equal(same.weight, leaking.weight)
+
+
+@pytest.mark.parametrize(
+    ("group", "held"),
+    [([0] * 10, 10), ([0] * 9 + [1], None), (list(range(10)), 2), ([0] * 5 + [1] * 5, 5)],
+)
+def test_whole_groups_are_held_out_and_of_several_some_are_left(group, held):
+    group = np.array(group)
+    chosen, rest = linear.held_out(10, group)
+    assert not set(group[chosen]) & set(group[rest]) and len(chosen) + len(rest) == 10
+    assert len(chosen) == held if held else 0 < len(chosen) < 10
+    assert linear.swept(np.eye(10, dtype=np.float32), np.arange(10) % 2, 2, group=group).l2 in linear.L2
+
+
 def test_the_sweep_takes_a_penalty_that_does_well():
     x, y = clusters(600, 40, 4, noise=4.0)
     other, truth = clusters(2000, 40, 4, noise=4.0, seed=9)

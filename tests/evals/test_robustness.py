@@ -157,7 +157,7 @@ def test_every_picture_is_judged_once_and_the_clean_ones_as_by_the_probe(setup, 
         hits = np.array(of_kinds) * 21 * len(SEVERITIES)
         np.testing.assert_allclose(hits, np.round(hits), atol=1e-6)  # whole pictures, all of them
     assert found["robustness/majority"] == features.majority(train.label, test.label)
-    lines = result.text.splitlines()
+    lines = result.text.split("\n\n")[0].splitlines()
     assert "| PGD, 8/255 |" in result.text and len({line.count("|") for line in lines}) == 1
 
 

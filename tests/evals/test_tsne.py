@@ -99,7 +99,7 @@ def test_an_untrained_encoder_stands_beside(setup):
     for who in ("trained", "untrained"):
         wanted = tsne.by_neighbors(test.features[f"{who}/image/cls"], test.label)
         assert found.scalars[f"tsne/{who}/features"] == pytest.approx(wanted)
-    assert len({line.count("|") for line in found.text.splitlines()}) == 1
+    assert len({line.count("|") for line in found.text.split("\n\n")[0].splitlines()}) == 1
 
 
 def other_run(folder, **changes):
@@ -127,6 +127,7 @@ def test_a_run_of_pictures_alone_and_of_another_size_stands_beside(tmp_path):
         tsne.of_other_run(setup, others)
 
 
+@pytest.mark.slow
 def test_other_runs_that_make_no_sense_are_refused(tmp_path):
     other_run(tmp_path / "pictures", **{"data.modalities": "image"})
     beside = {"eval.tsne.beside": tmp_path / "pictures"}

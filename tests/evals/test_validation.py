@@ -44,8 +44,10 @@ def test_priors(setup):
 
 def test_pictures_show_the_examples_and_undo_the_normalisation(setup, tmp_path):
     draw = Reconstructions(setup, tmp_path)
-    sheet = draw(setup.init_state())
-    assert sheet is not None and sheet.dtype == np.uint8 and sheet.shape[2] == 3
+    drawn = draw(setup.init_state())
+    assert drawn is not None
+    sheet, captions = drawn
+    assert sheet.dtype == np.uint8 and sheet.shape[2] == 3 and captions
     assert (tmp_path / "step_00000000.png").exists()
     # A guess that is the target itself must give the original back.
     part = draw._part

@@ -3,17 +3,17 @@
     python tests/multiprocess/torture.py --rounds=100 --processes=1 --seed=0
 
 A round starts the run, by the same command each time, and kills it at a random moment: during its start (imports,
-compiling, restoring), after some steps, or inside a save. A run that reaches its end is compared with the undisturbed
-one, and the next round begins another run; after the last round the run goes on to its end. Exit code 1 if anything
-was not as follows.
+compiling, restoring), after some steps, inside a save or after its last step. A run that reaches its end is compared
+with the undisturbed one, and the next round begins another run; after the last round the run goes on to its end. Exit
+code 1 if anything was not as follows.
 
 Compared at the end of a run: the names and every bit of parameters, optimizer state and step of the last checkpoint,
-and every figure but the timings in every row of metrics.jsonl, also in those of steps that were lost and made again.
+and every figure but the timings in every row of metrics.jsonl, which has each step and each validation once.
 
 How a start may end:
 
-- SIGTERM: 75, and the step that it names is the newest checkpoint; -15 in the first moments of a start, before
-  anything listens to signals; 0 after the last step;
+- SIGTERM: 75, and the step that it names is the newest checkpoint. 0 only if all is done, closing evaluations too. -15
+  only if the process had no handler yet, as /proc says when the signal is sent;
 - kill -9: -9; a part of them comes some time after a SIGTERM, as when a cloud takes its machine back;
 - the other of two processes: 75 after SIGTERM. After a kill -9 of its fellow 75 too, at once or when JAX notices.
   It is ended as launch/local.sh does (SIGTERM, 10 s, SIGKILL) if the run was still starting, where it rightly waits
@@ -45,6 +45,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from m3ae_jax.parallel.supervisor import is_of_gloo
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PATIENCE = 120.0  # seconds for the fellow of a killed process to end by itself
@@ -52,6 +54,7 @@ HANGS = 900.0  # seconds after which a start without the awaited sign of life co
 GRACE = 10.0  # between SIGTERM and SIGKILL, as in launch/local.sh
 POLL = 0.005
 
+ALL = 10**9  # rows
 STOPPED, KILLED, TERMINATED = 75, -signal.SIGKILL, -signal.SIGTERM
 TIMINGS = ("second", "train/data_wait_share", "train/mfu", "time/", "start/", "memory/")  # parts of their names
 FIELDS = {
@@ -61,7 +64,8 @@ FIELDS = {
     "checkpoint.keep": 2,
     "eval.pictures": 0,
     "evals": "",
-    "data.val.source": "webdataset",  # without a path: no validation
+    "eval.every": "6 steps",
+    "eval.examples": 8,
     "optimizer.warmup": "4 steps",
     "model.width": 32,
     "model.depth": 1,
@@ -76,9 +80,9 @@ class Kill:
     """When and how a start is killed.
 
     Attributes:
-        phase: ``start``, ``step`` or ``save``.
-        rows: of metrics that this start writes before; for ``start`` none.
-        delay: 0 to 1, then this share of the usual start, of a step's or of a save's time.
+        phase: ``start``, ``step``, ``save`` or ``end``.
+        rows: of metrics that this start writes before; for ``start`` none, for ``end`` all.
+        delay: 0 to 1, then this share of the usual start, of a step's, a save's or the end's time.
         warning: seconds from a SIGTERM before to the kill -9; 0 without.
         number: the signal.
         victims: indices of processes.
@@ -96,19 +100,20 @@ class Kill:
         warned = f" {self.warning:.2f} s after SIGTERM" if self.warning else ""
         steps = "a step" if self.rows == 1 else f"{self.rows} steps"
         where = {"start": "before the first step", "step": f"after {steps}", "save": f"at a save after {steps}"}
+        where["end"] = "after the last step"
         return f"{how}{warned} to {' and '.join(map(str, self.victims))} {where[self.phase]}"
 
 
 def draw(dice: random.Random, processes: int, most_rows: int) -> Kill:
     """A random kill."""
-    phase = dice.choices(("start", "step", "save"), (2, 3, 5))[0]
+    phase = dice.choices(("start", "step", "save", "end"), (2, 3, 5, 1))[0]
     number = dice.choice((signal.SIGKILL, signal.SIGTERM))
     one = (dice.randrange(processes),)
     both = tuple(range(processes))
     warned = number == signal.SIGKILL and dice.random() < 0.2
     return Kill(
         phase=phase,
-        rows=0 if phase == "start" else dice.randint(1, most_rows),
+        rows={"start": 0, "end": ALL}.get(phase, dice.randint(1, most_rows)),
         delay=dice.random(),
         warning=dice.random() if warned else 0.0,
         number=number,
@@ -156,10 +161,19 @@ class Start:
         for index in range(len(self.processes)):
             errors = (self._folder / f"{index}.err").read_text().splitlines()
             # Gloo, the CPU's stand-in for an interconnect, talks and cannot be asked not to.
-            bad = [line for line in errors if line.strip() and "[Gloo]" not in line and not line.startswith("error: ")]
+            lines = (line for line in errors if line.strip() and not is_of_gloo(line.encode()))
+            bad = [line for line in lines if not line.startswith("error: ")]
             bad += [line for line in self.printed(index).splitlines() if re.search("Traceback|damaged|not saved", line)]
             if bad:
                 yield f"process {index} printed {len(bad)} lines such as {bad[-1][:200]!r}; {self._folder}"
+
+
+def listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM, or holds it up until it has."""
+    with contextlib.suppress(OSError):
+        masks = re.findall(r"^Sig(?:Cgt|Blk):\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+    return True
 
 
 def free_port() -> int:
@@ -186,22 +200,30 @@ class Run:
         self.workdir = workdir
         self.checkpoints = workdir / "checkpoints"
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Every row of a step in metrics.jsonl, those of steps made again too."""
+    def rows(self, but: frozenset[str] = frozenset(), figure: str = "train/loss") -> list[dict[str, Any]]:
+        """The rows of steps in metrics.jsonl but for these lines; the next start cuts those of steps that were lost."""
         found = []
-        for line in self._lines():
+        for line in self.lines(figure):
+            if line in but:
+                continue
             with contextlib.suppress(json.JSONDecodeError):  # a kill may cut a line
                 found.append(json.loads(line))
         return found
 
-    def count(self) -> int:
+    def count(self, but: frozenset[str]) -> int:
         """How many of them."""
-        return len(self._lines())
+        return len(set(self.lines()) - but)
 
-    def _lines(self) -> list[str]:
+    def lines(self, figure: str = "train/loss") -> list[str]:
+        """The text of the rows with a figure; no two of steps are equal, as there are timings in them."""
         path = self.workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if '"train/loss"' in line]
+        return [line for line in lines if f'"{figure}"' in line]
+
+    def finished(self) -> bool:
+        """Whether a start has come to the end of everything."""
+        path = self.workdir / "events.jsonl"
+        return path.exists() and '"kind": "finished"' in path.read_text()
 
     def unfinished(self) -> bool:
         """Whether a save has begun and is not finished."""
@@ -255,11 +277,13 @@ def different(run: Run, undisturbed: Run, steps: int) -> list[str]:
         a, b = state[name], expected[name]
         if (a.dtype, a.shape, a.tobytes()) != (b.dtype, b.shape, b.tobytes()):
             problems.append(f"{name} is not bit-equal")
-    wanted = {row["step"]: _figures(row) for row in undisturbed.rows()}
-    got = [(row["step"], _figures(row)) for row in run.rows()]
-    problems += [f"the row of step {step} differs" for step, row in got if row != wanted[step]]
-    missing = set(range(1, steps + 1)) - {step for step, _ in got}
-    problems += [f"no row of step {step}" for step in sorted(missing)]
+    for figure in ("train/loss", "val/loss"):
+        wanted = [(row["step"], _figures(row)) for row in undisturbed.rows(figure=figure)]
+        got = [(row["step"], _figures(row)) for row in run.rows(figure=figure)]
+        if [step for step, _ in got] != [step for step, _ in wanted]:
+            problems.append(f"the rows with {figure} are of the steps {[step for step, _ in got]}")
+        expected_row = dict(wanted)
+        problems += [f"the row of step {step} differs" for step, row in got if row != expected_row.get(step)]
     return problems
 
 
@@ -324,6 +348,7 @@ class Torture:
         self._most_rows = max(2, steps // 8)
         self._starts = 0
         self._usual_start = 10.0
+        self._deaf: set[int] = set()  # processes that had no handler when they got a signal
 
     def rounds(self, count: int) -> Report:
         """Kills so often, then lets the run go on to its end."""
@@ -337,6 +362,8 @@ class Torture:
                 while not self._round(run, kill, report, number):
                     self._compare(run, undisturbed, report)
                     run = Run(self._folder / f"run_{report.runs + 1}")
+                    # Its moment came after the program's end; the next run would miss it by as much.
+                    kill = dataclasses.replace(kill, delay=0.5 * kill.delay)
             self._finish(run)
             self._compare(run, undisturbed, report)
         except _CannotGoOn as problem:
@@ -381,19 +408,19 @@ class Torture:
 
     def _round(self, run: Run, kill: Kill, report: Report, number: int) -> bool:
         """Starts and kills; False if the run came to its end before, so that nothing was killed."""
-        rows, newest, begin = run.count(), run.newest(), time.monotonic()
+        before, newest, begin = frozenset(run.lines()), run.newest(), time.monotonic()
         start = self._start(run)
         with contextlib.ExitStack() as stack:
             stack.callback(start.end)
-            if not self._await(run, start, kill, rows):
+            if not self._await(run, start, kill, before):
                 codes = start.codes(HANGS)
                 if any(codes):
                     raise _CannotGoOn(f"exit codes {codes} though nothing was killed; {[*start.unexpected()]}")
                 return False
             inside = run.unfinished()
             self._send(start, kill)
-            left_behind = self._settle(run, start, rows)
-        problems = [*self._judge(run, start, kill, rows, left_behind), *self._look(run, start, newest)]
+            left_behind = self._settle(run, start, before)
+        problems = [*self._judge(run, start, kill, before, left_behind), *self._look(run, start, newest)]
         name = "kill -9" if any(start.processes[i].returncode == KILLED for i in kill.victims) else "SIGTERM"
         report.kills[name] += 1
         report.inside += inside
@@ -409,22 +436,29 @@ class Torture:
         )
         return True
 
-    def _await(self, run: Run, start: Start, kill: Kill, rows: int) -> bool:
+    def _await(self, run: Run, start: Start, kill: Kill, before: frozenset[str]) -> bool:
         """Waits for the moment of a kill; False if a process ended before."""
         if kill.phase == "start":
             wait(start.ended, kill.delay * self._usual_start)
             return not start.ended()
         begin = time.monotonic()
-        if not wait(lambda: run.count() >= rows + kill.rows or start.ended(), HANGS):
+        if not wait(lambda: self._has_come(run, kill, before) or start.ended(), HANGS):
             raise _CannotGoOn(f"hangs: {start.printed()[-300:]!r}")
-        self._usual_start = 0.5 * self._usual_start + 0.5 * (time.monotonic() - begin)
+        if kill.phase != "end":
+            self._usual_start = 0.5 * self._usual_start + 0.5 * (time.monotonic() - begin)
         if kill.phase == "save":
             wait(lambda: run.unfinished() or start.ended(), HANGS)
-        wait(start.ended, kill.delay * 0.4)
+        wait(start.ended, kill.delay * (4.0 if kill.phase == "end" else 0.4))
         return not start.ended()
+
+    def _has_come(self, run: Run, kill: Kill, before: frozenset[str]) -> bool:
+        """Whether this start has made the steps that a kill waits for."""
+        rows = run.rows(but=before)
+        return len(rows) >= kill.rows or any(row["step"] == self._steps for row in rows)
 
     def _send(self, start: Start, kill: Kill) -> None:
         victims = [start.processes[index] for index in kill.victims]
+        self._deaf = {victim.pid for victim in victims if not listens(victim.pid)}
         if kill.warning:
             for victim in victims:
                 victim.send_signal(signal.SIGTERM)
@@ -434,32 +468,32 @@ class Torture:
         if not wait(lambda: all(victim.poll() is not None for victim in victims), HANGS):
             raise _CannotGoOn(f"does not end after {kill}: {start.printed()[-300:]!r}")
 
-    def _settle(self, run: Run, start: Start, rows: int) -> _LeftBehind | None:
+    def _settle(self, run: Run, start: Start, before: frozenset[str]) -> _LeftBehind | None:
         """Waits for the others, and ends those that wait for the killed one."""
         running = [process for process in start.processes if process.poll() is None]
         if not running:
             return None
         begin = time.monotonic()
-        if None in start.codes(PATIENCE if run.count() > rows else 0.0):
+        if None in start.codes(PATIENCE if run.count(before) else 0.0):
             start.end()
             return _LeftBehind("ended by this script", 0.0, on_its_own=False)
         end = ", ".join(f"by itself with code {process.returncode}" for process in running)
         return _LeftBehind(end, time.monotonic() - begin, on_its_own=True)
 
-    def _judge(self, run: Run, start: Start, kill: Kill, rows: int, left_behind: _LeftBehind | None) -> Iterator[str]:
+    def _judge(
+        self, run: Run, start: Start, kill: Kill, before: frozenset[str], left_behind: _LeftBehind | None
+    ) -> Iterator[str]:
         """Exit codes that are not as the head of this file says."""
-        new = run.rows()[rows:]
-        starting, over = not new, bool(new) and new[-1]["step"] == self._steps
         for index, process in enumerate(start.processes):
             allowed = {STOPPED}
-            if starting or over:
+            if process.pid in self._deaf:
                 allowed |= {TERMINATED}
-            if over:
+            if run.finished():
                 allowed |= {0}
             if index in kill.victims and kill.number == signal.SIGKILL:
                 allowed = allowed | {KILLED} if kill.warning else {KILLED}
             elif left_behind is not None and not left_behind.on_its_own:
-                allowed |= {KILLED}
+                allowed |= {KILLED, TERMINATED}
             if process.returncode not in allowed:
                 yield f"process {index} ended with {process.returncode}, allowed: {sorted(allowed)}"
 

@@ -149,3 +149,29 @@ def test_a_browser_shows_it_without_complaint(tmp_path):
     assert console == []
     assert "&lt;script&gt;alert(1)" in dom and "<script" not in dom
     assert dom.count("<section") == 1
+
+
+MEASURE = """<script>
+const cut = [...document.querySelectorAll(".wide > table")].filter(
+  table => table.parentElement.scrollWidth > table.parentElement.clientWidth
+);
+const names = cut.map(table => table.innerText.slice(0, 40));
+parent.postMessage([innerWidth, document.documentElement.scrollWidth, ...names].join("|"), "*");
+</script>"""
+FRAME = """<title></title><script>onmessage = event => { document.title = event.data; };</script>
+<iframe src="measured.html" width="WIDTH" height="900" style="border: 0"></iframe>"""
+
+
+def cut_off(file, profile, width):
+    """The window's width as the page has it, that of all it shows, and the tables that are cut at its edge."""
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", file.read_text(encoding="utf-8"))
+    file.with_name("measured.html").write_text(text.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
+    frame = file.with_name("frame.html")  # a window of its own is never narrower than 500
+    frame.write_text(FRAME.replace("WIDTH", str(width)))
+    command = [
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,900",
+        "--virtual-time-budget=5000", f"--user-data-dir={profile}", "--dump-dom", f"file://{frame}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    window, whole, *tables = re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)[1].split("|")
+    return int(window), int(whole), tables

@@ -169,6 +169,23 @@ def test_maps_share_their_colours_and_any_class_name_is_shown(count: int) -> Non
             assert (np.abs(half - seen).max(axis=-1) < 3).sum() > 20, "of each class on either side"
 
 
+@pytest.mark.parametrize("patch", [2, 8, 14, 16, 32])
+def test_item_15_every_hidden_patch_is_striped(patch: int) -> None:
+    stripes = pictures.hatched(3 * patch, 4 * patch, patch)
+    assert stripes.shape == (3 * patch, 4 * patch, 3) and stripes.dtype == np.uint8
+    for cell in stripes.reshape(3, patch, 4, patch, 3).transpose(0, 2, 1, 3, 4).reshape(12, -1):
+        assert 0.3 < (cell > 128).mean() < 0.7 and np.ptp(cell) > 100, "no even grey, as a background may be"
+
+
+def test_item_15_a_sheet_has_room_for_what_else_is_to_be_known() -> None:
+    plain, noted = (reconstruction_sheet([example(*CAPTION)], "t", note) for note in ("", pictures.OWN_STATISTICS))
+    assert noted.width == plain.width and noted.height > plain.height + 15
+    plain, noted = (
+        ratio_sheet([dict.fromkeys(RATIOS, example(*CAPTION))], "t", note) for note in ("", pictures.OWN_STATISTICS)
+    )
+    assert noted.height > plain.height + 15
+
+
 def test_any_unicode_is_drawn_and_what_the_font_lacks_is_named() -> None:
     words = (" Käfer", " кошка", " 猫", " 🙂", " a\nb", "\x00", "\ufffd", " ")
     sheet = reconstruction_sheet([text_only(*(Word(w, True, " é") for w in words))], "Größe 猫")

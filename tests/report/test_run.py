@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import logging
 import math
@@ -19,11 +20,11 @@ import pytest
 from PIL import Image
 
 from m3ae_jax.errors import UserError
-from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.base import Data, Result
 from m3ae_jax.report import charts, measured, page, results
 from m3ae_jax.report.charts import Line, Series
 from m3ae_jax.report.run import build_run
-from tests.report.test_page import HOSTILE, SCRIPT, check, load_in_browser
+from tests.report.test_page import HOSTILE, SCRIPT, check, cut_off, load_in_browser
 
 CONFIG = {"batch_size": 64, "duration": "2000 steps", "data": {"train": {"path": "", "crop": [0.2, 1]}, "mixture": {}}}
 NOT_MADE = "could not be made"
@@ -297,7 +298,7 @@ def test_throughput_shows_where_the_time_went(whole):
         "GiB",
         "startup 2",
         "checkpoint 1",
-        '<td dir="auto">image</td>',
+        ">image</td>",
         "196",
         "75 %",
     ):
@@ -322,7 +323,7 @@ def test_evaluations_show_the_newest_text_and_all_steps(whole):
     assert re.findall("<h3>(.*?)</h3>", part) == [
         f"{n} at step 2,000" for n in ("grounding", "linear_probe", "validation")
     ]
-    assert '<td class="number">480</td>' in part, "a Markdown table is a table"
+    assert ">480</td>" in part, "a Markdown table is a table"
     assert "<pre>top-1\n  of all   60.0 %</pre>" in part
     assert all(expected in part for expected in ("step 1,000", "0.25", "not finite"))
     assert "0.6<" not in part, "one step's figures are in its text"
@@ -419,6 +420,33 @@ def test_pictures_of_evaluations_stand_below_their_tables(tmp_path):
     pixels = [np.asarray(Image.open(io.BytesIO(one))) for one in shown]
     assert [np.unique(one).tolist() for one in pixels] == [[200], [201]], "those of the newest step"
     assert all(one.shape == shape for one in pixels)
+
+
+def test_item_13_evaluations_of_several_data_stand_beside_each_other(tmp_path):
+    birds = Data("birds-0123ab", {"train": {"source": "folder", "path": "/birds", "split": "train", "examples": 1200}})
+    fish = Data("fish-2-4567cd", {"test": {"source": "tfds", "path": HOSTILE[0], "examples": 7}, "odd": 3})
+    shape = (60, 90, 3)
+    for data, value in ((Data(), 0.125), (birds, 0.25), (fish, 0.5)):
+        picture = {"map_one": np.full(shape, int(value * 100), np.uint8)}
+        text = f"| a | b |\n|---|---|\n| c | {value} |\n\n2 of 7 test examples are in eval.train too."
+        Result("linear_probe", {"linear_probe/accuracy": value}, text, picture).save(tmp_path / "evals", 20, data)
+    Result("linear_probe", {"linear_probe/accuracy": 0.75}, "| a |", {}).save(tmp_path / "evals", 10, birds)
+    (tmp_path / "config.json").write_text("{}")
+    part = section(built(tmp_path)[0], "40-evaluations")
+    assert re.findall("<h3>(.*?)</h3>", part) == [
+        "linear_probe at step 20",
+        "linear_probe at step 20, of birds-0123ab",
+        "linear_probe at step 20, of fish-2-4567cd",
+        "linear_probe, data beside each other",
+    ]
+    assert "train: folder, /birds, train, 1,200 examples" in part and "test: tfds, " in part
+    assert part.count("<figcaption>map one</figcaption>") == 3, "each of its own data"
+    assert part.count("2 of 7 test examples are in eval.train too.") == 3 and part.count("<pre") == 0
+    beside = part[part.index("data beside each other") :]
+    assert all(f"<th>{head}, step 20</th>" in beside for head in ("data unknown", "birds-0123ab", "fish-2-4567cd"))
+    assert re.findall(r"\"number\"[^>]*>([0-9.]+)<", beside) == ["0.125", "0.25", "0.5"]
+    steps = part[part.index("of birds-0123ab") : part.index("of fish-2-4567cd")]
+    assert "<th>step 10</th>" in steps and "0.75" in steps
 
 
 # --- charts ------------------------------------------------------------------------------------------------
@@ -596,6 +624,93 @@ def test_a_browser_shows_it_without_complaint(whole, tmp_path):
 
 
 # --- that a run can afford it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_item_15_nothing_is_cut_at_400_or_1200_pixels(whole, tmp_path, width):
+    folder = shutil.copytree(whole, tmp_path / "night")
+    place = "/data/sets/of/pictures/cc12m/" + "{00000..01242}.tar"
+    (folder / "data.json").write_text(
+        json.dumps(
+            {
+                "time": "2026-11-29T10:00:00Z",
+                "sources": {
+                    "data.train": {
+                        "format": "webdataset", "path": place, "modalities": ["image", "text"], "examples": 12_423_374,
+                        "files": 1243, "skipped": {"no caption": [17, place]}, "left_out": {"json": [3, place]},
+                    }
+                },
+            }
+        )
+    )  # fmt: skip
+    crowded = CONFIG | {
+        "mixture": {"a name of a source that is long": {"path": place}},
+        "tensorflow_datasets" * 3: place,
+    }
+    (folder / "config.json").write_text(json.dumps(crowded))
+    long = event(82, 2000, "warning", f"left out of {place}: 17 without a caption, the first of them {place}/000000017")
+    lines(folder / "events.jsonl", [*EVENTS, long])
+    file = build_run(folder)
+    assert cut_off(file, tmp_path / "profile", width) == (width, width, [])
+
+
+def test_item_15_the_verdict_stands_whole_below_its_table(tmp_path):
+    folder = make_run(tmp_path / "night", every=500)
+    verdict = f"Verdict: {'; '.join(f'direction {i}, better by 0.123 [0.100, 0.146]' for i in range(20))}."
+    Result.of("retrieval", {"n": 1.0}, "| score | n |\n|---|---|\n| cls | 1 |", verdict).save(folder / "evals", 2000)
+    part = section(built(folder)[0], "40-evaluations")
+    assert f"<p><bdi>{verdict}</bdi></p>" in part and part.index("cls</td>") < part.index(verdict)
+
+
+def test_item_15_fourteen_lines_are_told_apart_by_few_hues_and_dashes():
+    series = Series(np.arange(3), np.arange(3.0))
+    names = [f"group {i}" for i in range(14)]
+    drawn = charts.chart("gradient norm, by group", "L2", [Line(name, series) for name in names])
+    keys = re.findall(r'<span><svg class="chart key".*?style="(.*?)".*?<bdi>(.*?) 2</bdi>', drawn)
+    assert [name for _, name in keys] == names
+    styles = [style for style, _ in keys]
+    assert len(set(styles)) == 14 and len({style.partition(";")[0] for style in styles}) <= 4
+    body = drawn.partition("</div>")[2]
+    assert all(body.count(f'style="{style}"') == 1 for style in styles), "the lines are drawn as the legend says"
+
+
+def colours_of(theme: str) -> list[np.ndarray]:
+    """The hues of a chart's lines in linear light."""
+    style = page._STYLE.partition("@media")[0 if theme == "light" else 2]
+    found = dict(re.findall(r"--(c\d): #([0-9a-f]{6})", style))
+    values = [np.array([int(found[f"c{i}"][j : j + 2], 16) for j in (0, 2, 4)]) / 255 for i in range(1, 5)]
+    return [np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4) for value in values]
+
+
+# Machado, Oliveira and Fernandes (2009): what is seen without the cones for red, for green, for blue.
+CONES = {
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("without", CONES)
+def test_item_15_hues_are_told_apart_by_the_colour_blind(theme, without):
+    def lab(linear: np.ndarray) -> np.ndarray:
+        to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+        xyz = to_xyz @ np.clip(linear, 0, 1) / [0.9505, 1.0, 1.089]
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    seen = [lab(CONES[without] @ colour) for colour in colours_of(theme)]
+    for a, b in itertools.combinations(seen, 2):
+        assert np.linalg.norm(a - b) > 10  # of two colours side by side 2 is seen
+
+
+def test_item_15_pictures_of_normalised_patches_say_whose_statistics_they_have(whole, tmp_path):
+    told = "mean and deviation of the true one"
+    assert told not in build_run(whole).read_text()
+    folder = shutil.copytree(whole, tmp_path / "night")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"m3ae": {"normalize_patches": True}}))
+    text = build_run(folder).read_text(encoding="utf-8")
+    assert told in section(text, "30-reconstructions") and told in section(text, "60-replay")
 
 
 def test_a_long_run_takes_no_time(tmp_path):

@@ -99,3 +99,16 @@ def test_one_point_and_one_seed_are_drawn(tmp_path):
 def test_wrong_names_are_refused(figures, compare, message):
     with pytest.raises(UserError, match=message):
         Results([SIZE, DATA], all_done(), figures, compare)
+
+
+def test_figures_without_overlap_are_not_shown_by_themselves_and_have_their_own_baselines():
+    runs = all_done()
+    for run in runs:
+        run.scalars.update({f"{name}/without_overlap": value / 2 for name, value in list(run.scalars.items())})
+    assert Results([SIZE, DATA], runs, [], "").figures == [FIGURE]
+    named = Results([SIZE, DATA], runs, [f"{FIGURE}/without_overlap"], "")
+    assert named.baselines(named.figures[0]) == [
+        "probe/untrained/image/cls/accuracy/without_overlap",
+        "probe/pixels/accuracy/without_overlap",
+        "probe/majority/without_overlap",
+    ]

@@ -69,7 +69,7 @@ import sys, signal
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from m3ae_jax import console
-console.exit_on_sigterm()
+console.exit_on_signals()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from m3ae_jax.sweep.runner import Job, run_all
 where = Path({str(tmp_path)!r}, "a")

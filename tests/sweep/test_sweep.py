@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from m3ae_jax import config as config_lib
+from m3ae_jax.evals.base import Data, Result
+from m3ae_jax.sweep.sweep import Sweep
+
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "batch_size": 8,
@@ -39,10 +43,10 @@ def run(arguments):
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path):
     sweep = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL)
-    first = tmp_path / "modalities=image,seed=42" / "evals" / "probe_2.json"
-    deadline = time.monotonic() + 300
-    while not first.exists() and time.monotonic() < deadline:
+    folder, deadline = tmp_path / "modalities=image,seed=42" / "evals", time.monotonic() + 300
+    while not (found := list(folder.glob("probe_2_scenes-*.json"))) and time.monotonic() < deadline:
         time.sleep(0.1)
+    (first,) = found
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
     written = first.stat().st_mtime_ns
@@ -51,8 +55,9 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert first.stat().st_mtime_ns == written
     results = json.loads((tmp_path / "results.json").read_text())
     assert [run["values"]["modalities"] for run in results["runs"]] == ["image", "image,text"]
-    assert "2 of 2 runs" in again.stdout and "| probe/trained/image/cls/accuracy |" in again.stdout
-    assert (tmp_path / "results.png").exists() and (tmp_path / "results.md").exists()
+    assert "2 of 2 runs" in again.stdout and "probe/trained/image/cls/accuracy" in again.stdout
+    assert "| probe/trained/image/cls/accuracy |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").exists()
 
 
 @pytest.mark.slow
@@ -64,6 +69,7 @@ def test_commands_are_printed(tmp_path):
     assert "--config.seed=42" in lines[0] and "'--config.data.modalities=(image,text)'" in lines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -80,3 +86,18 @@ def test_mistakes_are_one_line(tmp_path, more, message):
     done = run(command(tmp_path, *more))
     assert done.returncode == 2 and re.search(message if "|" in message else re.escape(message), done.stderr)
     assert done.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
+
+
+def test_item_13_results_of_other_data_are_not_a_points(tmp_path):
+    config = config_lib.load("configs/claims.py")
+    config_lib.apply_overrides(config, [(name, str(value)) for name, value in SMALL.items()])
+    config.evals = ("probe",)
+    sweep = Sweep("configs/claims.py", config, [], tmp_path, ["eval.label=shape,color"], seeds=1)
+    result = Result("probe", {"probe/trained/image/cls/accuracy": 0.5}, "")
+    result.save(tmp_path / sweep.runs[0].name / "evals", 2, Data("scenes-shape-000000"))
+    assert not sweep.results().done
+    labels = [sweep.data[run.name]["probe"] for run in sweep.runs]
+    assert [label.rpartition("-")[0] for label in labels] == ["scenes-shape", "scenes-color"]
+    result.save(tmp_path / sweep.runs[1].name / "evals", 2, Data(labels[1], {"test": {"source": "scenes"}}))
+    (done,) = sweep.results().done
+    assert done.run == sweep.runs[1] and done.scalars == result.scalars

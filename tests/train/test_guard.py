@@ -71,7 +71,7 @@ def test_a_loss_that_hardly_varies_may_ripple():
 class Toy:
     """A loss that is the batch's number times the parameter's square; `extra` counts updates."""
 
-    couples_examples = False
+    couples_examples = chunked = False
 
     def __init__(self):
         self.term_weights = {"toy_loss": 1.0}

@@ -1,18 +1,28 @@
 """Runs end to end: stopping and going on, starting from weights, every config."""
 
+import contextlib
 import glob
+import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax.checkpoint.manager import find, load_params
+from m3ae_jax.checkpoint import origin
+from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
+from m3ae_jax.config.schema import OBJECTIVES
+from m3ae_jax.data.text import tokenizer_file
 from m3ae_jax.errors import Stopped, UserError
-from m3ae_jax.evals.run import train_and_evaluate
+from m3ae_jax.evals import run
+from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.run import evaluate, train_and_evaluate
 from m3ae_jax.evals.validation import Validation
 from m3ae_jax.metrics.writers import read_rows
 from m3ae_jax.parallel.mesh import make_mesh
+from m3ae_jax.stopping import Stop
 from m3ae_jax.train import loop, setup
 
 pytestmark = pytest.mark.slow
@@ -54,6 +64,8 @@ def shrunk(path="configs/tiny.py", **changes):
     for name, value in {**small, **changes}.items():
         group, _, leaf = name.rpartition(".")
         target = config
+        if group in OBJECTIVES and group != config.objective:
+            continue
         for part in group.split(".") if group else []:
             target = target[part]
         target[leaf] = value
@@ -131,19 +143,76 @@ def test_a_mixture_trains_tells_of_each_source_and_goes_on_bit_equal(tmp_path, m
     assert different(loop.train(config, tmp_path / "killed"), whole) == []
 
 
-def test_a_stop_signal_saves_the_step(tmp_path, monkeypatch):
-    class AskedAtOnce(loop.StopFlag):
-        def __init__(self):
-            super().__init__()
-            self.requested = True
+def asked_at(boundary):
+    """A `Stop` that is asked to when the loop comes to a boundary: after a step, and before a batch of validation."""
 
+    class Asked(Stop):
+        def at_boundary(self):
+            if self._boundary + 1 == boundary:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().at_boundary()
+
+    return Asked()
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_item_3_a_stop_signal_saves_the_step(tmp_path):
     config = shrunk(duration="6 steps")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopFlag", AskedAtOnce)
-        with pytest.raises(Stopped, match="stopped at step 1, saved"):
-            loop.train(config, tmp_path)
+    with pytest.raises(Stopped, match="stopped at step 1, saved"):
+        loop.train(config, tmp_path, stop=asked_at(1))
     assert find(str(tmp_path))[1] == 1
     assert int(loop.train(config, tmp_path).step) == 6
+
+
+def test_item_3_a_stop_at_the_last_step_leaves_the_closing_evaluations_to_the_next_start(tmp_path, monkeypatch):
+    def ended(self, state):
+        raise KeyboardInterrupt
+
+    config = shrunk(duration="3 steps", **{"eval.every": "3 steps"})
+    with pytest.raises(Stopped, match="stopped at step 3, saved"):
+        train_and_evaluate(config, tmp_path, stop=asked_at(3))
+    assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [0]
+    assert not (tmp_path / "curves.png").exists()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run.RunHooks, "draw", ended)  # when that start has validated: it counts
+        train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [0, 3]
+    assert (tmp_path / "curves.png").exists()
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints", keep=2)) as checkpoints:
+        assert checkpoints.is_evaluated(3) and checkpoints.best() == 3
+    train_and_evaluate(config, tmp_path)  # and not again
+    assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [0, 3]
+
+
+def test_item_3_a_stop_within_a_validation_saves_and_the_next_start_validates(tmp_path):
+    config = shrunk(duration="4 steps", **{"eval.every": "2 steps", "checkpoint.every": "4 steps"})
+    with pytest.raises(Stopped, match="stopped at step 2, saved"):
+        train_and_evaluate(config, tmp_path, stop=asked_at(3))
+    train_and_evaluate(config, tmp_path)
+    interrupted = [row for row in rows(tmp_path) if "val/loss" in row]
+    train_and_evaluate(config, tmp_path.with_name("whole"))
+    assert interrupted == [row for row in rows(tmp_path.with_name("whole")) if "val/loss" in row]
+
+
+def test_item_3_evaluations_at_an_interval_are_of_a_saved_step_and_go_on_at_the_next_start(tmp_path, monkeypatch):
+    def evaluated(name, setup, state):
+        if not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return Result(name, {"masked_prediction/step": int(state.step)}, "")
+
+    monkeypatch.setattr(run, "run", evaluated)
+    intervals = {"eval.evals_every": "2 steps", "checkpoint.every": "4 steps"}
+    config = shrunk(duration="4 steps", evals=("masked_prediction",), **intervals)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, tmp_path)
+    assert find(str(tmp_path))[1] == 2
+    train_and_evaluate(config, tmp_path)
+    assert [row["step"] for row in rows(tmp_path) if "masked_prediction/step" in row] == [2, 4]
 
 
 def test_other_data_or_config_is_refused_by_name(tmp_path):
@@ -158,7 +227,7 @@ def test_other_data_or_config_is_refused_by_name(tmp_path):
 
 def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     scores = iter([9.0, 5.0, 1.0, 7.0, 8.0, 6.0])
-    monkeypatch.setattr(Validation, "__call__", lambda self, state: {"val/loss": next(scores)})
+    monkeypatch.setattr(Validation, "__call__", lambda self, state, stopping: {"val/loss": next(scores)})
     config = shrunk(
         duration="5 steps", **{"checkpoint.every": "1 steps", "eval.every": "1 steps", "checkpoint.keep": 2}
     )
@@ -190,3 +259,37 @@ def test_without_validation_data_training_goes_on(tmp_path, tar_shard):
     assert int(state.step) == 2
     assert not any("val/loss" in row for row in read_rows(tmp_path / "run"))
     assert (tmp_path / "run" / "pictures" / "step_00000002.png").exists()
+
+
+def test_item_10_a_run_can_be_moved_and_its_weights_keep_their_licence(tmp_path):
+    tokenizer = tmp_path / "own.model"
+    tokenizer.write_bytes(tokenizer_file("scenes").read_bytes())
+    first = shrunk(**{"data.tokenizer": str(tokenizer)})
+    train_and_evaluate(first, tmp_path / "first")
+    origin.save(tmp_path / "first", [origin.converted("x.pth", "mae", "CC BY-NC 4.0")])
+    tokenizer.unlink()
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    card = (moved / "MODEL.md").read_text()
+    assert "- 2 steps; finished" in card and "- 32 examples seen, 16 a step" in card and "`tokenizer.model`" in card
+    evaluate(config_lib.load(str(moved / "config.json")), moved)
+    (moved / "MODEL.md").unlink()
+    train_and_evaluate(first, moved)  # goes on, though it has nothing to do
+    assert "- starts: 2" in (moved / "MODEL.md").read_text()
+    begun = {"init_from": str(moved), "data.tokenizer": str(tokenizer)}
+    with pytest.raises(UserError, match=rf"go with theirs: --config\.data\.tokenizer={moved}/tokenizer\.model"):
+        train_and_evaluate(shrunk(**begun), tmp_path / "second")
+    begun["data.tokenizer"] = str(moved / "tokenizer.model")
+    train_and_evaluate(shrunk(**begun), tmp_path / "second")
+    card = (tmp_path / "second" / "MODEL.md").read_text()
+    assert f"licence: CC BY-NC 4.0\n- step 2 of `{moved}`" in card
+
+
+def test_item_10_a_run_without_its_tokenizer_is_not_told_to_train_another(tmp_path):
+    tokenizer = tmp_path / "own.model"
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    config = config_lib.resolve(shrunk(**{"data.tokenizer": str(tokenizer)}))
+    with pytest.raises(UserError) as error:
+        setup.prepare(config, tmp_path / "run")
+    assert "--config.data.tokenizer=FILE" in str(error.value) and "train_tokenizer" not in str(error.value)
+    with pytest.raises(UserError, match="train_tokenizer"):
+        setup.prepare(config, tmp_path / "new")

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from m3ae_jax import config as config_lib
-from m3ae_jax.train.optimizer import decay_mask, optimizer
+from m3ae_jax.errors import UserError
+from m3ae_jax.train.optimizer import decay_mask, optimizer, rate_factors
 
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 SHAPES = {"dense": {"kernel": (48, 32), "bias": (32,)}, "scale": ()}
@@ -63,3 +64,37 @@ def test_what_is_not_fine_leaves_the_state_as_it_was(bad, dtype):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, state, same)))
     _, other = update(drawn(2), state, params, fine=jnp.bool_(True))
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, state, other)))
+
+
+def test_rates_of_parts_scale_the_update_and_a_frozen_part_stays_bit_for_bit():
+    config = config_lib.default()
+    params, grads = drawn(0), drawn(1)
+    plain = optimizer(config, SCHEDULE)
+    config.optimizer.rates = ("dense=0.5", "dense/bias=0")
+    scaled = optimizer(config, SCHEDULE)
+    want, _ = plain.update(grads, plain.init(params), params)
+    got, _ = scaled.update(grads, scaled.init(params), params)
+    np.testing.assert_allclose(got["dense"]["kernel"], 0.5 * want["dense"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(got["dense"]["bias"], 0.0)
+    np.testing.assert_array_equal(got["scale"], want["scale"])
+    assert rate_factors(params, ("dense=2",)) == {"dense": {"kernel": 2.0, "bias": 2.0}, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        (("dens=0.5",), "optimizer.rates='dens' is not one of dense, scale; did you mean 'dense'"),
+        (("dense/kernl=0",), "did you mean 'dense/kernel'"),
+    ],
+)
+def test_rates_of_parts_that_do_not_exist_are_refused_with_the_nearest(rates, message):
+    with pytest.raises(UserError, match=message):
+        rate_factors(drawn(0), rates)
+
+
+@pytest.mark.parametrize("rate", ["dense", "dense=fast", "dense=-1", "=1", "dense=nan"])
+def test_rates_that_are_none_are_refused(rate):
+    config = config_lib.load("configs/tiny.py")
+    config.optimizer.rates = (rate,)
+    with pytest.raises(UserError, match="is not PATH=FACTOR"):
+        config_lib.resolve(config)

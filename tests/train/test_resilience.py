@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +12,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from clu import metric_writers
 
 from m3ae_jax.checkpoint import manager, manifest
 from m3ae_jax.checkpoint.manager import find, load_params
 from m3ae_jax.errors import STOPPED, UserError
-from m3ae_jax.evals.run import RunHooks, train_and_evaluate
+from m3ae_jax.evals import run as evaluations
+from m3ae_jax.evals.base import Result
+from m3ae_jax.evals.run import RunHooks, evaluate, train_and_evaluate
+from m3ae_jax.metrics.tensorboard import TensorBoard
 from m3ae_jax.metrics.writers import read_every_step, read_lines, read_rows
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import loop, replay, setup
 from m3ae_jax.train.guard import WINDOW
+from tests.metrics.test_tensorboard import steps, texts
 from tests.train.test_loop import different, losses, shrunk
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_waits")]
@@ -169,7 +174,7 @@ def test_what_tells_may_fail_and_training_goes_on(broken, tmp_path, monkeypatch)
         def refuse(*arguments, **keywords):
             raise RuntimeError("the board is gone")
 
-        monkeypatch.setattr(metric_writers.SummaryWriter, "write_scalars", refuse)
+        monkeypatch.setattr(TensorBoard, "scalars", refuse)
     elif broken == "metrics.jsonl":
         (tmp_path / "metrics.jsonl").mkdir()
         (tmp_path / "every_step.jsonl").mkdir()
@@ -246,6 +251,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--workdir=.* cannot be written: Not a directory"):
         loop.train(shrunk(), tmp_path / "file" / "run")
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--workdir=.*: .*/run/log.txt cannot be written: Is a directory"):
+        loop.train(shrunk(), tmp_path / "run")
 
 
 _SCRIPT = """
@@ -301,6 +309,122 @@ def test_a_step_that_hangs_is_told_with_its_stacks_and_the_process_is_ended_to_b
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+_KILLED = (
+    _SCRIPT
+    + """
+import os, signal
+from m3ae_jax.evals import run
+from tests.train.test_resilience import scored
+run.run = scored
+save = loop._Loop._save
+def killed(self, state):
+    if int(state.step) == 8:
+        self._checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, state)
+loop._Loop._save = killed
+run.train_and_evaluate(shrunk(**{CHANGES}), workdir)
+"""
+)
+_CHANGES = {
+    "duration": "8 steps",
+    "eval.every": "1 steps",
+    "checkpoint.every": "3 steps",
+    "eval.evals_every": "5 steps",
+    "evals": ("masked_prediction",),
+    "metrics.writers": ("tensorboard", "tests.train.test_resilience:Told"),
+}
+
+
+def scored(name, setup, state):
+    """In place of an evaluation that takes its time."""
+    return Result.of(name, {"score": 1.0}, "a table", "Verdict: none.", {"sheet": np.zeros((4, 4, 3), np.uint8)})
+
+
+class Told:
+    """A writer outside the package: a line of each call in ``told.txt``."""
+
+    def __init__(self, run):
+        self._file = run.workdir / "told.txt"
+        self._tell("start", run.step, run.evaluation)
+
+    def scalars(self, step, values):
+        self._tell("scalars", step, *sorted(values))
+
+    def image(self, step, name, picture):
+        self._tell("image", step, name, picture.ndim)
+
+    def text(self, step, name, text):
+        self._tell("text", step, name, len(text.splitlines()))
+
+    def close(self):
+        self._tell("close")
+
+    def _tell(self, *values):
+        with self._file.open("a") as file:
+            file.write(f"{' '.join(map(str, values))}\n")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed by SIGKILL in step 8's save and went on from step 6; then evaluated."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    done = run_script(_KILLED.replace("{CHANGES}", repr(_CHANGES)), workdir)
+    assert done.returncode == -9, done.stdout + done.stderr
+    assert max(row["step"] for row in read_lines(workdir / "metrics.jsonl")) == 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(evaluations, "run", scored)
+        assert int(train_and_evaluate(shrunk(**_CHANGES), workdir).step) == 8
+        lines = (workdir / "metrics.jsonl").read_bytes()
+        evaluate(shrunk(**_CHANGES), workdir)
+    assert events(workdir, "resumed")[0]["step"] == 6
+    return workdir, lines
+
+
+def test_item_7_after_a_hard_kill_nothing_holds_a_step_twice(killed):
+    workdir, lines = killed
+    rows = [json.loads(line) for line in lines.splitlines()]
+    for name, expected in (("train/loss", range(1, 9)), ("val/loss", range(9)), ("masked_prediction/", (5, 8))):
+        assert [row["step"] for row in rows if any(one.startswith(name) for one in row)] == [*expected], name
+    whole = [step for row in read_lines(workdir / "every_step.jsonl") for step in range(row["step"], row["step"] + 1)]
+    assert whole == [*range(1, 9)]
+    assert (workdir / "metrics.jsonl").read_bytes().startswith(lines)
+
+
+def test_item_7_after_a_hard_kill_tensorboard_shows_each_step_once(killed):
+    workdir, _ = killed
+    found = steps(workdir / "tensorboard")
+    assert found["train/loss"] == [*range(1, 9)] and found["val/loss"] == [*range(9)]
+    assert found["reconstructions"] == found["reconstructions/captions"] == [*range(9)]
+    assert {tag: at for tag, at in found.items() if len(set(at)) < len(at)} == {}
+    assert found["masked_prediction/score"] == found["masked_prediction/sheet"] == [5, 8]
+    evaluated = steps(workdir / "tensorboard" / "eval_step_8")
+    assert evaluated["val/loss"] == [8] and not any("train" in tag for tag in evaluated)
+
+
+def test_item_13_a_writer_of_the_user_is_told_of_a_whole_run(killed):
+    workdir, _ = killed
+    told = (workdir / "told.txt").read_text().splitlines()
+    assert [line for line in told if line.startswith(("start", "close"))] == [
+        "start 0 False", "start 6 False", "close", "start 8 True", "close"
+    ]  # fmt: skip
+    second = told[told.index("start 6 False") : told.index("start 8 True")]
+    for what in ("scalars", "image", "text"):
+        assert {int(line.split()[1]) for line in second if line.startswith(what)} == {7, 8}
+    written = {name for row in read_lines(workdir / "metrics.jsonl") for name in row} - {"step"}
+    assert {name for line in told if line.startswith("scalars") for name in line.split()[2:]} == written
+    assert "image 7 reconstructions 3" in told and "text 7 reconstructions/captions 2" in told
+
+
+def test_item_13_captions_tell_the_guesses(killed):
+    workdir, _ = killed
+    captions = texts(workdir / "tensorboard", "reconstructions/captions")
+    assert len(captions) == 9
+    for line in captions[-1].splitlines():
+        assert re.fullmatch(r" +[12]\. \S.* \| \S+ -> .*", line), line
+
+
 def test_a_trace_of_some_steps(tmp_path):
     done = run_script(_TRACES, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -319,3 +443,64 @@ def test_rows_tell_where_time_and_tokens_went(tmp_path):
     assert row["train/gradient_norm"] == pytest.approx(total, rel=1e-5)
     assert row["train/examples_per_second_per_chip"] == row["train/examples_per_second"]
     assert "no peak of 'cpu' is known" in (tmp_path / "log.txt").read_text()
+
+
+def test_item_5_a_folder_without_a_step_is_free_and_mixes_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no data"):
+
+        def breaks(self, start):
+            raise UserError("no data")
+
+        patch.setattr(setup.Setup, "train_batches", breaks)
+        loop.train(shrunk(), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "of_the_failed_start": 1}\n')
+    assert int(loop.train(shrunk(seed=7), tmp_path).step) == 2
+    line, *_ = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "no step was saved" in line]
+    assert str(tmp_path / "config.json") in line and str(tmp_path / "unsaved_1") in line
+    assert "of_the_failed_start" in (tmp_path / "unsaved_1" / "metrics.jsonl").read_text()
+    assert "of_the_failed_start" not in (tmp_path / "metrics.jsonl").read_text() and not events(tmp_path, "failed")
+    with pytest.raises(UserError, match=r"seed=42 \(the run has 7\)"):
+        loop.train(shrunk(), tmp_path)
+    assert not (tmp_path / "unsaved_2").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 4', b"null"])
+def test_item_5_a_run_goes_on_whatever_its_config_file_holds(content, tmp_path):
+    loop.train(shrunk(), tmp_path)
+    file = tmp_path / "config.json"
+    good = file.read_bytes()
+    file.write_bytes(content)
+    config = loop.config_lib.load(str(file))
+    assert f"{file} is damaged: not " in (log := (tmp_path / "log.txt").read_text()) and "checkpoints/2" in log
+    assert replay.replay(config, tmp_path, 1)["equal"]
+    assert int(loop.train(config, tmp_path).step) == 2 and file.read_bytes() == good
+    file.write_bytes(content)
+    assert int(loop.train(shrunk(), tmp_path).step) == 2 and file.read_bytes() == good
+    assert not list(tmp_path.glob("unsaved*"))
+
+
+def test_item_5_a_folder_deleted_during_the_run_stops_it_and_stays_deleted(tmp_path, monkeypatch):
+    workdir, save = tmp_path / "run", loop._Loop._save
+
+    def delete(self, state):
+        if int(state.step) == 4:
+            self._checkpoints.wait()
+            shutil.rmtree(workdir)
+        save(self, state)
+
+    monkeypatch.setattr(loop._Loop, "_save", delete)
+    with pytest.raises(UserError, match=r"run/checkpoints was deleted or replaced while the run went on") as stop:
+        train_and_evaluate(shrunk(duration="9 steps"), workdir)
+    assert "\n" not in str(stop.value) and not workdir.exists()
+
+
+def test_item_1_a_damaged_result_is_evaluated_again(tmp_path):
+    config = shrunk(evals=("mask_ratios",))
+    train_and_evaluate(config, tmp_path)
+    (file,) = (tmp_path / "evals").glob("*.json")
+    good = json.loads(file.read_text())
+    file.write_bytes(b"null")
+    train_and_evaluate(config, tmp_path)
+    assert json.loads(file.read_text()) == good
+    assert f"{file} cannot be read: this evaluation counts as not done" in (tmp_path / "log.txt").read_text()

@@ -146,6 +146,7 @@ def test_loss_is_the_same_with_more_padding():
     assert_close(gradients, gradients_padded)
 
 
+@pytest.mark.slow
 def test_text_average_over_tokens_weighs_every_word_the_same():
     objective, params = fresh(**{"m3ae.text_average": "token"})
     data = batch()
@@ -154,6 +155,7 @@ def test_text_average_over_tokens_weighs_every_word_the_same():
     assert term[1] == data["all"]["groups"]["text"]["target"]["valid"].sum()
 
 
+@pytest.mark.slow
 def test_an_empty_caption_has_no_text_weight():
     objective, params = fresh()
     lengths = [0, 12, 5, 0] * 4
@@ -166,6 +168,7 @@ def test_an_empty_caption_has_no_text_weight():
     assert not np.asarray(gradients["decoder"]["text_output"]["output"]["kernel"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["image", "text"])
 def test_a_batch_of_one_modality(missing):
     objective, params = fresh()
@@ -176,6 +179,7 @@ def test_a_batch_of_one_modality(missing):
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradients["encoder"][missing]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_a_model_of_one_modality(modality):
     objective, params = fresh(**{"data.modalities": modality})
@@ -301,7 +305,7 @@ def test_micro_batches_are_refused_where_examples_are_compared():
     check_micro_batches(fresh()[0], 2)
 
     class Contrast:
-        couples_examples = True
+        couples_examples, chunked = True, False
 
     with pytest.raises(UserError, match="micro_batches=2: the objective Contrast compares the examples"):
         check_micro_batches(Contrast(), 2)

@@ -32,7 +32,7 @@ class Step:
         text_tokens: slots of a caption; the reference's default for pairs.
     """
 
-    needs = Needs("m3ae", ("image", "text"), "pictures with captions alone; take configs/base.py")
+    needs = Needs("m3ae", ("image", "text"), "pictures with captions alone; take --config=base")
     text_tokens = 64
 
     def __init__(self, config: ConfigDict, caption_tokens: float) -> None:

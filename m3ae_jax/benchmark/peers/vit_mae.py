@@ -27,7 +27,7 @@ class Step:
         UserError: PyTorch or transformers is missing.
     """
 
-    needs = Needs("m3ae", ("image",), "pictures alone; take configs/mae.py")
+    needs = Needs("m3ae", ("image",), "pictures alone; take --config=mae")
 
     def __init__(self, config: ConfigDict, caption_tokens: float) -> None:
         del caption_tokens

@@ -16,8 +16,9 @@ import functools
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -67,6 +68,7 @@ _LATTICE = 48  # visibility is measured on this lattice, not in pixels: captions
 _OUTLINE = 0.014  # picture sides
 _TEXTURE_PERIOD = 0.085  # picture sides: three periods across the smallest object
 _PREFIXES = ("there is", "this is", "here is", "we see", "a picture of", "a drawing of", "an image with")
+_ARTICLE = re.compile(r"\ban? (?=(\w))")
 _RELATIONS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -189,6 +191,33 @@ class Scene:
             if hidden.attribute in ("color", "shape") and self._is_determined(mention, hidden)
         )
 
+    def twin(self, attribute: str) -> str | None:
+        """The caption with the colours, or the shapes, of its two objects exchanged: untrue, of the same words.
+
+        None where the caption does not tell two objects apart by it, where the exchange would name a pair of colour and
+        shape that the split does not draw, or where the picture happens to show what the twin says.
+
+        Args:
+            attribute: ``color`` or ``shape``.
+        """
+        if len(self.mentions) != 2:
+            return None
+        words = [{s.attribute: self.caption[s.start : s.end] for s in mention.spans} for mention in self.mentions]
+        if any({"color", "shape"} - of.keys() for of in words) or words[0][attribute] == words[1][attribute]:
+            return None
+        exchanged = [{**of, attribute: other[attribute]} for of, other in zip(words, words[::-1], strict=True)]
+        held_out = {(of["color"], of["shape"]) in HELD_OUT for of in words}
+        if any(((of["color"], of["shape"]) in HELD_OUT) not in held_out for of in exchanged):
+            return None
+        shown = [any(all(getattr(o, a) == word for a, word in of.items()) for o in self.objects) for of in exchanged]
+        if all(shown):
+            return None
+        caption = self.caption
+        for mention, of in sorted(zip(self.mentions, exchanged, strict=True), key=lambda pair: -pair[0].spans[0].start):
+            (span,) = (s for s in mention.spans if s.attribute == attribute)
+            caption = caption[: span.start] + of[attribute] + caption[span.end :]
+        return _ARTICLE.sub(lambda found: "an " if found[1] in "aeiou" else "a ", caption)
+
     def _is_determined(self, mention: Mention, hidden: Span) -> bool:
         known = {s.attribute: self.caption[s.start : s.end] for s in mention.spans if s is not hidden}
         candidates = [
@@ -211,6 +240,7 @@ class ScenesSource:
         options: what the scenes look like.
     """
 
+    uses: ClassVar[frozenset[str]] = frozenset({"split"})
     modalities: tuple[str, ...] = ("image", "text")
     classes: tuple[str, ...] = ()
 

@@ -26,14 +26,16 @@ import tensorflow_datasets as tfds
 
 from m3ae_jax.data.sources.array_record import ArrayRecordStorage
 from m3ae_jax.data.sources.base import USUAL_KEYS, SourceOptions, find_key
+from m3ae_jax.data.sources.concatenated import check_template
 from m3ae_jax.data.sources.example_proto import ExampleRecords, Layout, Storage, check
 from m3ae_jax.data.sources.files import is_remote, open_file
-from m3ae_jax.data.sources.index import Tally
+from m3ae_jax.data.sources.index import LOST, Index, Shard, Tally, left_out
 from m3ae_jax.data.sources.tfrecord import TFRecordStorage
 from m3ae_jax.errors import UserError, one_of
 
 _SEQUENCE_KEYS = ("captions/text", "captions/caption")  # of data sets as coco_captions
 _INFO = "dataset_info.json"
+_INDEX_VERSION = 1
 _FEATURES = "tensorflow_datasets.core.features."  # the library's own classes are in modules below it
 _OPENING = threading.Lock()
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -56,7 +58,7 @@ class TFDSSource(ExampleRecords):
         modalities: `("image", "text")`, `("image",)` or `("text",)`, whichever the records hold.
         classes: the names of the label's classes; empty where there is none.
         report: how many examples there are, and what was left out.
-        fingerprint: hash of the files' base names and sizes, of where the records lie, of the split and the keys.
+        fingerprint: hash of the files' base names and sizes, of where the records lie, and of the keys.
     """
 
     def __init__(self, path: str, options: SourceOptions = SourceOptions()) -> None:
@@ -74,24 +76,29 @@ class TFDSSource(ExampleRecords):
         """
         check(options)
         builder = _open_builder(_find_prepared(path), path)
-        layout, self.classes = _find_features(builder.info.features, options, path)
-        storage = _storage(builder, path)
+        leaves = sorted(_leaves(builder.info.features), key=lambda leaf: leaf.name)  # in the file by chance
+        layout, self.classes = _find_features(leaves, options, path)
+        storage = _storage(builder, path, options.max_bytes)
         super().__init__(storage, layout, options)
         slices = _slices(builder, options.split, path)
-        paths = list(dict.fromkeys(part.path for part in slices))
-        key = "_" + re.sub("[^A-Za-z0-9]", "-", layout.caption or "") if self._each_caption else ""
-        index = self._index(f"tfds_{storage.kind}{key}", True, options.cache_dir)
-        shards = dict(zip(paths, index.shards(paths), strict=True))
-        tally = Tally(os.path.basename(str(builder.data_path)))
-        tables = [_take(shards[part.path].rows, part, tally) for part in slices]
-        self._set_parts([part.path for part in slices], tables)
-        for shard in shards.values():
-            tally.merge(shard.skipped)
+        paths, kind = list(dict.fromkeys(part.path for part in slices)), f"tfds_{storage.kind}"
+        index = Index(kind, _INDEX_VERSION, storage.columns, storage.scan, options.index_dir)
+        shards = index.shards(paths)
+        by_path = dict(zip(paths, zip(shards, self._tables(kind, paths, shards), strict=True), strict=True))
+        tally = Tally()
+        tables = [_take(*by_path[part.path], part, tally) for part in slices]
+        files = [part.path for part in slices]
+        left = self._set_parts(files, tables, [part.skip for part in slices], tally)
+        for leaf in leaves:
+            if leaf.key not in layout.keys:
+                tally.ignore(f"feature {leaf.name}", "in features.json")
         self.report = tally.report(len(shards), len(self))
         if not len(self):
-            raise UserError(f"data.*.path={path!r}: its split {options.split!r} holds no example")
-        taken = [f"{os.path.basename(part.path)}[{part.skip}:{part.skip + part.take}]" for part in slices]
-        self.fingerprint = index.fingerprint(paths, list(shards.values()), *taken, options.captions, repr(layout))
+            raise UserError(
+                f"data.*.path={path!r}: its split {options.split!r} holds no example{left_out(self.report)}"
+            )
+        used = [dataclasses.replace(by_path[file][0], rows=rows) for file, rows in zip(files, left, strict=True)]
+        self.fingerprint = self._fingerprint(index, files, used, *self._limit_told(shards))
 
 
 # --- which data set ----------------------------------------------------------------------------------------
@@ -315,16 +322,15 @@ def _leaves(feature: Any, parts: tuple[str, ...] = (), depth: int = 0) -> Iterat
         yield _Leaf(name, f"{name}/ragged_flat_values" if depth > 1 else name, feature, depth)
 
 
-def _find_features(features: Any, options: SourceOptions, path: str) -> tuple[Layout, tuple[str, ...]]:
+def _find_features(leaves: list[_Leaf], options: SourceOptions, path: str) -> tuple[Layout, tuple[str, ...]]:
     """Which features are the picture, the caption and the label; and the classes' names as they are stored.
 
     The layout has the names as they are read in a caption.
 
     Raises:
-        UserError: one that is named is not there, or there is neither picture nor caption.
+        UserError: one that is named is not there, there is neither picture nor caption, or a template is of no use.
     """
     types = tfds.features
-    leaves = sorted(_leaves(features), key=lambda leaf: leaf.name)  # their order in a features.json is by chance
 
     def find(kind: str, typed: list[_Leaf], other: Sequence[_Leaf] = (), usual: Sequence[str] = ()) -> _Leaf | None:
         """By name among all that would do, else by usual name among those of the type."""
@@ -346,7 +352,10 @@ def _find_features(features: Any, options: SourceOptions, path: str) -> tuple[La
         )
     classes = tuple(label.feature.names) if label else ()
     readable = tuple(name.replace("_", " ") for name in classes)
-    layout = Layout(_key(image), _key(caption), _key(label), options.template, readable)
+    values = [leaf for leaf in leaves if isinstance(leaf.feature, types.Tensor) and not leaf.depth]
+    group = find("group", values) if options.group_key else None
+    layout = Layout(_key(image), _key(caption), _key(label), options.template, readable, _key(group))
+    check_template(layout.template, layout.caption, layout.label)
     return layout, classes
 
 
@@ -377,7 +386,7 @@ class _Slice:
     take: int
 
 
-def _storage(builder: Any, path: str) -> Storage:
+def _storage(builder: Any, path: str, max_bytes: int) -> Storage:
     """How its files are read.
 
     Raises:
@@ -385,13 +394,13 @@ def _storage(builder: Any, path: str) -> Storage:
     """
     kind, folder = builder.info.file_format.value, str(builder.data_path)
     if kind == "tfrecord":
-        return TFRecordStorage()
+        return TFRecordStorage(max_bytes)
     if kind != "array_record":
         command = f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record --out_dir=DIR"
         raise UserError(f"data.*.path={path!r}: {folder} is stored as {kind}, which allows no random access; {command}")
     if is_remote(folder):
         raise UserError(f"data.*.path={path!r}: ArrayRecord files are read from local disks; copy or mount {folder}")
-    return ArrayRecordStorage()
+    return ArrayRecordStorage(max_bytes)
 
 
 def _slices(builder: Any, split: str, path: str) -> list[_Slice]:
@@ -419,9 +428,10 @@ def _slices(builder: Any, split: str, path: str) -> list[_Slice]:
     return [_Slice(str(one.filename), one.skip, one.take) for one in instructions]
 
 
-def _take(rows: np.ndarray, part: _Slice, tally: Tally) -> np.ndarray:
-    """The rows of a slice; counts those that the file lacks."""
+def _take(shard: Shard, rows: np.ndarray, part: _Slice, tally: Tally) -> np.ndarray:
+    """The rows of a slice; counts those that the file lacks, with what is wrong with the file, where that is known."""
     taken = rows[part.skip : part.skip + part.take]
-    if len(taken) < part.take:
-        tally.add("not in its file", os.path.basename(part.path), part.take - len(taken))
+    reason = next((reason for reason in LOST if reason in shard.skipped), "not in its file")
+    _, name = shard.skipped.get(reason, (0, os.path.basename(part.path)))
+    tally.add(reason, name, part.take - len(taken))
     return taken

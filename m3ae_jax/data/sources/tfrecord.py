@@ -8,6 +8,7 @@ read. There is no end mark: a file cut off exactly between two records looks who
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -17,20 +18,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from m3ae_jax.data.sources.base import SourceOptions
-from m3ae_jax.data.sources.example_proto import ExampleSource
+from m3ae_jax.data.sources.base import MAX_BYTES, SourceOptions
+from m3ae_jax.data.sources.example_proto import ExampleSource, Payload
 from m3ae_jax.data.sources.files import File, ReadAhead, expand, file_cache, gzip_line, open_file
 from m3ae_jax.data.sources.index import Shard, Tally
 from m3ae_jax.errors import UserError
 
-_ENDING = r"\.(tfrecord|tfrecords|tfrec)(-\d+-of-\d+)?"
+_ENDING = r"\.(tfrecord|tfrecords|tfrec|records?)(-\d+-of-\d+)?"
+_WITHOUT_ENDING = r"\A[^.]+-\d+-of-\d+"  # as those of ImageNet, train-00000-of-01024
 _HEADER, _FOOTER = 12, 4
 _AHEAD = 16 * 1024
 _DAMAGED = "damaged file"
 
 _FORMS = (
-    "it takes a folder of .tfrecord files (.tfrecords, .tfrec, .tfrecord-00000-of-00010), a glob, a range or one "
-    "file, or several separated by commas, e.g. 'coco/train-{00000..00012}.tfrecord'"
+    "it takes a folder of .tfrecord files (.tfrecords, .tfrec, .record, .tfrecord-00000-of-00010), a glob, a range or "
+    "one file, or several separated by commas, e.g. 'coco/train-{00000..00012}.tfrecord'"
 )
 
 _log = logging.getLogger("m3ae_jax")
@@ -51,16 +53,35 @@ class TFRecordSource(ExampleSource):
             UserError: as `ExampleSource`, or `path` names no file.
             OSError: a file cannot be read.
         """
-        super().__init__(TFRecordStorage(), path, expand(path, _ENDING, _FORMS), options)
+        super().__init__(TFRecordStorage(options.max_bytes), path, _expand, options)
+
+
+def _expand(part: str) -> list[str]:
+    """The files of a path; of a folder without any such ending those that are numbered and have none.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return expand(part, _ENDING, _FORMS)
+    except UserError:
+        with contextlib.suppress(UserError):
+            return expand(part, _WITHOUT_ENDING, _FORMS)
+        raise
 
 
 class TFRecordStorage:
-    """How records are stored; see `Storage`. Rows are `[offset, size]` of the data."""
+    """How records are stored; see `Storage`. Rows are `[offset, size]` of the data.
 
-    kind, columns, damage = "tfrecord", 2, "wrong checksum"
+    Args:
+        max_bytes: of a record; a larger one is not read.
+    """
 
-    def __init__(self) -> None:
-        self._open = file_cache()
+    kind, ending, columns, damage = "tfrecord", _ENDING, 2, "wrong checksum"
+    size_column: int | None = 1
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._open, self._max_bytes = file_cache(), max_bytes
 
     def scan(self, path: str) -> Shard:
         """See `Storage`."""
@@ -77,21 +98,10 @@ class TFRecordStorage:
             tally.add(_DAMAGED, str(error))
         return Shard(file.size, file.mtime_ns, np.array(rows, np.int64).reshape(len(rows), 2), tally.skipped)
 
-    def first(self, path: str) -> Iterator[bytes]:
+    def read(self, path: str, rows: np.ndarray) -> list[Payload]:
         """See `Storage`."""
-        file = open_file(path)
-        try:
-            for offset, size in _frames(path, file):
-                payload = _verified(file, offset, size)
-                if payload is not None:
-                    yield payload
-        except _Damaged:  # `scan` says so
-            return
-
-    def read(self, path: str, rows: np.ndarray) -> list[bytes | None]:
-        """See `Storage`."""
-        file = self._open(path)
-        return [_verified(file, offset, size) for offset, size in rows[:, :2].tolist()]
+        file, limit = self._open(path), self._max_bytes
+        return [_verified(file, offset, size) if size <= limit else size for offset, size in rows[:, :2].tolist()]
 
 
 class _Damaged(Exception):

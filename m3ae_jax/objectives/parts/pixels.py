@@ -5,6 +5,9 @@ Legend: ``P`` numbers in a patch, of which the channel is the last axis.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -23,6 +26,12 @@ def normalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
     if jnp.issubdtype(patches.dtype, jnp.floating):
         return patches
     return normalize_unit(patches.astype(jnp.float32) / 255.0, config)
+
+
+def normalized_tokens(tokens: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """A token set as a model reads it: patches by `normalize_pixels`, ids as they are."""
+    patches = tokens["value"].ndim == 3
+    return {**tokens, "value": normalize_pixels(tokens["value"], config)} if patches else dict(tokens)
 
 
 def normalize_unit(patches: jax.Array, config: ConfigDict) -> jax.Array:

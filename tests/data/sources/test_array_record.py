@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ import tensorflow as tf
 
 array_record_module = pytest.importorskip("array_record.python.array_record_module")
 
+from m3ae_jax.data import images  # noqa: E402
 from m3ae_jax.data.sources import array_record  # noqa: E402
 from m3ae_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
 from m3ae_jax.data.sources.base import Source, SourceOptions  # noqa: E402
@@ -57,8 +59,9 @@ def make(count: int, name: str = "x") -> list[tuple[bytes, bytes]]:
     return [(f"picture {name}{i}".encode() * 5, f"caption {name}{i}".encode()) for i in range(count)]
 
 
-def everything(source: Source) -> list[tuple[bytes, bytes]]:
-    return [(record["image"], record["caption"]) for record in source.read(np.arange(len(source)))]
+def everything(source: Source) -> list[tuple[bytes, bytes | None]]:
+    """Pictures and captions; None: it has none."""
+    return [(record["image"], record.get("caption")) for record in source.read(np.arange(len(source)))]
 
 
 @pytest.fixture(autouse=True)
@@ -130,13 +133,13 @@ def test_several_captions_labels_and_template(tmp_path: Path, request: pytest.Fi
     assert drawn.read(np.arange(4)) == [
         {"image": b"i0", "caption": b"a", "captions": (b"a", b"b"), "label": 1},
         {"image": b"i1", "caption": b"c", "label": 0},
-        {"image": b"i2", "caption": b""},
-        {"image": b"", "caption": b""},
+        {"image": b"i2"},
+        {"image": b""},
     ]
     assert drawn.classes == ("cat", "dog")
     each = ArrayRecordSource(path, SourceOptions(captions="all"))
-    assert everything(each) == [(b"i0", b"a"), (b"i0", b"b"), (b"i1", b"c"), (b"i2", b"")]
-    assert each.report.skipped == {"no tf.train.Example": 1}
+    assert everything(each) == [(b"i0", b"a"), (b"i0", b"b"), (b"i1", b"c")]
+    assert each.report.skipped == {"no tf.train.Example": 1, "no caption": 1}
     request.getfixturevalue("no_scan")
     assert everything(ArrayRecordSource(path, SourceOptions(captions="all"))) == everything(each)
 
@@ -166,7 +169,6 @@ def test_cut_anywhere_loses_the_file_and_nothing_else(tmp_path: Path, caplog: py
         path.write_bytes(good[:cut])
         shard = storage.scan(str(path))
         assert len(shard.rows) == 0 and shard.skipped["damaged file"][0] == 1, cut
-        assert list(storage.first(str(path))) == []
     for cut in places[::20]:
         path.write_bytes(good[:cut])
         source = ArrayRecordSource(f"{path},{other}")
@@ -204,8 +206,8 @@ def test_bits_flipped_anywhere_never_give_a_wrong_pair(tmp_path: Path, options: 
             path.unlink()
         assert len(got) == 6
         for i, pair in enumerate(got):
-            assert pair in (pairs[i], (b"", b"")), (trial, i)
-        outcomes.add("some" if (b"", b"") in got else "all")
+            assert pair in (pairs[i], (b"", None)), (trial, i)
+        outcomes.add("some" if (b"", None) in got else "all")
     assert outcomes == {"refused", "some", "all"}
 
 
@@ -223,7 +225,7 @@ def test_noise_never_breaks_the_process(tmp_path: Path) -> None:
             got = everything(ArrayRecordSource(str(path)))
         except UserError:
             continue
-        assert all(pair in (expected, (b"", b"")) for pair, expected in zip(got, make(6), strict=True))
+        assert all(pair in (expected, (b"", None)) for pair, expected in zip(got, make(6), strict=True))
 
 
 def test_a_damaged_record_is_unusable_and_its_neighbours_are_not(
@@ -234,28 +236,78 @@ def test_a_damaged_record_is_unusable_and_its_neighbours_are_not(
     path.write_bytes(path.read_bytes().replace(b"caption x2", b"caption y2"))
     source = ArrayRecordSource(str(tmp_path))
     for _ in range(2):
-        assert everything(source) == [*pairs[:2], (b"", b""), pairs[3]]
+        assert everything(source) == [*pairs[:2], (b"", None), pairs[3]]
     assert caplog.text.count("00001.array_record: damaged record at 0: not used") == 1
     each = ArrayRecordSource(str(tmp_path), SourceOptions(captions="all"))
     assert everything(each) == [*pairs[:2], pairs[3]]
     assert each.report.skipped == {"damaged record": 1}
 
 
-def test_a_file_shortened_or_gone_later_gives_no_wrong_pair(tmp_path: Path) -> None:
+def test_a_file_shortened_or_gone_later_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(array_record, "_MAX_OPEN", 1)
     pairs = make(8)
     folder = write(tmp_path, pairs)
     source = ArrayRecordSource(folder)
     source.read(np.array([0]))
     os.truncate(tmp_path / "00000.array_record", 300)
-    got = everything_of(source, range(4))
-    assert all(pair in (pairs[i], (b"", b"")) for i, pair in enumerate(got))
+    with pytest.raises(OSError, match=r"00000\.array_record: changed since it was indexed; start again"):
+        source.read(np.arange(4))
     (tmp_path / "00001.array_record").unlink()  # not open yet
-    with pytest.raises(OSError, match=r"00001\.array_record: cannot be read as when it was indexed"):
+    with pytest.raises(OSError, match=r"00001\.array_record: gone since it was indexed; start again"):
         source.read(np.array([5]))
 
 
-def everything_of(source: Source, indices: range) -> list[tuple[bytes, bytes]]:
-    return [(record["image"], record["caption"]) for record in source.read(np.array(indices))]
+def everything_of(source: Source, indices: range) -> list[tuple[bytes, bytes | None]]:
+    return [(record["image"], record.get("caption")) for record in source.read(np.array(indices))]
+
+
+def test_item_3_a_damaged_file_counts_with_the_examples_it_held(tmp_path: Path) -> None:
+    names = [f"train.array_record-0000{i}-of-00002" for i in range(2)]
+    for name in names:
+        write_file(tmp_path / name, [example(b"i", [b"c"])] * 3)
+    folder = str(tmp_path)
+    os.truncate(tmp_path / names[1], 300)
+    assert ArrayRecordSource(folder).report.skipped == {"damaged file": 1}  # nothing tells how many
+    shards = {str(i): {"file": name, "examples": 3} for i, name in enumerate(names)}
+    (tmp_path / "train.manifest.json").write_text(json.dumps({"shards": shards}))
+    os.truncate(tmp_path / names[1], 299)
+    for _ in range(2):
+        report = ArrayRecordSource(folder).report
+        assert report.skipped == {"damaged file": 3} and report.examples == 3 and report.unused == {}
+    for other in ("{}", "[]", '{"shards": {"0": 1}}', "{", '{"shards": {"0": {"file": "' + names[1] + '"}}}'):
+        (tmp_path / "train.manifest.json").write_text(other)
+        assert array_record._said_to_hold(str(tmp_path / names[1])) == 0
+
+
+def test_item_3_what_the_index_knew_of_a_file_damaged_later_is_counted(tmp_path: Path) -> None:
+    folder = write(tmp_path, make(8))
+    ArrayRecordSource(folder)
+    os.truncate(tmp_path / "00001.array_record", 300)
+    for captions in ("draw", "all"):
+        source = ArrayRecordSource(folder, SourceOptions(captions=captions))
+        assert source.report.skipped == {"damaged file": 4} and everything(source) == make(8)[:4]
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_item_6_a_record_above_the_limit_is_let_go_of(tmp_path: Path, group_size: int) -> None:
+    rng = np.random.default_rng(0)
+    pairs = make(6)
+    pairs[1], pairs[4] = (rng.bytes(300_000), b"large"), (rng.bytes(90_000), b"larger")
+    folder = write(tmp_path, pairs, f"group_size:{group_size}")
+    limited = SourceOptions(max_bytes=80_000)
+    source = ArrayRecordSource(folder, limited)
+    unusable = {"image": b"", "unusable": images.TOO_MANY_BYTES}
+    assert [r for r in source.read(np.arange(6)) if "unusable" in r] == [unusable] * 2
+    assert [r["image"] for r in source.read(np.array([0, 1, 5]))] == [pairs[0][0], b"", pairs[5][0]]
+    each = ArrayRecordSource(folder, SourceOptions(max_bytes=80_000, captions="all"))
+    assert everything(each) == [pair for i, pair in enumerate(pairs) if i not in (1, 4)]
+    assert each.report.skipped == {"too many bytes (data.max_bytes)": 2}
+    whole = ArrayRecordSource(folder, SourceOptions(captions="all"))  # the limit is not in the index
+    assert everything(whole) == pairs and whole.report.skipped == {}
+    assert ArrayRecordSource(folder).fingerprint != source.fingerprint
+    assert (
+        ArrayRecordSource(folder, SourceOptions(max_bytes=2**22)).fingerprint == ArrayRecordSource(folder).fingerprint
+    )
 
 
 # --- paths -------------------------------------------------------------------------------------------------
@@ -307,10 +359,11 @@ def test_stores_are_refused() -> None:
 # --- index and fingerprint ---------------------------------------------------------------------------------
 
 
-def test_index_is_reused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_index_is_reused(tmp_path: Path, cache: Path, request: pytest.FixtureRequest) -> None:
     pairs = make(6)
     first = ArrayRecordSource(write(tmp_path, pairs))
-    assert (tmp_path / ".m3ae_jax_index_array_record.npz").is_file()
+    assert [path.name.partition("_")[2] for path in cache.glob("m3ae_jax/index/*")] == ["array_record.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.array_record", "00001.array_record"]
     request.getfixturevalue("no_scan")
     again = ArrayRecordSource(str(tmp_path))
     assert everything(again) == pairs
@@ -327,3 +380,12 @@ def test_fingerprint_is_of_the_content_not_of_its_place_or_time(tmp_path: Path) 
     # of as many records, and of files of the same size, as they are padded
     other = ArrayRecordSource(write(tmp_path / "c", [(image + b"longer", caption) for image, caption in make(6)]))
     assert len({first.fingerprint, swapped.fingerprint, other.fingerprint}) == 3
+
+
+def test_further_values_of_a_picture_and_labels_of_no_class_are_told(tmp_path: Path) -> None:
+    message = tf.train.Example.FromString(example(b"one", [b"c"], 0))
+    message.features.feature["image"].bytes_list.value.append(b"two")
+    message.features.feature["label"].int64_list.value.append(1)
+    source = ArrayRecordSource(write_file(tmp_path / "a.array_record", [message.SerializeToString()]))
+    assert source.read(np.array([0])) == [{"image": b"one", "caption": b"c"}]
+    assert source.report.unused == {"further value of feature image": 1, "feature label: no class": 1}

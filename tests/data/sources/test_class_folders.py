@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3ae_jax.data import images
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.sources.class_folders import ClassFoldersSource
 from m3ae_jax.errors import UserError
@@ -69,7 +70,8 @@ def test_splits_have_the_same_numbers(tmp_path: Path) -> None:
     val = ClassFoldersSource(path, SourceOptions(split="val"))
     assert examples(val) == [("val/a/2.jpg", 0), ("val/c/2.jpg", 2)]
     assert val.classes == ("a", "b", "c")
-    assert val.report.skipped == {"empty class folder": 1}
+    assert val.report.skipped == {}
+    assert val.report.unused == {"class folder without a picture": 1, "folder that is no split": 1}
     with pytest.raises(UserError, match=r"data\.\*\.split='vall' is not one of train, val; did you mean 'val'\?"):
         ClassFoldersSource(path, SourceOptions(split="vall"))
     assert examples(ClassFoldersSource(f"{path}/val")) == [("val/a/2.jpg", 0), ("val/c/2.jpg", 1)]
@@ -80,7 +82,7 @@ def test_a_class_named_as_a_split_is_a_class(tmp_path: Path) -> None:
     assert source.classes == ("boat", "train")
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     path = write(
         tmp_path, "a/1.jpg", "a/notes.txt", "b/", "stray.png", ".hidden/1.jpg", "c/.x.jpg", "c/2.jpg", "LICENSE"
     )
@@ -88,13 +90,10 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     source = ClassFoldersSource(path)
     assert source.classes == ("a", "b", "c")
     assert examples(source) == [("a/1.jpg", 0), ("c/2.jpg", 2)]
-    assert source.report.skipped == {
-        "not a picture": 1,
-        "empty class folder": 1,
-        "not in a class folder": 1,
-        "not a regular file": 1,
-    }
-    assert "empty class folder 1 (e.g. " in caplog.text and ":b)" in caplog.text
+    assert source.report.skipped == {"not in a class folder": 1, "not a regular file": 1}
+    assert source.report.unused == {"class folder without a picture": 1, "file .txt": 1, "file without an ending": 1}
+    assert source.report.samples["class folder without a picture"].endswith(":b")
+    assert source.report.samples["file .txt"].endswith(":a/notes.txt")
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -115,6 +114,10 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ("files", "path", "message"),
     [
         (["1.jpg"], "", "holds no folder; it takes a folder with a folder per class, as PATH/dog/1.jpg"),
+        ([], "", "is an empty folder; it takes a folder with a folder per class"),
+        (["0.tar", "1.tar"], "", "holds no picture, but 2 .tar (e.g. "),
+        (["0.tar", "1.tar"], "", "0.tar): source=webdataset"),
+        (["dog/1.tiff"], "", "left out: unsupported ending .tiff 1 (e.g. "),
         (["dog/", "cat/"], "", "no picture in its 2 class folders"),
         (["pets/dog/1.jpg"], "pet", "is not there; it takes a folder with"),
         (["pets/dog/1.jpg"], "pet", "did you mean '{}/pets'?"),
@@ -159,3 +162,75 @@ def test_threads_and_pictures_gone(tmp_path: Path) -> None:
     tmp_path.rename(tmp_path.with_name("elsewhere"))
     with pytest.raises(OSError):
         source.read(np.array([0]))
+
+
+def test_item_2_what_is_beside_the_pictures_is_counted(tmp_path: Path) -> None:
+    names = ["train/a/1.jpg", "train/a/1.txt", "train/a/2.TIFF", "train/a/3.heic", "train/labels.csv"]
+    path = write(tmp_path, *names, "val/a/1.jpg", "1.jpg", "README.md", "docs/a.txt")
+    source = ClassFoldersSource(path)
+    assert examples(source) == [("train/a/1.jpg", 0)]
+    assert source.report.skipped == {
+        "not in a class folder": 1,
+        "unsupported ending .tiff": 1,
+        "unsupported ending .heic": 1,
+    }
+    assert source.report.unused == {"file .txt": 1, "file .csv": 1, "file .md": 1, "folder that is no split": 1}
+    assert source.report.samples["unsupported ending .heic"] == "train:a/3.heic"
+
+
+def test_item_1_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "test", "a/1.jpg")
+    with pytest.raises(UserError, match=r"data\.\*\.split='dev': .* has no folder of that name"):
+        ClassFoldersSource(path, SourceOptions(split="dev"))
+    assert len(ClassFoldersSource(path, SourceOptions(split="test"))) == 1  # the folder is that split
+    assert ClassFoldersSource.uses == {"split", "template"}
+
+
+def test_item_6_a_picture_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a" / "1.jpg", "wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "a" / "2.jpg").write_bytes(b"small")
+    source = ClassFoldersSource(str(tmp_path))
+    assert source.read(np.arange(2)) == [
+        {"image": b"", "label": 0, "unusable": images.TOO_MANY_BYTES},
+        {"image": b"small", "label": 0},
+    ]
+
+
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.mark.parametrize("covered", [SPLITS, ("train",), ("valid",)])
+def test_a_stray_picture_makes_no_class_of_a_split(tmp_path: Path, covered: tuple[str, ...]) -> None:
+    path = write(
+        tmp_path, *(f"{split}/{c}/1.jpg" for split in SPLITS for c in "AB"), *(f"{s}/cover.jpg" for s in covered)
+    )
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        source = ClassFoldersSource(path, SourceOptions(split=split))
+        assert source.classes == ("A", "B")
+        assert examples(source) == [(f"{folder}/A/1.jpg", 0), (f"{folder}/B/1.jpg", 1)]
+        assert source.report.skipped == ({"not in a class folder": 1} if folder in covered else {})
+
+
+@pytest.mark.parametrize("beside", [(), ("docs/a.md",), ("test/1.jpg",)])
+def test_a_stray_picture_in_the_only_split(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    source = ClassFoldersSource(write(tmp_path, "train/A/1.jpg", "train/B/1.jpg", "train/cover.jpg", *beside))
+    assert examples(source) == [("train/A/1.jpg", 0), ("train/B/1.jpg", 1)]
+    assert source.report.skipped == {"not in a class folder": 1}
+
+
+def test_a_class_named_as_a_split_may_have_folders(tmp_path: Path) -> None:
+    source = ClassFoldersSource(write(tmp_path, "boat/1.jpg", "train/1.jpg", "train/steam/2.jpg"))
+    assert source.classes == ("boat", "train") and len(source) == 3
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
+    path = write(tmp_path, "train/1.jpg", "test/1.jpg")
+    with pytest.raises(UserError, match="its splits test, train hold no class folders; it takes"):
+        ClassFoldersSource(path)
+
+
+def test_usual_endings_of_jpeg(tmp_path: Path) -> None:
+    source = ClassFoldersSource(write(tmp_path, "a/1.jfif", "a/2.JPE"))
+    assert len(source) == 2 and source.report.skipped == {}

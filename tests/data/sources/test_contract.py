@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from m3ae_jax.config import default
 from m3ae_jax.data.masking import RandomSubset
 from m3ae_jax.data.pipeline import Batches, Feed, train_view
-from m3ae_jax.data.sources import SOURCES, open_format
+from m3ae_jax.data.sources import SOURCES, build_source, open_format
 from m3ae_jax.data.sources.base import SourceOptions
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.data.tokens import Group, modality_table
@@ -162,3 +164,24 @@ def test_an_unknown_source_is_refused_with_the_nearest():
         open_format("tfrecords", "x", SourceOptions(), "data.train.")
     with pytest.raises(UserError, match=r"source='nowhere:Nothing' cannot be imported"):
         open_format("nowhere:Nothing", "x", SourceOptions(), "data.train.")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_item_12_each_refusal_names_the_data_once(part, tmp_path, monkeypatch):
+    module = types.ModuleType("source_of_a_test")
+
+    class Refuses:
+        def __init__(self, path, options):
+            raise UserError(f"{path} needs a package")
+
+    module.Refuses = Refuses
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = default()
+    config.data[part].update(source="source_of_a_test:Refuses", path="x")
+    with pytest.raises(UserError) as error:
+        build_source(config, part)
+    assert str(error.value) == f"data.{part}.path='x': x needs a package"
+    config.data[part].update(source="folder", path=str(tmp_path / "none"))
+    with pytest.raises(UserError) as error:
+        build_source(config, part)
+    assert str(error.value).count(f"data.{part}") == 1

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from m3ae_jax.data.sources import folder as folder_module
+from m3ae_jax.data import images
+from m3ae_jax.data.sources import metadata as metadata_module
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.sources.folder import FolderSource
 from m3ae_jax.errors import UserError
@@ -139,7 +142,7 @@ def test_pictures_alone(tmp_path: Path) -> None:
 # --- what is left out --------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     pictures(tmp_path / "data", "1.jpg", "2.jpg", "3.jpg", "unnamed.jpg", "null.jpg")
     pictures(tmp_path, "outside.jpg")
     metadata(
@@ -176,7 +179,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         "no file name": 2,
         "unreadable line": 2,
     }
-    assert "unsafe name 3 (e.g. data:../outside.jpg)" in caplog.text
+    assert source.report.samples["unsafe name"] == "data:../outside.jpg"
 
 
 def test_links(tmp_path: Path) -> None:
@@ -197,11 +200,12 @@ def test_links(tmp_path: Path) -> None:
         source = FolderSource(str(path))
         assert everything(source) == [("1.jpg", b"1.txt"), ("1.jpg", b"sub/2.txt"), ("sub/2.jpg", b"sub/2.txt")]
         assert source.report.skipped == {
-            "link out of the folder": 3,
+            "link out of the folder": 2,
             "link to a folder": 2,
             "not a regular file": 2,
             "no caption": 1,
         }
+        assert source.report.unused == {"link out of the folder, .txt": 1}  # the caption of 4.jpg, which has none so
 
 
 def test_names_of_any_bytes(tmp_path: Path) -> None:
@@ -226,17 +230,17 @@ def test_csv_that_does_not_parse(tmp_path: Path) -> None:
     ]
     (tmp_path / "metadata.csv").write_bytes(b"\r\n".join(rows))
     source = FolderSource(str(tmp_path))
-    assert everything(source) == [("0.jpg", b"zero"), ("3.jpg", b"\xff\xfe\x00 bytes"), ("4.jpg", b"last")]
-    assert source.report.skipped == {"unreadable line": 1, "no caption": 1 + 1}
+    assert everything(source) == [("0.jpg", b"zero"), ("3.jpg", b"\xff\xfe\x00 bytes"), ("4.jpg", b"last,too,many")]
+    assert source.report.skipped == {"unreadable line": 1, "no caption": 1}
 
 
 def test_a_line_without_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "_MAX_LINE", 100)
+    monkeypatch.setattr(metadata_module, "_MAX_LINE", 100)
     pictures(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     metadata(tmp_path, line("1.jpg", "a"), line("2.jpg", "long" * 100), line("3.jpg", "c"))
     source = FolderSource(str(tmp_path))
     assert everything(source) == [("1.jpg", b"a"), ("3.jpg", b"c")]
-    assert source.report.skipped == {"unreadable line": 1, "no caption": 1}
+    assert source.report.skipped == {"unreadable line": 1}  # and its picture with it, which the line names
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -264,14 +268,19 @@ def test_noise_never_breaks_the_process(tmp_path: Path, suffix: str, seed: int) 
 @pytest.mark.parametrize(
     ("files", "text", "options", "message"),
     [
-        (["1.jpg"], '{"image": "1.jpg", "text": "a"}', {}, "has the fields image, text, none named file_name"),
-        (["1.jpg"], '{"file_name": "1.jpg", "label": 3}', {}, "label, none named caption; data.*.caption_key"),
+        (["1.jpg"], '{"picture": "1.jpg", "text": "a"}', {}, "has the fields picture, text, none named file_name"),
+        (["1.jpg"], '{"file_name": "1.jpg", "score": 3}', {}, "score, none named caption; data.*.caption_key"),
         (["1.jpg"], '{"file_name": "1.jpg", "captoin": "a"}', {"caption_key": "caption"}, "did you mean 'captoin'?"),
         (["1.jpg"], "not json", {}, "has no line that can be read, so no field file_name"),
         (["1.jpg"], "", {}, "has no line that can be read"),
         (["1.jpg"], '{"file_name": "2.jpg", "caption": "a"}', {}, "no image 1 (e.g. "),
-        ([], None, {}, "holds no image; it takes a folder of pictures with a metadata.jsonl or metadata.csv"),
-        (["train/1.jpg", "train/metadata.jsonl"], None, {}, "did you mean '{}/train'?"),
+        ([], None, {}, "is an empty folder; it takes a folder of pictures with a metadata.jsonl, .csv, .tsv or"),
+        (["a.md"], None, {}, "holds no picture (not read: file .md 1 (e.g. "),
+        (["0.tiff"], None, {}, "holds no picture (left out: unsupported ending .tiff 1 (e.g. "),
+        ([f"{i}.tar" for i in range(12)], None, {}, "holds no picture, but 12 .tar (e.g. "),
+        (["0.tar"], None, {}, "0.tar): source=webdataset"),
+        (["a.tfrecord-00000-of-00002", "a.tfrecord-00001-of-00002"], None, {}, "but 2 .tfrecord (e.g. "),
+        (["part/1.jpg", "part/metadata.jsonl"], None, {}, "did you mean '{}/part'?"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(
@@ -355,8 +364,488 @@ def test_a_picture_that_is_gone_is_empty_and_a_folder_that_is_gone_an_error(tmp_
         source.read(np.array([0]))
 
 
-def test_names_are_found_by_bisection() -> None:
-    names = folder_module.Names()
-    for name in (b"ab", b"c", b"de", b"fg"):
-        names.append(name)
-    assert [names.find(name) for name in (b"fg", b"c", b"ab", b"xy", b"d", b"long")] == [3, 1, 0, None, None, None]
+# --- issue 19: nothing is left out in silence --------------------------------------------------------------
+
+
+def parquet(path: Path, columns: dict[str, Any]) -> None:
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+
+
+def captions_of(source: Source) -> dict[str, Any]:
+    return {r["image"].decode(): r.get("caption") for r in source.read(np.arange(len(source)))}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("stem", ["metadata", "captions", "mine"])
+def test_item_2_caption_files_beside_pictures_are_read(tmp_path: Path, stem: str, ending: str) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg", "3.jpg", "notes.md", "a.json")
+    names, texts = ["2.jpg", "1.jpg", "2.jpg"], ["größe", "one, two", "b"]
+    if ending == "parquet":
+        parquet(tmp_path / f"{stem}.parquet", {"image": names, "text": texts, "url": ["x"] * 3})
+    elif ending == "jsonl":
+        rows = [{"image": name, "text": text, "url": "x"} for name, text in zip(names, texts, strict=True)]
+        (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        separator = "," if ending == "csv" else "\t"
+        with open(tmp_path / f"{stem}.{ending}", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=separator)
+            writer.writerows([("image", "text", "url"), *((n, t, "x") for n, t in zip(names, texts, strict=True))])
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [("1.jpg", b"one, two"), ("2.jpg", "größe".encode()), ("2.jpg", b"b")]
+    assert source.report.skipped == {"no caption": 1}
+    assert source.report.unused == {"column url": 1, "file .md": 1, "file .json": 1}
+    assert source.report.samples["column url"].endswith(f":{stem}.{ending}")
+
+
+def test_item_2_captions_txt_of_flickr8k(tmp_path: Path) -> None:
+    pictures(tmp_path, "Images/1.jpg", "Images/2.jpg")
+    lines = 'image,caption\nImages/1.jpg,"a dog , running"\nImages/1.jpg,a dog\nImages/2.jpg,a cat\n'
+    (tmp_path / "captions.txt").write_text(lines)
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [
+        ("Images/1.jpg", b"a dog , running"),
+        ("Images/1.jpg", b"a dog"),
+        ("Images/2.jpg", b"a cat"),
+    ]
+    assert source.report.skipped == {} and source.report.unused == {}
+    (tmp_path / "captions.txt").write_text("of the pictures\n")  # no table
+    assert FolderSource(str(tmp_path)).report.unused == {"file .txt": 1}
+
+
+def test_item_2_tables_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg", "1.txt", "sub/captions.csv", "movie.mp4", "LICENSE", "3.tif", "4.HEIC")
+    for name in ("metadata.csv", "metadata.tsv", "captions.csv", "annotations.csv"):
+        (tmp_path / name).write_text("file_name,caption\n1.jpg,from a table\n")
+    metadata(tmp_path, line("1.jpg", "first"), line("2.jpg", "second"))
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [("1.jpg", b"first"), ("2.jpg", b"second")]
+    assert source.report.skipped == {"unsupported ending .tif": 1, "unsupported ending .heic": 1}
+    assert source.report.unused == {
+        "file .csv": 4,
+        "file .tsv": 1,
+        "file .txt": 1,
+        "file .mp4": 1,
+        "file without an ending": 1,
+    }
+
+
+def test_item_2_a_picture_that_a_line_names_and_that_cannot_be_used_is_counted_once(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "2.tiff", "3.tiff")
+    source = FolderSource(metadata(tmp_path, line("1.jpg", "a"), line("2.tiff", "b")))
+    assert len(source) == 1 and source.report.skipped == {"unsupported ending .tiff": 2}
+
+
+def test_item_2_texts_named_after_the_whole_picture(tmp_path: Path) -> None:
+    source = FolderSource(pictures(tmp_path, "1.jpg", "1.jpg.txt", "2.png", "2.txt", "2.png.txt", "3.tif", "3.txt"))
+    assert everything(source) == [("1.jpg", b"1.jpg.txt"), ("2.png", b"2.txt")]
+    assert source.report.skipped == {"unsupported ending .tif": 1}
+    assert source.report.unused == {"second .txt of a picture": 1}
+
+
+def test_item_2_two_tables_by_other_names_are_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("file_name,caption\n1.jpg,c\n")
+    with pytest.raises(UserError, match=r"several tables of names and captions \(a\.csv, b\.csv\); rename"):
+        FolderSource(str(tmp_path))
+
+
+def test_item_2_a_split_with_metadata_of_its_own(tmp_path: Path) -> None:
+    pictures(tmp_path, "train/1.jpg", "test/1.jpg", "test/2.jpg", "stray.jpg", "docs/a.md", "README.md")
+    metadata(tmp_path / "train", line("1.jpg", "of train"))
+    metadata(tmp_path / "test", line("1.jpg", "of test"))
+    source = FolderSource(str(tmp_path))
+    assert captions_of(source) == {"train/1.jpg": b"of train"}
+    assert source.report.skipped == {"not in the folder of a split": 1}
+    assert source.report.unused == {"file .md": 1, "folder without metadata": 1, "folder of split test": 1}
+    test = FolderSource(str(tmp_path), SourceOptions(split="test"))
+    assert captions_of(test) == {"test/1.jpg": b"of test"} and test.report.skipped["no caption"] == 1
+    with pytest.raises(UserError, match=r"data\.\*\.split='tset' is not one of test, train; did you mean 'test'\?"):
+        FolderSource(str(tmp_path), SourceOptions(split="tset"))
+    with pytest.raises(UserError, match="has no folder of that name"):
+        FolderSource(str(tmp_path / "train"), SourceOptions(split="dev"))
+    assert captions_of(FolderSource(str(tmp_path), SourceOptions(split="val"))) == {"test/1.jpg": b"of test"}
+
+
+@pytest.mark.parametrize("option", ["image_key", "caption_key", "label_key", "group_key"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_item_1_a_mistyped_key_is_refused_with_the_nearest(tmp_path: Path, kind: str, option: str) -> None:
+    pictures(tmp_path, "1.jpg")
+    row = {"image_key": "1.jpg", "caption_key": "a", "label_key": 1, "group_key": "g"}
+    if kind == "jsonl":
+        metadata(tmp_path, row)
+    elif kind == "csv":
+        (tmp_path / "metadata.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    else:
+        parquet(tmp_path / "metadata.parquet", {name: [value] for name, value in row.items()})
+    right = {name: name for name in row}
+    assert len(FolderSource(str(tmp_path), SourceOptions(**right))) == 1  # type: ignore[arg-type]
+    wrong = right | {option: option[:-3] + "kye"}
+    with pytest.raises(UserError, match=rf"{option}='.*_kye': .*metadata\.{kind}.* has only .*did you mean '{option}'"):
+        FolderSource(str(tmp_path), SourceOptions(**wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["image_key", "caption_key", "label_key", "group_key", "template"])
+@pytest.mark.parametrize("text", ["1.txt", "2.png"])
+def test_item_1_options_of_a_table_are_refused_without_one(tmp_path: Path, text: str, option: str) -> None:
+    pictures(tmp_path, "1.jpg", text)
+    (tmp_path / "other.csv").write_text("id,sentence\n1,a\n")
+    options = SourceOptions(**{option: "a {}"})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"{option}='a \{{\}}': .* has no table of captions .* has id, sentence"):
+        FolderSource(str(tmp_path), options)
+
+
+def test_item_1_a_template_without_classes_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+    with pytest.raises(UserError, match=r"template='a \{\}': .*metadata\.jsonl has no field of classes"):
+        FolderSource(metadata(tmp_path, line("1.jpg", "a")), SourceOptions(template="a {}"))
+
+
+def test_item_1_a_null_or_absent_caption_is_counted_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    pictures(tmp_path, *(f"{i}.jpg" for i in range(6)))
+    lines = [line("0.jpg", ""), line("1.jpg", None), {"file_name": "2.jpg"}, line("3.jpg", []), line("4.jpg", [None])]
+    metadata(tmp_path, *lines, line("5.jpg", ["a", None]))
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [("0.jpg", b""), ("5.jpg", b"a")]
+    assert source.report.skipped == {"no caption": 4} and source.report.unused == {"null in a list of captions": 1}
+    each = FolderSource(str(tmp_path), SourceOptions(captions="all"))
+    assert len(each) == 2 and each.report.skipped == {"no caption": 5}
+
+
+@pytest.mark.parametrize(
+    ("separator", "name"), [("\t", "tabs"), (";", "semicolons"), ("|", "vertical bars"), (",", "commas")]
+)
+def test_item_10_separators(tmp_path: Path, separator: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    rows = [("filepath", "title"), ("1.jpg", "a, b; c| d"), ("2.jpg", "two")]
+    for file_name in ("metadata.csv", "metadata.tsv"):
+        with open(tmp_path / file_name, "w", newline="") as file:
+            csv.writer(file, delimiter=separator).writerows(rows)
+        with caplog.at_level("INFO", "m3ae_jax"):
+            source = FolderSource(str(tmp_path))
+        assert everything(source) == [("1.jpg", b"a, b; c| d"), ("2.jpg", b"two")]
+        assert f"{file_name} (separated by {name})" in caplog.text
+        with pytest.raises(UserError, match=rf"{file_name} \(separated by {name}\) has only filepath, title"):
+            FolderSource(str(tmp_path), SourceOptions(caption_key="titel"))
+        (tmp_path / file_name).unlink()
+
+
+def test_item_10_separators_of_a_header_that_has_no_usual_name(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "metadata.csv").write_text("image_name| number| remark\n1.jpg| 0| a dog\n")
+    with pytest.raises(UserError, match=r"\(separated by vertical bars\) has the fields image_name, number, remark"):
+        FolderSource(str(tmp_path))
+    assert everything(FolderSource(str(tmp_path), SourceOptions(caption_key="remark"))) == [("1.jpg", b"a dog")]
+
+
+@pytest.mark.parametrize(
+    ("row", "caption"),
+    [
+        ("0.jpg,Hello, world, more", "Hello, world, more"),
+        ("0.jpg,a dog,running,", "a dog,running,"),
+        ('0.jpg,"Hello," she said, "you"', '"Hello," she said, "you"'),
+        ('"0.jpg","Hello", world', "Hello, world"),
+        ("0.jpg,Hello,,", "Hello"),
+        ('0.jpg,"Hello, world"', "Hello, world"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_commas_without_quotes_belong_to_a_caption_that_is_last(
+    tmp_path: Path, row: str, caption: str, end: str
+) -> None:
+    pictures(tmp_path, "0.jpg")
+    (tmp_path / "metadata.csv").write_bytes(f"image,caption\n{row}{end}".encode())
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [("0.jpg", caption.encode())]
+    assert source.report.skipped == {} and source.report.unused == {}
+
+
+@pytest.mark.parametrize("order", [["image", "caption", "label"], ["caption", "image", "label"], ["caption", "image"]])
+def test_commas_without_quotes_before_another_column_are_counted(tmp_path: Path, order: list[str]) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg")
+    rows = [
+        {"image": "0.jpg", "caption": "Hello, world", "label": "1"},
+        {"image": "1.jpg", "caption": "whole", "label": "0"},
+    ]
+    lines = [",".join(order), *(",".join(row[name] for name in order) for row in rows)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [("1.jpg", b"whole")]
+    assert source.report.skipped == {"more values than the header": 1} and source.report.unused == {}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("captions", ["draw", "all"])
+def test_item_7_metadata_rewritten_in_place_is_refused(tmp_path: Path, kind: str, captions: str) -> None:
+    names = [f"{i}.jpg" for i in range(4)]
+    pictures(tmp_path, *names)
+
+    def rewrite(order: list[int], text: str) -> None:
+        rows = [line(names[i], f"{text} {i}") for i in order]
+        lines = [json.dumps(row) for row in rows] if kind == "jsonl" else ["file_name,caption"]
+        lines += [] if kind == "jsonl" else [",".join(row.values()) for row in rows]
+        with open(tmp_path / f"metadata.{kind}", "r+" if (tmp_path / f"metadata.{kind}").exists() else "w") as file:
+            file.truncate(0)
+            file.write("\n".join(lines) + "\n")
+
+    rewrite([0, 1, 2, 3], "of")
+    source = FolderSource(str(tmp_path), SourceOptions(captions=captions))
+    assert [r["caption"] for r in source.read(np.arange(4))] == [b"of 0", b"of 1", b"of 2", b"of 3"]
+    rewrite([1, 0, 2, 3], "of")
+    assert source.read(np.array([2]))[0]["caption"] == b"of 2"
+    with pytest.raises(
+        OSError, match=r"is not that of 0\.jpg any more: the file has changed since it was indexed; start"
+    ):
+        source.read(np.array([0]))
+    rewrite([0, 1, 2, 3, 0], "longer")
+    for i in (1, 2, 3):
+        with pytest.raises(OSError, match="has changed since it was indexed"):
+            source.read(np.array([i]))
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        ([2, 0.0, None], ("0", "1", "2"), [2, 0, None]),
+        (["dog", "cat", "dog"], ("cat", "dog"), [1, 0, 1]),
+        (["10", "9", None], ("10", "9"), [0, 1, None]),  # names, as JSON has numbers
+    ],
+)
+def test_item_5_labels_of_json(tmp_path: Path, values: list[Any], classes: tuple[str, ...], labels: list[Any]) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    metadata(tmp_path, *(line(f"{i}.jpg", "a") | {"label": value} for i, value in enumerate(values)))
+    source = FolderSource(str(tmp_path))
+    assert source.classes == classes and source.report.unused == {}
+    assert [r.get("label") for r in source.read(np.arange(3))] == labels
+
+
+def test_item_5_labels_of_csv_and_parquet(tmp_path: Path) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    (tmp_path / "metadata.csv").write_text("file_name,text,label\n0.jpg,a,3.0\n1.jpg,b,1\n2.jpg,c,\n")
+    source = FolderSource(str(tmp_path))
+    assert source.classes == ("0", "1", "2", "3")
+    assert [r.get("label") for r in source.read(np.arange(3))] == [3, 1, None]
+    (tmp_path / "metadata.csv").unlink()
+    columns = {"file_name": ["0.jpg", "1.jpg", "2.jpg"], "text": ["a", "b", "c"], "kind": [1.0, None, float("nan")]}
+    parquet(tmp_path / "metadata.parquet", columns)
+    source = FolderSource(str(tmp_path), SourceOptions(label_key="kind"))
+    assert [r.get("label") for r in source.read(np.arange(3))] == [1, None, None]
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, [1], "dog", 10**7])
+def test_item_5_what_is_no_class_is_refused_or_not_read(tmp_path: Path, value: Any) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg")
+    metadata(tmp_path, line("0.jpg", "a") | {"label": 0}, line("1.jpg", "b") | {"label": value})
+    source = FolderSource(str(tmp_path))
+    assert source.classes == () and [r.get("label") for r in source.read(np.arange(2))] == [None, None]
+    assert source.report.unused == {"column label (no classes)": 1} and len(source) == 2
+    with pytest.raises(UserError, match=r"label_key='label': .* which is no class; classes are integers from 0"):
+        FolderSource(str(tmp_path), SourceOptions(label_key="label"))
+
+
+def test_item_5_classes_without_captions(tmp_path: Path) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    metadata(tmp_path, {"file_name": "0.jpg", "label": "a_dog"}, {"file_name": "1.jpg", "label": "cat"})
+    source = FolderSource(str(tmp_path))
+    assert source.modalities == ("image",) and source.report.skipped == {"no label": 1}
+    assert source.read(np.arange(2)) == [{"image": b"0.jpg", "label": 0}, {"image": b"1.jpg", "label": 1}]
+    made = FolderSource(str(tmp_path), SourceOptions(template="a photo of {}"))
+    assert made.modalities == ("image", "text") and made.fingerprint != source.fingerprint
+    assert captions_of(made) == {"0.jpg": b"a photo of a dog", "1.jpg": b"a photo of cat"}
+
+
+def test_item_5_a_template_makes_captions_where_there_are_none(tmp_path: Path) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    rows = [line("0.jpg", "own") | {"label": "dog"}, line("1.jpg", None) | {"label": "dog"}, line("2.jpg", None)]
+    source = FolderSource(metadata(tmp_path, *rows), SourceOptions(template="a {}"))
+    assert captions_of(source) == {"0.jpg": b"own", "1.jpg": b"a dog"}
+    assert source.report.skipped == {"no caption": 1}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_item_13_groups(tmp_path: Path, kind: str) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    rows = [line(f"{i}.jpg", "a") | {"concept": value} for i, value in enumerate([7, None, 8])]
+    if kind == "jsonl":
+        metadata(tmp_path, *rows)
+    else:
+        parquet(tmp_path / "metadata.parquet", {name: [row[name] for row in rows] for name in rows[0]})
+    source = FolderSource(str(tmp_path), SourceOptions(group_key="concept"))
+    assert [r.get("group") for r in source.read(np.arange(3))] == ["7", None, "8"]
+    assert source.report.unused == {}
+    assert source.fingerprint != FolderSource(str(tmp_path)).fingerprint
+
+
+def test_item_6_pictures_and_captions_of_too_many_bytes_are_not_read(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "1.txt", "2.jpg", "2.txt", "3.jpg", "3.txt")
+    for name in ("2.jpg", "3.txt"):
+        os.truncate(tmp_path / name, 2**40)
+    records = FolderSource(str(tmp_path)).read(np.arange(3))
+    assert records[0] == {"image": b"1.jpg", "caption": b"1.txt"}
+    assert records[1] == {"image": b"", "caption": b"2.txt", "unusable": images.TOO_MANY_BYTES}
+    assert records[2] == {"image": b"", "unusable": images.TOO_MANY_BYTES}
+
+
+def test_item_6_lines_of_too_many_bytes_are_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    metadata(tmp_path, line("1.jpg", "a"), line("2.jpg", "b" * 1000))
+    source = FolderSource(str(tmp_path), SourceOptions(max_bytes=500))
+    assert len(source) == 1 and source.report.skipped == {"too many bytes (data.max_bytes)": 1}
+    assert len(FolderSource(str(tmp_path))) == 2
+
+
+def test_parquet_of_any_bytes_lists_and_damage(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    texts = pa.array([[b"\xff bytes", b"b"], None], pa.list_(pa.binary())).cast(pa.list_(pa.string()), safe=False)
+    file_names = pa.array(["1.jpg", "2.jpg"]).dictionary_encode()
+    pq.write_table(pa.table({"file_name": file_names, "caption": texts}), tmp_path / "metadata.parquet")
+    source = FolderSource(str(tmp_path))
+    assert source.read(np.arange(1))[0] == {
+        "image": b"1.jpg",
+        "caption": b"\xff bytes",
+        "captions": (b"\xff bytes", b"b"),
+    }
+    assert source.report.skipped == {"no caption": 1}
+    data = (tmp_path / "metadata.parquet").read_bytes()
+    (tmp_path / "metadata.parquet").write_bytes(data[:-10])
+    with pytest.raises(UserError, match=r"metadata\.parquet is no whole Parquet file"):
+        FolderSource(str(tmp_path))
+
+
+# --- other people's folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beside", [(), ("train/1.txt", "valid/2.txt", "test/3.txt"), ("README.md",)])
+def test_folders_called_as_splits_are_not_mixed(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    pictures(tmp_path, "train/1.jpg", "train/in/1.jpg", "valid/2.jpg", "test/3.jpg", "docs/a.png", *beside)
+    for split, names in (
+        ("train", {"train/1.jpg", "train/in/1.jpg"}),
+        ("val", {"valid/2.jpg"}),
+        ("test", {"test/3.jpg"}),
+    ):
+        source = FolderSource(str(tmp_path), SourceOptions(split=split))
+        told = len(names) - len(source)  # without a .txt
+        assert {r["image"].decode() for r in source.read(np.arange(len(source)))} <= names
+        assert sum(source.report.skipped.values()) == told
+        unused = {kind for kind in source.report.unused if kind.startswith("folder")}
+        there = {"train", "valid", "test"} - {"valid" if split == "val" else split}
+        assert unused == {f"folder of split {other}" for other in there} | {"folder of no split"}
+    with pytest.raises(
+        UserError, match=r"data\.\*\.split='tset' is not one of test, train, valid; did you mean 'test'\?"
+    ):
+        FolderSource(str(tmp_path), SourceOptions(split="tset"))
+    if not beside:
+        assert len(FolderSource(str(tmp_path), SourceOptions(split=""))) == 5
+
+
+def test_a_split_may_be_written_with_capitals(tmp_path: Path) -> None:
+    pictures(tmp_path, "Train/1.jpg", "Test/2.jpg")
+    source = FolderSource(str(tmp_path))
+    assert len(source) == 1 and source.report.unused == {"folder of split Test": 1}
+    with pytest.raises(UserError, match=r"split='tset' is not one of Test, Train"):
+        FolderSource(str(tmp_path), SourceOptions(split="tset"))
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "captions.csv", "mine.csv"])
+def test_folders_called_as_splits_below_a_table_are_what_it_says(tmp_path: Path, table: str) -> None:
+    pictures(tmp_path, "train/1.jpg", "test/2.jpg")
+    (tmp_path / table).write_text("file_name,caption\ntrain/1.jpg,a\ntest/2.jpg,b\n")
+    assert captions_of(FolderSource(str(tmp_path))) == {"train/1.jpg": b"a", "test/2.jpg": b"b"}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "captions.txt", "captions.tsv", "mine.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_a_table_in_utf_16_is_refused_with_the_command(tmp_path: Path, name: str, encoding: str) -> None:
+    pictures(tmp_path, "1.jpg")
+    text = json.dumps(line("1.jpg", "a dog")) if name.endswith("jsonl") else "file_name,caption\n1.jpg,a dog\n"
+    (tmp_path / name).write_text(text, encoding=encoding)
+    wanted = encoding.upper().removesuffix("-LE")
+    with pytest.raises(UserError, match=f"is {wanted}[LE]*, not UTF-8; run: iconv -f {wanted}") as error:
+        FolderSource(str(tmp_path))
+    command = str(error.value).partition("run: ")[2]
+    assert os.system(command) == 0
+    assert everything(FolderSource(str(tmp_path))) == [("1.jpg", b"a dog")]
+
+
+def test_captions_beside_pictures_in_utf_16_are_no_captions(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "1.txt", "2.jpg")
+    (tmp_path / "2.txt").write_text("ein Hund", encoding="utf-16")
+    assert FolderSource(str(tmp_path)).read(np.arange(2)) == [
+        {"image": b"1.jpg", "caption": b"1.txt"},
+        {"image": b"2.jpg"},
+    ]
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(UserError, match=r"2\.txt is UTF-16, not UTF-8; run: iconv -f UTF-16 "):
+        FolderSource(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["Images", "Flicker8k_Dataset/deep"])
+def test_flickr8k_as_kaggle_packs_it(tmp_path: Path, folder: str) -> None:
+    pictures(tmp_path, f"{folder}/1.jpg", f"{folder}/2.jpg", f"{folder}/3.tif")
+    lines = ["image,caption", '1.jpg,"a dog , running"', f"{folder}/1.jpg,a dog", "2.jpg,a cat", "3.tif,x", "4.jpg,y"]
+    (tmp_path / "captions.txt").write_text("\n".join([*lines, "../1.jpg,z"]))
+    source = FolderSource(str(tmp_path))
+    captions = [("1", b"a dog , running"), ("1", b"a dog"), ("2", b"a cat")]
+    assert everything(source) == [(f"{folder}/{name}.jpg", caption) for name, caption in captions]
+    assert source.report.skipped == {"unsupported ending .tif": 1, "no image": 1, "unsafe name": 1}
+    assert source.report.unused == {}
+    pictures(tmp_path, "top.jpg")
+    with pytest.raises(UserError, match="no image"):
+        (tmp_path / "captions.txt").write_text("image,caption\n1.jpg,a dog\n")
+        FolderSource(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["", "flickr30k_images/"])
+def test_flickr30k(tmp_path: Path, folder: str) -> None:
+    pictures(tmp_path, f"{folder}1.jpg", f"{folder}2.jpg")
+    rows = [
+        "image_name| comment_number| comment",
+        '1.jpg| 0| Two "men" , here .',
+        "1.jpg| 1| A man .",
+        "2.jpg| 4   A dog",
+    ]
+    (tmp_path / "results.csv").write_text("\n".join(rows))
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [(f"{folder}1.jpg", b'Two "men" , here .'), (f"{folder}1.jpg", b"A man .")]
+    assert source.report.skipped == {"no caption": 1} and source.report.unused == {"column comment_number": 1}
+
+
+def test_texts_and_pictures_in_capitals(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.JPG", "1.TXT", "2.jpg", "2.jpg.TXT", "3.jfif", "3.Txt", "4.jpe", "4.txt", "4.TXT", "5.TXT")
+    source = FolderSource(str(tmp_path))
+    assert everything(source) == [
+        ("1.JPG", b"1.TXT"),
+        ("2.jpg", b"2.jpg.TXT"),
+        ("3.jfif", b"3.Txt"),
+        ("4.jpe", b"4.txt"),
+    ]
+    assert source.report.skipped == {"no image": 1} and source.report.unused == {"second .txt of a picture": 1}
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_label_is_none(tmp_path: Path, empty: str) -> None:
+    pictures(tmp_path, "0.jpg", "1.jpg")
+    source = FolderSource(
+        metadata(tmp_path, line("0.jpg", "a") | {"label": "dog"}, line("1.jpg", "b") | {"label": empty})
+    )
+    assert source.classes == ("dog",) and [r.get("label") for r in source.read(np.arange(2))] == [0, None]
+
+
+def test_an_unreadable_line_counts_with_its_picture_where_it_names_it(tmp_path: Path) -> None:
+    pictures(tmp_path, "a/my 1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg")
+    broken = [
+        '{"file_name": "a/my 1.jpg", "caption": "cut',
+        '{"file_name": "2.jpg", "cap',
+        '{"file_na',
+        '{"x": "4.jpg", }',
+    ]
+    source = FolderSource(metadata(tmp_path, line("4.jpg", "read"), *broken))
+    assert everything(source) == [("a/4.jpg", b"read")]
+    assert source.report.skipped == {"unreadable line": 4, "no caption": 1}
+
+
+def test_a_link_that_leads_to_itself_is_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "2.jpg").symlink_to(tmp_path / "2.jpg")
+    source = FolderSource(str(tmp_path))
+    assert len(source) == 1 and source.report.skipped == {"not a regular file": 1}

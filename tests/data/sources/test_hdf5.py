@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3ae_jax.data.sources import hdf5
+from m3ae_jax.data import images
+from m3ae_jax.data.sources import hdf5, open_format
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.sources.hdf5 import HDF5Source
 from m3ae_jax.data.sources.index import IndexReport
@@ -49,6 +50,11 @@ def some(count: int) -> list[tuple[bytes, bytes]]:
 
 def everything(source: HDF5Source) -> list[tuple[bytes, bytes]]:
     return [(record["image"], record["caption"]) for record in source.read(np.arange(len(source)))]
+
+
+def as_far_as_whole(source: HDF5Source) -> list[tuple[bytes, bytes]]:
+    """Of what is damaged, no bytes."""
+    return [(record["image"], record.get("caption", b"")) for record in source.read(np.arange(len(source)))]
 
 
 def one(tmp_path: Path, fill: Callable[[h5py.File], Any], **options: Any) -> HDF5Source:
@@ -113,7 +119,7 @@ def test_a_file_gone_or_shortened_later_is_an_os_error(tmp_path: Path) -> None:
     source = HDF5Source(write(tmp_path, some(6)))
     assert len(source.read(np.arange(6))) == 6
     os.truncate(tmp_path / "0.h5", 1000)
-    with pytest.raises(OSError, match=r"0\.h5: another size than when it was opened"):
+    with pytest.raises(OSError, match=r"0\.h5: changed since it was indexed; start again"):
         source.read(np.array([0]))
     (tmp_path / "1.h5").unlink()
     with pytest.raises(FileNotFoundError):
@@ -158,10 +164,19 @@ def test_layouts(tmp_path: Path, names: dict[str, bytes], options: dict[str, str
         ),
         ("train_jpg val_jpg", {"split": "tran"}, r"split='tran'.* only the splits train, val .*did you mean 'train'"),
         ("train_jpg", {"split": "val"}, r"split='val'.* only the splits train \(data sets train_jpg\)"),
+        ("a/train/jpg", {"split": "val"}, r"split='val'.* only the splits a/train \(data sets a/train/jpg\)"),
+        ("jpg caption", {"split": "tset"}, r"split='tset'.* has no splits \(data sets caption, jpg\)"),
+        ("train_jpg train_txt", {"caption_key": "txet"}, r"caption_key='txet'.*did you mean 'txt'"),
+        ("jpg label", {"group_key": "groop"}, r"group_key='groop'.* has only jpg, label"),
+        ("g/jpg g/concept", {"group_key": "conzept"}, r"group_key='conzept'.*did you mean 'concept'"),
+        ("jpg caption", {"template": "a {}"}, r"template='a \{\}' is not read: the data have captions \(caption\)"),
+        ("jpg", {"template": "a {}"}, r"template='a \{\}' needs classes"),
     ],
 )
-def test_wrong_keys(tmp_path: Path, names: str, options: dict[str, str], message: str) -> None:
-    assert re.search(message, refused(tmp_path, lambda f: [put(f, name, [b"x"]) for name in names.split()], **options))
+def test_item_1_wrong_keys(tmp_path: Path, names: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        one(tmp_path, lambda f: [put(f, name, [b"x"]) for name in names.split()], **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_unequal_lengths(tmp_path: Path) -> None:
@@ -254,9 +269,9 @@ def test_several_captions_one_drawn(tmp_path: Path) -> None:
 
 def test_several_captions_all(tmp_path: Path) -> None:
     source = one(tmp_path, several_captions, captions="all")
-    pairs = [(b"p0", b"a"), (b"p0", b"b"), (b"p0", b"c"), (b"p1", b"d"), (b"p1", b""), (b"p1", b"")]
+    pairs = [(b"p0", b"a"), (b"p0", b"b"), (b"p0", b"c"), (b"p1", b"d")]
     assert everything(source) == pairs
-    assert source.read(np.array([4, 1])) == [{"image": b"p1", "caption": b""}, {"image": b"p0", "caption": b"b"}]
+    assert source.read(np.array([3, 1])) == [{"image": b"p1", "caption": b"d"}, {"image": b"p0", "caption": b"b"}]
 
 
 # --- classes -----------------------------------------------------------------------------------------------
@@ -308,7 +323,40 @@ def test_classes_are_those_of_all_splits(tmp_path: Path) -> None:
     ],
 )
 def test_labels_out_of_range(tmp_path: Path, labels: list[int], attributes: dict[str, Any], message: str) -> None:
-    assert re.search(message, refused(tmp_path, labelled(labels, **attributes)))
+    assert re.search(message, refused(tmp_path, labelled(labels, **attributes), label_key="labels"))
+    assert re.search(message, refused(tmp_path, labelled(labels, **attributes), template="a {}"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "attributes", "why"),
+    [
+        ([-1, -1], {}, "no class, e.g. -1"),
+        ([0, 1, -1, 0], {}, "no class, e.g. -1"),
+        ([0.73], {}, "no class, e.g. 0.73"),
+        ([0, 10**7], {}, "no class, e.g. 10000000"),
+        ([0, 2, 1], {"class_names": '["a", "b"]'}, "no class, e.g. 2"),
+        ([b"a", b"b"], {}, "no class numbers"),
+    ],
+)
+def test_a_usual_data_set_of_no_classes_does_not_stop_pretraining(
+    tmp_path: Path, labels: list[Any], attributes: dict[str, Any], why: str
+) -> None:
+    source = one(tmp_path, labelled(labels, **attributes))
+    assert source.classes == () and source.read(np.array([0])) == [{"image": b"p0"}]
+    assert source.report.unused == {f"data set train_labels: {why}": len(labels)}
+
+
+def test_a_usual_data_set_that_not_all_files_have_does_not_stop_pretraining(tmp_path: Path) -> None:
+    for name, labels in (("a", [0, 1]), ("b", [])):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            put(file, "jpg", [b"p"] * 2)
+            if labels:
+                file["label"] = labels
+    source = HDF5Source(str(tmp_path))
+    assert source.read(np.array([0, 3])) == [{"image": b"p"}] * 2
+    assert source.report.unused == {"data set label: not in all files": 2}
+    with pytest.raises(UserError, match=r"label_key='label': .*b\.h5 has only jpg"):
+        HDF5Source(str(tmp_path), SourceOptions(label_key="label"))
 
 
 def test_template(tmp_path: Path) -> None:
@@ -317,6 +365,185 @@ def test_template(tmp_path: Path) -> None:
     assert source.read(np.array([0])) == [{"image": b"p0", "label": 1, "caption": "a photo of a dög".encode()}]
     with pytest.raises(UserError, match=r"template='a \{\} \{\}' must have one"):
         HDF5Source(str(tmp_path / "one.h5"), SourceOptions(template="a {} {}"))
+
+
+# --- issue 19: nothing is left out in silence -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [VLEN, h5py.string_dtype(), np.dtype("S5")])
+def test_item_1_a_caption_of_zero_characters_is_one(tmp_path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    def fill(file: h5py.File) -> None:
+        put(file, "jpg", [b"p"] * 2)
+        data = file.create_dataset("caption", (2, *shape), dtype=dtype)
+        data[(1, *[0] * len(shape))] = (
+            np.frombuffer(b"c", np.uint8) if h5py.check_vlen_dtype(dtype) == np.uint8 else b"c"
+        )
+
+    assert everything(one(tmp_path, fill)) == [(b"p", b""), (b"p", b"c")]
+
+
+def test_item_1_of_several_captions_empty_ones_are_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(file: h5py.File) -> None:
+        put(file, "jpg", [b"%d" % i for i in range(4)])
+        captions = [["", "a"], ["", ""], ["b", "c"], ["", ""]]
+        file.create_dataset("captions", data=captions, dtype=h5py.string_dtype())
+
+    records = one(tmp_path, fill).read(np.arange(4))
+    assert [record.get("caption") for record in records] == [b"a", None, b"b", None]
+    assert [record.get("captions") for record in records] == [None, None, (b"b", b"c"), None]
+    monkeypatch.setattr(hdf5, "_BLOCK", 3)
+    source = one(tmp_path, fill, captions="all")
+    assert everything(source) == [(b"0", b"a"), (b"2", b"b"), (b"2", b"c")]
+    assert source.report.skipped == {"no caption": 2} and source.report.samples == {"no caption": "one.h5:row 1"}
+
+
+def test_item_1_an_option_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    one(tmp_path, lambda file: put(file, "jpg", [b"p"]))
+    with pytest.raises(UserError, match="caption_per_line=True: the format hdf5 does not read it"):
+        open_format("hdf5", str(tmp_path), SourceOptions(caption_per_line=True), "data.train.")
+
+
+def test_item_2_unused_data_sets_and_files_are_counted(tmp_path: Path) -> None:
+    for name in "ab":
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            labelled([0, 1, 2], class_names='["x", "y", "z"]')(file)
+            put(file, "val_jpg", [b"v"] * 2)
+            file["meta/deep/url"] = np.arange(3)
+            file["version"] = 3
+            file["classes"] = np.array([b"x", b"y", b"z"])
+    (tmp_path / "captions.csv").write_text("")
+    report = HDF5Source(str(tmp_path)).report
+    assert not report.skipped and report.unused == {
+        "data set val_jpg": 4,
+        "data set meta/deep/url": 6,
+        "data set version": 2,
+        "file .csv": 1,
+    }
+    assert report.samples["data set meta/deep/url"] == "a.h5" and report.samples["file .csv"] == "captions.csv"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "wanted"),
+    [
+        ("images texts", {}, ("images", "texts")),
+        ("data/jpg data/caption", {}, ("data/jpg", "data/caption")),
+        ("data/jpg data/caption", {"split": "val"}, ("data/jpg", "data/caption")),
+        ("a/b/c/jpg a/b/c/text", {}, ("a/b/c/jpg", "a/b/c/text")),
+        ("a/train/jpg a/train/text a/val/jpg a/val/text", {}, ("a/train/jpg", "a/train/text")),
+        ("train/a/jpg train/a/text val/a/jpg val/a/text", {"split": "val"}, ("val/a/jpg", "val/a/text")),
+        ("a/train_jpg a/train_text a/test_jpg", {"split": "val"}, ("a/test_jpg", "")),
+        ("jpg text thumbs/jpg", {}, ("jpg", "text")),
+        ("a/jpg a/caption b/jpg b/caption", {"split": "b"}, ("b/jpg", "b/caption")),
+        ("a/jpg a/caption b/jpg b/caption", {"image_key": "b/jpg"}, ("b/jpg", "b/caption")),
+        ("jpg image text", {"image_key": "image"}, ("image", "text")),
+        ("train_alt_text train_jpg", {}, ("train_jpg", "train_alt_text")),
+    ],
+)
+def test_item_4_candidates_that_are_clear(
+    tmp_path: Path, names: str, options: dict[str, str], wanted: tuple[str, str]
+) -> None:
+    source = one(tmp_path, lambda f: [put(f, name, [name.encode()]) for name in names.split()], **options)
+    (record,) = source.read(np.array([0]))
+    assert (record["image"].decode(), record.get("caption", b"").decode()) == wanted
+    unread = set(names.split()) - set(wanted)
+    assert source.report.unused == {f"data set {name}": 1 for name in unread}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("jpg image text", r"several data sets of pictures, image, jpg; set image_key='image' or image_key='jpg'"),
+        ("data/jpg data/img", r"pictures, data/jpg, data/img; set image_key='jpg' or image_key='img'"),
+        (
+            "a/jpg a/caption b/jpg b/caption",
+            r"split='train': .* has only the splits a, b \(data sets a/caption, a/jpg, b/caption, b/jpg\)",
+        ),
+        ("a/train/jpg b/train/jpg", r"only the splits a/train, b/train \(data sets"),
+    ],
+)
+def test_item_4_candidates_are_named_where_several_may_be_meant(tmp_path: Path, names: str, message: str) -> None:
+    assert re.search(message, refused(tmp_path, lambda f: [put(f, name, [b"x"]) for name in names.split()]))
+
+
+@pytest.mark.parametrize("picture", [np.void(b"\xff\xd8\xff\0"), np.frombuffer(b"\xff\xd8\xff\0", np.uint8)])
+def test_item_4_a_group_for_each_example_is_refused_by_name(tmp_path: Path, picture: Any) -> None:
+    """As the text-to-image files of CUB are."""
+
+    def fill(file: h5py.File) -> None:
+        for i in range(12):
+            for split in ("train", "valid"):
+                group = file.create_group(f"{split}/Albatross_{i:02}_0")
+                group["img"], group["class"], group["embeddings"] = picture, "Albatross", np.zeros((5, 4))
+                group.create_dataset("txt", data=["a bird"] * 5, dtype=h5py.string_dtype())
+
+    for options in ({}, {"caption_key": "txt"}, {"split": "test"}):
+        message = refused(tmp_path, fill, **options)
+        assert "has a group for each example (train/Albatross_00_0/img, train/Albatross_01_0/img, " in message
+        assert " and 14 more), which neither hdf5 nor data.prepare reads" in message
+        assert message.count("_0/img") == 10 and len(message) < 600
+
+
+def test_item_4_a_message_names_few_data_sets(tmp_path: Path) -> None:
+    message = refused(tmp_path, lambda file: [put(file, f"x{i:03}", [b"x"]) for i in range(30)])
+    assert "only x000, x001," in message and "x009 and 20 more; name them" in message and "x010" not in message
+
+
+def test_item_4_of_two_data_sets_one_may_hold_no_pictures(tmp_path: Path) -> None:
+    def fill(file: h5py.File) -> None:
+        file["image"] = np.arange(2)
+        put(file, "jpg", [b"p", b"q"])
+        file["loop"] = file["/"]
+
+    source = one(tmp_path, fill)
+    assert [record["image"] for record in source.read(np.arange(2))] == [b"p", b"q"]
+    assert source.report.unused == {"data set image": 2}
+
+
+def test_item_5_whole_number_floats_are_classes(tmp_path: Path) -> None:
+    for value in (0.5, float("nan"), float("inf")):
+        message = rf"train_labels is float64 \[2\]; .* whole numbers, which {value} at row 1 is not"
+        assert re.search(message, refused(tmp_path, labelled([0.0, value]), label_key="labels"))  # type: ignore[list-item]
+    source = one(tmp_path, labelled([0.0, 2.0, 1.0]))  # type: ignore[list-item]
+    assert source.classes == ("0", "1", "2")
+    assert [record["label"] for record in source.read(np.arange(3))] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (2,)}])
+def test_item_6_what_is_too_large_is_not_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    def fill(file: h5py.File) -> None:
+        put(file, "jpg", [b"1234", b"12345", b"1"], **options)
+        put(file, "caption", [b"c", b"d", b"eeeee"], **options)
+
+    source = one(tmp_path, fill, max_bytes=4)
+    lost = {"unusable": images.TOO_MANY_BYTES}
+    assert source.read(np.array([2, 1, 0])) == [
+        lost | {"image": b"1"},
+        lost | {"image": b"", "caption": b"d"},
+        {"image": b"1234", "caption": b"c"},
+    ]
+    assert source.fingerprint == HDF5Source(str(tmp_path / "one.h5")).fingerprint
+
+
+def test_item_6_decoded_pictures_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    source = one(tmp_path, lambda file: file.create_dataset("image", data=pixels), max_bytes=47)
+    assert source.read(np.array([1])) == [{"image": b"", "unusable": images.TOO_MANY_BYTES}]
+    assert "unusable" not in HDF5Source(str(tmp_path / "one.h5"), SourceOptions(max_bytes=48)).read(np.array([1]))[0]
+
+
+@pytest.mark.parametrize("values", [np.array([3, 4]), np.array([b"x", b"y"]), np.array(["x", "y"], object)])
+def test_item_13_a_group(tmp_path: Path, values: np.ndarray) -> None:
+    def fill(file: h5py.File) -> None:
+        labelled([0, 1])(file)
+        file.create_dataset("train_concept", data=values, dtype=h5py.string_dtype() if values.dtype == "O" else None)
+
+    plain = one(tmp_path, fill)
+    source = HDF5Source(str(tmp_path / "one.h5"), SourceOptions(group_key="concept"))
+    wanted = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    assert [record["group"] for record in source.read(np.array([1, 0]))] == wanted[::-1]
+    assert source.fingerprint != plain.fingerprint
+    assert plain.report.unused == {"data set train_concept": 2} and not source.report.unused
 
 
 # --- damage ------------------------------------------------------------------------------------------------
@@ -331,7 +558,7 @@ def outcome(path: Path, data: bytes) -> list[tuple[bytes, bytes]]:
         assert str(path) in str(error) and "\n" not in str(error)
         return []
     # A damaged name is another name, and a length may be any.
-    return everything(source) if source.modalities == ("image", "text") and len(source) < 1000 else []
+    return as_far_as_whole(source) if source.modalities == ("image", "text") and len(source) < 1000 else []
 
 
 def damageable(tmp_path: Path, **options: Any) -> bytes:
@@ -392,6 +619,7 @@ def test_a_damaged_chunk_spoils_its_own_rows_only(tmp_path: Path) -> None:
         raw.write(bytes(20))
     records = HDF5Source(str(path)).read(np.array([5, 2, 0, 2]))
     assert [record["image"][:2] for record in records] == [b"BM", b"", b"BM", b""]
+    assert [record.get("unusable") for record in records] == [None, images.DAMAGED, None, images.DAMAGED]
 
 
 # --- the shared files --------------------------------------------------------------------------------------
@@ -413,7 +641,7 @@ def test_shared_files(shared: Path, name: str, message: str) -> None:
         pytest.skip(f"{path} is not here")
     if message:
         with pytest.raises(UserError, match=message):
-            HDF5Source(str(path))
+            HDF5Source(str(path), SourceOptions(label_key="labels" if name.startswith("labelled") else ""))
         return
     source = HDF5Source(str(path))
     assert len(source) == 20

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m3ae_jax.data.sources import parquet
+from m3ae_jax.data import images
+from m3ae_jax.data.sources import open_format, parquet
 from m3ae_jax.data.sources.base import Source, SourceOptions
 from m3ae_jax.data.sources.index import IndexReport
 from m3ae_jax.data.sources.parquet import ParquetSource
@@ -56,6 +57,11 @@ def some(count: int) -> Pairs:
 
 def everything(source: ParquetSource) -> Pairs:
     return [(record["image"], record["caption"]) for record in source.read(np.arange(len(source)))]
+
+
+def as_far_as_whole(source: ParquetSource) -> Pairs:
+    """Of what is damaged, no bytes."""
+    return [(record["image"], record.get("caption", b"")) for record in source.read(np.arange(len(source)))]
 
 
 def one(tmp_path: Path, columns: dict[str, Any] | pa.Table, metadata: Any = None, **options: Any) -> ParquetSource:
@@ -135,7 +141,7 @@ def test_a_file_gone_or_shortened_later_is_an_os_error(tmp_path: Path) -> None:
     os.truncate(tmp_path / "0.parquet", 1000)
     (tmp_path / "1.parquet").rename(tmp_path / "moved")
     for _ in range(2):  # a failure is not remembered
-        with pytest.raises(OSError, match=r"0\.parquet: another size than when it was opened"):
+        with pytest.raises(OSError, match=r"0\.parquet: changed since it was indexed; start again"):
             source.read(np.array([0]))
         with pytest.raises(FileNotFoundError):
             source.read(np.array([7]))
@@ -170,7 +176,11 @@ def test_pictures_of_every_type(tmp_path: Path, kind: pa.DataType) -> None:
     values = [None if row is None else {"bytes": row} for row in rows] if pa.types.is_struct(kind) else rows
     source = one(tmp_path, {"url": ["u"] * 3, "image": pa.array(values, kind)})
     assert source.modalities == ("image",)
-    assert source.read(np.array([2, 1, 0])) == [{"image": b"\xff\0"}, {"image": b""}, {"image": b"p0"}]
+    if pa.types.is_fixed_size_binary(kind):  # of which no statistics are read
+        assert source.read(np.array([2, 1, 0])) == [{"image": b"\xff\0"}, {"image": b""}, {"image": b"p0"}]
+        return
+    assert source.read(np.array([1, 0])) == [{"image": b"\xff\0"}, {"image": b"p0"}]
+    assert source.report.skipped == {"no image": 1}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +189,8 @@ def test_pictures_of_every_type(tmp_path: Path, kind: pa.DataType) -> None:
 def test_captions_of_every_type(tmp_path: Path, kind: pa.DataType) -> None:
     source = one(tmp_path, {"text": pa.array(["ein Käfer", None, ""]).cast(kind)})
     assert source.modalities == ("text",)
-    assert source.read(np.array([2, 1, 0])) == [{"caption": b""}, {"caption": b""}, {"caption": "ein Käfer".encode()}]
+    assert source.read(np.array([1, 0])) == [{"caption": b""}, {"caption": "ein Käfer".encode()}]
+    assert source.report.skipped == {"no caption": 1}
 
 
 def test_captions_need_be_no_utf8(tmp_path: Path) -> None:
@@ -200,7 +211,7 @@ def test_named_columns(tmp_path: Path) -> None:
         ({"image_key": "bidl"}, r"image_key='bidl'.* has only bild, image, n; did you mean 'bild'"),
         ({"image_key": "image"}, "image_key='image'.* of type string; allowed are binary or struct"),
         ({"caption_key": "n"}, "caption_key='n'.* of type int64; allowed are string or list"),
-        ({"label_key": "image"}, "label_key='image'.* of type string; allowed are integers"),
+        ({"label_key": "bild"}, "label_key='bild'.* of type binary; allowed are whole numbers or strings"),
     ],
 )
 def test_wrong_columns(tmp_path: Path, options: dict[str, str], message: str) -> None:
@@ -239,25 +250,21 @@ def test_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
 @pytest.mark.parametrize("mode", ["draw", "all"])
 def test_several_captions(tmp_path: Path, kind: pa.DataType, mode: str) -> None:
-    captions = pa.array([["a", "b", "c"], [], ["d"], None, ["e", None]], kind)
-    source = one(tmp_path, {"image": pictures([b"0", b"1", b"2", b"3", b"4"]), "captions": captions}, captions=mode)
+    captions = pa.array([["a", "b", "c"], [], ["d"], None, [None, "e", ""], [None, None]], kind)
+    columns = {"image": pictures([b"%d" % i for i in range(6)]), "captions": captions}
+    source = one(tmp_path, columns, captions=mode)
+    assert source.report.skipped == {"no caption": 3} and source.report.samples["no caption"] == "one.parquet:row 1"
+    assert source.report.unused == {"null in a list of captions": 1}
+    assert source.report.samples["null in a list of captions"] == "one.parquet:row 4"
     if mode == "draw":
-        records = source.read(np.array([4, 3, 2, 1, 0]))
-        assert [record["caption"] for record in records] == [b"e", b"", b"d", b"", b"a"]
-        assert [record.get("captions") for record in records] == [(b"e", b""), None, None, None, (b"a", b"b", b"c")]
+        records = source.read(np.array([2, 1, 0]))
+        assert [record["image"] for record in records] == [b"4", b"2", b"0"]
+        assert [record["caption"] for record in records] == [b"e", b"d", b"a"]
+        assert [record.get("captions") for record in records] == [(b"e", b""), None, (b"a", b"b", b"c")]
         return
-    pairs = [
-        (b"0", b"a"),
-        (b"0", b"b"),
-        (b"0", b"c"),
-        (b"1", b""),
-        (b"2", b"d"),
-        (b"3", b""),
-        (b"4", b"e"),
-        (b"4", b""),
-    ]
+    pairs = [(b"0", b"a"), (b"0", b"b"), (b"0", b"c"), (b"2", b"d"), (b"4", b"e"), (b"4", b"")]
     assert everything(source) == pairs
-    order = np.random.default_rng(0).permutation(8)
+    order = np.random.default_rng(0).permutation(6)
     assert source.read(order) == [{"image": pairs[i][0], "caption": pairs[i][1]} for i in order]
 
 
@@ -283,12 +290,12 @@ def test_classes(tmp_path: Path) -> None:
     assert source.read(np.array([2, 0])) == [{"image": b"p2", "label": 1}, {"image": b"p0", "label": 0}]
 
 
-def test_a_row_without_a_label_is_replaced(tmp_path: Path) -> None:
+def test_a_row_without_a_label_has_none(tmp_path: Path) -> None:
     source = one(tmp_path, labelled([0, None, 1]), template="a {}")
-    assert [(r["image"], r["caption"]) for r in source.read(np.arange(3))] == [
-        (b"p0", b"a 0"),
-        (b"", b""),
-        (b"p2", b"a 1"),
+    assert source.read(np.arange(3)) == [
+        {"image": b"p0", "caption": b"a 0", "label": 0},
+        {"image": b"p1"},
+        {"image": b"p2", "caption": b"a 1", "label": 1},
     ]
 
 
@@ -296,7 +303,8 @@ def test_a_row_without_a_label_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, 2, -1], "column 'label' has -1 in row group 1; class numbers start at 0"),
+        ([0, 1, 2, -2], "column 'label' has -2 in row group 1; class numbers start at 0"),
+        ([-1, None, -1], "column 'label' has -1 in row group 0; class numbers start at 0"),
         ([0, 3, 2, 1], "column 'label' has 3 in row group 0; allowed are 0 to 2"),
     ],
 )
@@ -304,8 +312,48 @@ def test_labels_out_of_range(tmp_path: Path, labels: list[int], message: str, st
     table = pa.table(labelled(labels)).replace_schema_metadata({b"huggingface": json.dumps(NAMED).encode()})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, row_group_size=2, write_statistics=statistics)
-    with pytest.raises(UserError, match=message):
-        ParquetSource(str(path))
+    for options in (SourceOptions(label_key="label"), SourceOptions(template="a {}")):
+        with pytest.raises(UserError, match=message):
+            ParquetSource(str(path), options)
+    value = message.split()[3]
+    source = ParquetSource(str(path))
+    assert source.classes == () and source.report.unused == {f"column label: no class, e.g. {value}": len(labels)}
+    assert source.read(np.array([0])) == [{"image": b"p0"}]
+
+
+@pytest.mark.parametrize("value", [-1, 0.73, 10**7])
+def test_a_usual_column_of_no_classes_does_not_stop_pretraining(tmp_path: Path, value: float) -> None:
+    columns = {"image": pictures([b"p"] * 3), "caption": ["c"] * 3, "label": [value] * 3}
+    source = one(tmp_path, columns)
+    assert everything(source) == [(b"p", b"c")] * 3 and source.classes == ()
+    assert source.report.unused == {f"column label: no class, e.g. {value}": 3} and not source.report.skipped
+    del columns["label"]
+    assert one(tmp_path, columns).read(np.array([2])) == source.read(np.array([2]))
+
+
+def test_a_usual_column_that_not_all_files_have_does_not_stop_pretraining(tmp_path: Path) -> None:
+    for name, columns in (("a", {"label": [1]}), ("b", {"label": ["x"]}), ("c", {})):
+        pq.write_table(pa.table({"image": [b"p"], **columns}), tmp_path / f"{name}.parquet")
+    source = ParquetSource(str(tmp_path))
+    assert len(source) == 3 and source.report.unused == {"column label: not alike in all files": 2}
+    with pytest.raises(UserError, match=r"b\.parquet: column 'label' is of type string"):
+        ParquetSource(str(tmp_path), SourceOptions(label_key="label"))
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_minus_one_beside_classes_of_hugging_face_is_unlabelled(tmp_path: Path, statistics: bool) -> None:
+    table = pa.table(labelled([2, -1, -1, -1, 0])).replace_schema_metadata({b"huggingface": json.dumps(NAMED).encode()})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, write_statistics=statistics)
+    for options in (SourceOptions(), SourceOptions(label_key="label")):
+        source = ParquetSource(str(tmp_path), options)
+        assert source.classes == ("cat", "dög", "bird") and not source.report.unused
+        assert [record.get("label") for record in source.read(np.arange(5))] == [2, None, None, None, 0]
+
+
+def test_an_empty_string_is_no_class(tmp_path: Path) -> None:
+    source = one(tmp_path, {"image": pictures([b"p"] * 3), "label": ["b", "", "a"]})
+    assert source.classes == ("a", "b")
+    assert [record.get("label") for record in source.read(np.arange(3))] == [1, None, 0]
 
 
 def test_template(tmp_path: Path) -> None:
@@ -338,6 +386,271 @@ def test_large_row_groups_are_logged(
     assert "row groups are of 0 MB on average" in line and "python -m m3ae_jax.data.prepare" in line
 
 
+# --- issue 19: nothing is left out in silence -----------------------------------------------------------------
+
+LISTS = pa.list_(IMAGE)
+PNG = {"bytes": b"png", "path": None}
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_item_1_a_null_caption_is_no_empty_one(tmp_path: Path, statistics: bool, compression: str) -> None:
+    table = table_of([(b"%d" % i, None if i in (1, 4, 5) else b"" if i == 2 else b"c") for i in range(7)])  # type: ignore[misc]
+    pq.write_table(
+        table, tmp_path / "a.parquet", row_group_size=3, write_statistics=statistics, compression=compression
+    )
+    source = ParquetSource(str(tmp_path))
+    assert everything(source) == [(b"0", b"c"), (b"2", b""), (b"3", b"c"), (b"6", b"c")]
+    assert source.report.skipped == {"no caption": 3}
+    assert source.report.samples == {"no caption": "a.parquet:row 1"}
+
+
+def test_item_1_nothing_is_read_where_no_caption_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(5))
+    monkeypatch.setattr(ParquetSource, "_decode_columns", lambda *_: pytest.fail("read"))
+    assert len(ParquetSource(str(tmp_path))) == 5
+
+
+def test_item_1_captions_that_are_all_null_leave_no_example(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no example \(left out: no caption 2 \(e\.g\. one\.parquet:row 0"):
+        one(tmp_path, table_of([(b"p", None)] * 2))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("caption", "txet"), ("image", "imgae"), ("label", "lable"), ("group", "ulr")]
+)
+def test_item_1_a_mistyped_key_is_refused(tmp_path: Path, key: str, near: str) -> None:
+    columns = {"image": pictures([b"p"]), "text": ["c"], "label": [0], "url": ["u"]}
+    with pytest.raises(UserError, match=rf"{key}_key='{near}'.* did you mean '(text|image|label|url)'"):
+        one(tmp_path, columns, **{f"{key}_key": near})
+
+
+def test_item_1_a_template_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"template='a \{\}' is not read: the data have captions \(caption\)"):
+        one(tmp_path, table_of(some(2)), template="a {}")
+    with pytest.raises(UserError, match=r"template='a \{\}' needs classes"):
+        one(tmp_path, {"image": pictures([b"p"])}, template="a {}")
+    with pytest.raises(UserError, match="caption_per_line=True: the format parquet does not read it"):
+        open_format("parquet", str(tmp_path), SourceOptions(caption_per_line=True), "data.train.")
+
+
+def test_item_2_unused_columns_and_files_are_counted(tmp_path: Path) -> None:
+    pq.write_table(table_of(some(3)).append_column("url", [["u"] * 3]), tmp_path / "a.parquet")
+    pq.write_table(table_of(some(2)).append_column("url", [["u"] * 2]), tmp_path / "b.parquet")
+    (tmp_path / "captions.jsonl").write_text("{}")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / ".hidden").write_text("")
+    report = ParquetSource(str(tmp_path)).report
+    assert report.unused == {"column url": 5, "file .jsonl": 1, "folder": 1} and not report.skipped
+    assert report.samples == {"column url": "a.parquet", "file .jsonl": "captions.jsonl", "folder": "raw"}
+
+
+SPLITS = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001", "more")
+
+
+def write_splits(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SPLITS:
+        pq.write_table(table_of([(b"p", name.encode())]), folder / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("inside", [".", "data"])
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [("train", SPLITS[:2]), ("val", SPLITS[2:3]), ("validation", SPLITS[2:3]), ("test", SPLITS[3:4])],
+)
+def test_item_2_splits_of_hugging_face_are_kept_apart(
+    tmp_path: Path, inside: str, split: str, names: tuple[str, ...]
+) -> None:
+    write_splits(tmp_path / inside)
+    source = ParquetSource(str(tmp_path), SourceOptions(split=split))
+    assert [caption.decode() for _, caption in everything(source)] == list(names)
+    assert sum(source.report.unused.values()) == 5 - len(names) and source.report.unused["file of no split"] == 1
+    if split != "test":
+        assert source.report.samples["file of split test"] == f"{SPLITS[3]}.parquet"
+    assert len(ParquetSource(str(tmp_path / inside / "*.parquet"), SourceOptions(split=split))) == len(names)
+
+
+def test_item_2_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_splits(tmp_path)
+    with pytest.raises(UserError, match=r"split='tain' is not one of test, train, validation; did you mean 'train'"):
+        ParquetSource(str(tmp_path), SourceOptions(split="tain"))
+    alone = str(tmp_path / "more.parquet")
+    with pytest.raises(UserError, match=r"split='test'.* do not tell of several splits"):
+        ParquetSource(alone, SourceOptions(split="test"))
+    assert len(ParquetSource(alone, SourceOptions(split="val"))) == 1
+    assert len(ParquetSource(str(tmp_path), SourceOptions(split=""))) == 5
+    both = ",".join(str(tmp_path / f"{name}-*.parquet") for name in ("train", "test"))
+    assert len(ParquetSource(both)) == 3  # named one by one
+
+
+def test_item_2_a_damaged_row_group_of_captions_counts_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = table_of([(b"%d" % i, None if i == 4 else b"c") for i in range(6)])  # type: ignore[misc]
+    pq.write_table(table, path, row_group_size=3, compression="zstd", use_dictionary=False)
+    start = pq.ParquetFile(path).metadata.row_group(1).column(2).data_page_offset
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(20))
+    source = ParquetSource(str(path))
+    assert len(source) == 3 and source.report.skipped == {"damaged row group": 3}
+
+
+@pytest.mark.parametrize("kind", [LISTS, pa.large_list(IMAGE), pa.list_(pa.binary()), pa.list_(IMAGE, 2)])
+def test_item_4_pictures_in_lists(tmp_path: Path, kind: pa.DataType) -> None:
+    of_structs = pa.types.is_struct(kind.value_type)
+    rows: list[Any] = [[b"a"], [b"b", b"x"], [b"c"], [], None, [b"d", b"y"], [b"e"], [None, b"z"]]
+    if pa.types.is_fixed_size_list(kind):
+        rows = [None if not row else [*row, None][:2] for row in rows]
+    values = [row and [{"bytes": one, "path": None} if of_structs else one for one in row] for row in rows]
+    source = one(tmp_path, {"images": pa.array(values, kind), "texts": ["c"] * len(rows)})
+    assert source.modalities == ("image", "text")
+    wanted = [first for row in rows if (first := next(filter(None, row or ()), None))]
+    assert wanted == [b"a", b"b", b"c", b"d", b"e", b"z"] and source.report.skipped == {"no image": 2}
+    order = np.array([5, 0, 3, 1, 2, 4])
+    assert [record["image"] for record in source.read(order)] == [wanted[i] for i in order]
+    if not pa.types.is_fixed_size_list(kind):
+        assert source.report.unused == {"further picture of a row": 3}
+
+
+@pytest.mark.parametrize("picture", [[None, PNG], [{"bytes": None, "path": None}, PNG], [None, None, PNG, None]])
+def test_item_4_of_a_list_the_first_picture_that_is_not_null(tmp_path: Path, picture: list[Any]) -> None:
+    source = one(tmp_path, {"images": pa.array([picture, [None], [PNG]], LISTS), "caption": ["a", "b", "c"]})
+    assert everything(source) == [(b"png", b"a"), (b"png", b"c")]
+    assert source.report.skipped == {"no image": 1}
+
+
+def failed_downloads(nulls: Sequence[int], captions: Sequence[Any]) -> dict[str, Any]:
+    """As img2dataset keeps them in Parquet files."""
+    large = b"x" * 5000  # more than Parquet's statistics hold
+    rows = [None if i in nulls else b"%d" % i + large for i in range(len(captions))]
+    return {"jpg": pa.array(rows, pa.binary()), "caption": captions}
+
+
+def test_null_pictures_are_counted_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = failed_downloads([1, 4, 5, 6], ["c"] * 9)
+    with monkeypatch.context() as patched:
+        patched.setattr(ParquetSource, "_decode_columns", lambda *_: pytest.fail("read"))
+        source = one(tmp_path, columns)
+    assert len(source) == 5 and source.report.skipped == {"no image": 4}
+    order = np.array([4, 0, 2, 1, 3])
+    assert [int(record["image"][:1]) for record in source.read(order)] == [8, 0, 3, 2, 7]
+    assert "unusable" not in source.read(order)[0]
+    whole = one(tmp_path, failed_downloads([], ["c"] * 9))
+    assert len(whole) == 9 and whole.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("mode", ["draw", "all"])
+def test_null_pictures_beside_null_captions(tmp_path: Path, mode: str) -> None:
+    captions = [["a"], None, ["b", "c"], ["d"], [None], [None, "e"], ["f"]]
+    source = one(tmp_path, failed_downloads([1, 3, 6], captions), captions=mode)
+    assert source.report.skipped == {"no image": 3, "no caption": 1}
+    assert source.report.samples["no image"] == "one.parquet:row 1"
+    assert source.report.unused == {"null in a list of captions": 1}
+    result = [(int(picture[:1]), caption) for picture, caption in everything(source)]
+    assert result == [(0, b"a"), (2, b"b"), *[(2, b"c")] * (mode == "all"), (5, b"e")]
+
+
+def test_null_pictures_of_which_no_statistics_tell_come_as_no_bytes(tmp_path: Path) -> None:
+    for number, captions in enumerate((["a", "b", "c"], ["a", "b", None])):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table(failed_downloads([1], captions)), path, write_statistics=False)
+        records = ParquetSource(str(path)).read(np.arange(3 - number))
+        assert [record["image"][:1] for record in records] == [b"0", b"", b"2"][: 3 - number]
+
+
+def test_item_4_null_bytes_with_a_path(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.jpg").write_bytes(b"one")
+    (tmp_path / "data" / "in").mkdir(parents=True)
+    (tmp_path / "data" / "in" / "2.jpg").write_bytes(b"two")
+    (tmp_path / "data" / "link.jpg").symlink_to(tmp_path / "pictures" / "1.jpg")
+    paths = [
+        "in/2.jpg",
+        "../pictures/1.jpg",
+        str(tmp_path / "data/in/2.jpg"),
+        "link.jpg",
+        "gone.jpg",
+        "in",
+        "a\0b",
+        None,
+    ]
+    rows = [{"bytes": b"own", "path": "in/2.jpg"}, *({"bytes": None, "path": path} for path in paths)]
+    for kind, values in ((IMAGE, rows), (LISTS, [[row] for row in rows])):
+        source = one(tmp_path / "data", {"image": pa.array(values, kind)})
+        lost = {"image": b"", "unusable": images.NO_BYTES}
+        assert source.read(np.arange(8)) == [{"image": b"own"}, {"image": b"two"}, *[lost] * 6]
+        assert len(source) == 8 and source.report.skipped == {"no image": 1}
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_item_4_paths_without_any_picture_are_refused(tmp_path: Path, statistics: bool) -> None:
+    rows = [{"bytes": None, "path": f"/home/me/{i}.jpg"} for i in range(3)]
+    pq.write_table(pa.table({"image": pa.array(rows, IMAGE)}), tmp_path / "a.parquet", write_statistics=statistics)
+    with pytest.raises(UserError, match=r"column 'image' has paths in place of pictures, as '/home/me/0\.jpg', and no"):
+        ParquetSource(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_item_5_whole_number_floats_are_classes(tmp_path: Path, kind: pa.DataType) -> None:
+    source = one(tmp_path, {"image": pictures([b"p"] * 4), "label": pa.array([3.0, None, float("nan"), 0.0], kind)})
+    assert source.classes == ("0", "1", "2", "3")
+    assert [record.get("label") for record in source.read(np.arange(4))] == [3, None, None, 0]
+    for value in (0.5, float("inf")):
+        with pytest.raises(UserError, match=rf"column 'label' has {value} in row group 1; a class is a whole number"):
+            columns = {"image": pictures([b"p"] * 3), "label": pa.array([1.0, 0.0, value], kind)}
+            one(tmp_path, columns, label_key="label")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_item_5_strings_are_names_of_classes(tmp_path: Path, kind: pa.DataType) -> None:
+    labels = pa.array(["dog", "cat", None, "dog", "bird"]).cast(kind)
+    source = one(tmp_path, {"image": pictures([b"p"] * 5), "class": labels}, template="a {}")
+    assert source.classes == ("bird", "cat", "dog")
+    assert [record.get("label") for record in source.read(np.arange(5))] == [2, 1, None, 2, 0]
+    assert [record.get("caption") for record in source.read(np.array([2, 4]))] == [None, b"a bird"]
+
+
+def test_item_5_strings_beside_captions_are_classes_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {"image": pictures([b"p"] * 3), "caption": ["c"] * 3, "label": ["b", "a", "c"]}
+    source = one(tmp_path, columns)
+    assert source.classes == () and source.report.unused == {"column label": 3}
+    assert one(tmp_path, columns, label_key="label").classes == ("a", "b", "c")
+    monkeypatch.setattr(parquet, "_MAX_NAMES", 2)
+    with pytest.raises(UserError, match="column 'label' has more than 2 different strings"):
+        one(tmp_path, columns, label_key="label")
+
+
+def test_item_6_what_is_too_large_is_not_read(tmp_path: Path) -> None:
+    data = [b"1234", b"12345", b"1"]
+    (tmp_path / "large.jpg").write_bytes(b"123456")
+    lists = [[{"bytes": one, "path": None}] for one in data]
+    rows = [*lists, [{"bytes": None, "path": "large.jpg"}]]
+    columns = {"image": pa.array(rows, LISTS), "captions": [["a"], ["b"], ["c", "ccccc"], ["d"]]}
+    source = one(tmp_path, columns, max_bytes=4)
+    lost = {"image": b"", "unusable": images.TOO_MANY_BYTES}
+    assert source.read(np.arange(4)) == [
+        {"image": b"1234", "caption": b"a"},
+        lost | {"caption": b"b"},
+        lost,
+        lost | {"caption": b"d"},
+    ]
+    assert source.fingerprint == ParquetSource(str(tmp_path / "one.parquet")).fingerprint
+
+
+@pytest.mark.parametrize("values", [["x", None, "y"], [7, None, 8], [b"x", None, b"y"]])
+def test_item_13_a_group(tmp_path: Path, values: list[Any]) -> None:
+    columns = {**labelled([0, 1, 1]), "concept": values}
+    plain = one(tmp_path, columns)
+    source = one(tmp_path, columns, group_key="concept")
+    first, last = (v.decode() if isinstance(v, bytes) else str(v) for v in (values[0], values[2]))
+    assert [record.get("group") for record in source.read(np.array([2, 1, 0]))] == [last, None, first]
+    assert source.fingerprint != plain.fingerprint and plain.report.unused == {"column concept": 3}
+    assert not source.report.unused
+
+
 # --- damage ------------------------------------------------------------------------------------------------
 
 
@@ -367,10 +680,11 @@ def test_a_damaged_row_group_is_replaced(tmp_path: Path, mode: str, caplog: pyte
         file.write(bytes(20))
     source = ParquetSource(str(path), SourceOptions(captions=mode))
     for _ in range(2):
-        result = everything(source)
+        result = as_far_as_whole(source)
     if mode == "draw":
         whole = [(b"p%d" % i, b"a") for i in range(6)]
         assert result == [*whole[:2], (b"", b""), (b"", b""), *whole[4:]]
+        assert source.read(np.array([2])) == [{"image": b"", "unusable": images.DAMAGED}]
     else:
         assert result == [(b"p%d" % i, caption) for i in (0, 1, 4, 5) for caption in (b"a", b"b")]
         assert source.report.skipped == {"damaged row group": 2}
@@ -386,7 +700,7 @@ def outcome(path: Path, data: bytes, captions: str = "draw") -> Pairs:
         assert str(path) in str(error) and "\n" not in str(error)
         return []
     # A damaged name is another name, and a length may be any.
-    return everything(source) if source.modalities == ("image", "text") and len(source) < 1000 else []
+    return as_far_as_whole(source) if source.modalities == ("image", "text") and len(source) < 1000 else []
 
 
 def damageable(tmp_path: Path, **options: Any) -> bytes:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3ae_jax.data.sources import scenes
+from m3ae_jax.config import default
+from m3ae_jax.data.sources import build_source, scenes
 from m3ae_jax.data.sources.scenes import Mention, Scene, SceneObject, SceneOptions, ScenesSource, Span
 from m3ae_jax.errors import UserError
 
@@ -354,3 +355,39 @@ class TestUserErrors:
     def test_minimum_above_maximum(self) -> None:
         with pytest.raises(UserError, match=r"scenes\.min_objects=4 is above scenes\.max_objects=3"):
             SceneOptions(min_objects=4)
+
+
+def test_a_path_or_a_key_beside_scenes_is_refused() -> None:
+    config = default()
+    config.data.train.source, config.data.train.path = "scenes", "DIR"
+    with pytest.raises(
+        UserError, match=r"data\.train\.path='DIR': .*'scenes' draws.*set data\.train\.source to one of"
+    ):
+        build_source(config, "train")
+    config.data.train.path, config.data.train.caption_key = "", "text"
+    with pytest.raises(UserError, match=r"data\.train\.caption_key='text': the format scenes does not read it"):
+        build_source(config, "train")
+
+
+@pytest.mark.parametrize("attribute", ["color", "shape"])
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_a_twin_is_of_the_same_words_names_pairs_of_the_split_and_is_untrue(split, attribute):
+    source = ScenesSource(split, SceneOptions(image_size=16, min_objects=2, max_objects=3))
+    found = 0
+    for index in range(400):
+        scene = source.scene(index)
+        twin = scene.twin(attribute)
+        if twin is None:
+            continue
+        found += 1
+        assert twin != scene.caption
+        a, b = (sorted(word for word in text.split() if word not in ("a", "an")) for text in (twin, scene.caption))
+        assert a == b
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", twin)
+        words = twin.split()
+        colors, shapes = ([w for w in words if w in kind] for kind in (scenes.COLORS, scenes.SHAPES))
+        shown = {(o.color, o.shape) for o in scene.objects}
+        pairs = set(zip(colors, shapes, strict=True))
+        novel = any(pair in scenes.HELD_OUT for pair in shown)
+        assert novel or not any(pair in scenes.HELD_OUT for pair in pairs)
+    assert found > 30

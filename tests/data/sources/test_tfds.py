@@ -80,6 +80,11 @@ def read(source: Source) -> list[Any]:
     return list(source.read(np.arange(len(source))))
 
 
+def pairs_of(source: Source) -> list[tuple[bytes, bytes | None]]:
+    """Pictures and captions; None: it has none."""
+    return [(record["image"], record.get("caption")) for record in read(source)]
+
+
 PAIRS = [(picture(i, "PNG" if i % 2 else "JPEG"), f"größe {i}".encode() * (i != 3)) for i in range(8)]
 NUMBERS = {"number": np.int64, "text": tfds.features.Text()}
 
@@ -151,12 +156,13 @@ def test_captions_in_a_sequence(tmp_path: Path, file_format: str, captions: str)
     if captions == "draw":
         assert read(source) == [
             {"image": picture(0), "caption": b"one", "captions": (b"one", b"two")},
-            {"image": picture(1), "caption": b""},
+            {"image": picture(1)},
             {"image": picture(2), "caption": b"three"},
         ]
         return
-    each = [(picture(0), b"one"), (picture(0), b"two"), (picture(1), b""), (picture(2), b"three")]
+    each = [(picture(0), b"one"), (picture(0), b"two"), (picture(2), b"three")]
     assert [(r["image"], r["caption"]) for r in read(source)] == each
+    assert source.report.skipped == {"no caption": 1} and "00001:record 1" in source.report.samples["no caption"]
     part = TFDSSource(path, SourceOptions(captions=captions, split="train[1:]"))
     assert [(r["image"], r["caption"]) for r in read(part)] == each[2:]
 
@@ -184,7 +190,7 @@ def test_labels_and_templates(tmp_path: Path) -> None:
     assert all("caption" not in record for record in read(source))
     captioned = TFDSSource(path, SourceOptions(template="a photo of a {}"))
     assert captioned.modalities == ("image", "text") and captioned.classes == source.classes
-    assert [r["caption"] for r in read(captioned)] == [b"a photo of a dog", b"a photo of a guinea pig", b""]
+    assert [r.get("caption") for r in read(captioned)] == [b"a photo of a dog", b"a photo of a guinea pig", None]
     named = TFDSSource(path, SourceOptions(caption_key="file_name"))
     assert [record["caption"] for record in read(named)] == [b"x"] * 3
     with pytest.raises(UserError, match=r"data\.\*\.template='a photo' must have one \{\}"):
@@ -204,6 +210,42 @@ def test_texts_alone_in_nested_features(tmp_path: Path) -> None:
     assert source.modalities == ("text",) and read(source) == [{"caption": b"t0"}, {"caption": b"t1"}]
     nested = TFDSSource(path, SourceOptions(caption_key="turns"))
     assert read(nested)[0]["captions"] == (b"a", b"b", b"c")
+
+
+def test_items_1_2_and_13_keys_groups_and_what_is_not_read(tmp_path: Path) -> None:
+    features = {
+        "image": tfds.features.Image(),
+        "caption": tfds.features.Text(),
+        "concept": np.int64,
+        "url": tfds.features.Text(),
+    }
+    rows = [{"image": io.BytesIO(picture(i)), "caption": "c", "concept": i // 2, "url": "u"} for i in range(4)]
+    path = build(tmp_path, features, {"train": rows})
+    for _ in range(2):
+        report = TFDSSource(path).report
+        assert report.unused == {"feature concept": 1, "feature url": 1} and report.skipped == {}
+        assert report.samples["feature url"] == "in features.json"
+    grouped = TFDSSource(path, SourceOptions(group_key="concept"))
+    assert [record["group"] for record in read(grouped)] == ["0", "0", "1", "1"]
+    assert grouped.report.unused == {"feature url": 1}
+    with pytest.raises(UserError, match=r"group_key='concpet': .*; did you mean 'concept'\?"):
+        TFDSSource(path, SourceOptions(group_key="concpet"))
+    with pytest.raises(UserError, match=r"template='a \{\}' is not read: the data have captions"):
+        TFDSSource(path, SourceOptions(template="a {}"))
+
+
+@pytest.mark.parametrize("captions", ["draw", "all"])
+def test_item_6_a_record_above_the_limit_is_not_read(tmp_path: Path, captions: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).save(data, "PNG")
+    pairs = [*PAIRS[:2], (data.getvalue(), b"large"), *PAIRS[4:]]
+    path = write(tmp_path, pairs)
+    limited = TFDSSource(path, SourceOptions(captions=captions, max_bytes=2000))
+    assert pairs_of(limited) == pairs[:2] + pairs[3:]
+    assert limited.report.skipped == {"too many bytes (data.max_bytes)": 1}
+    whole = TFDSSource(path, SourceOptions(captions=captions))
+    assert pairs_of(whole) == pairs and whole.fingerprint != limited.fingerprint
 
 
 # --- splits ------------------------------------------------------------------------------------------------
@@ -339,20 +381,21 @@ def test_a_damaged_record_is_no_error(tmp_path: Path) -> None:
     at = data.index(PAIRS[2][0])
     data[at + 30] ^= 1
     shard_of(path).write_bytes(data)
-    for captions in ("draw", "all"):
-        records = read(TFDSSource(path, SourceOptions(captions=captions)))
-        assert [(r["image"], r["caption"]) for r in records] == [*PAIRS[:2], (b"", b""), *PAIRS[3:]]
+    assert pairs_of(TFDSSource(path)) == [*PAIRS[:2], (b"", None), *PAIRS[3:]]
+    each = TFDSSource(path, SourceOptions(captions="all"))
+    assert pairs_of(each) == [*PAIRS[:2], *PAIRS[3:]] and each.report.skipped == {"wrong checksum": 1}
 
 
 def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     path = write(tmp_path, PAIRS)
     source = TFDSSource(path)
     os.truncate(shard_of(path), shard_of(path).stat().st_size - 5)
-    with pytest.raises(OSError, match="shorter than when it was indexed"):
+    with pytest.raises(OSError, match="changed since it was indexed"):
         source.read(np.array([7]))
     source = TFDSSource(path)
     assert [(r["image"], r["caption"]) for r in read(source)] == PAIRS[:7]
-    assert source.report.skipped == {"damaged file": 1, "not in its file": 1}
+    assert source.report.skipped == {"damaged file": 1}
+    assert TFDSSource(path, SourceOptions(split="train[:7]")).report.skipped == {}  # nothing of it is lost
     shard_of(path).unlink()
     with pytest.raises(OSError, match="No such file"):
         TFDSSource(path)

@@ -24,7 +24,7 @@ from m3ae_jax.data.sources.index import IndexReport
 from m3ae_jax.data.sources.tfrecord import TFRecordSource, crc32c
 from m3ae_jax.errors import UserError
 
-Value = bytes | int | Sequence[bytes | int]
+Value = bytes | int | float | Sequence[bytes | int | float]
 
 
 def example(features: Mapping[str, Value]) -> bytes:
@@ -34,6 +34,8 @@ def example(features: Mapping[str, Value]) -> bytes:
         feature = message.features.feature[key]
         if all(isinstance(v, bytes) for v in values):
             feature.bytes_list.value.extend(values)
+        elif any(isinstance(v, float) for v in values):
+            feature.float_list.value.extend(values)
         else:
             feature.int64_list.value.extend(values)
     return bytes(message.SerializeToString(deterministic=True))
@@ -62,8 +64,9 @@ def make(count: int, name: str = "x") -> list[tuple[bytes, bytes]]:
     return [(f"picture {name}{i}".encode() * 5, f"caption {name}{i}".encode()) for i in range(count)]
 
 
-def everything(source: Source) -> list[tuple[bytes, bytes]]:
-    return [(record["image"], record["caption"]) for record in source.read(np.arange(len(source)))]
+def everything(source: Source) -> list[tuple[bytes, bytes | None]]:
+    """Pictures and captions; None: it has none."""
+    return [(record["image"], record.get("caption")) for record in source.read(np.arange(len(source)))]
 
 
 def records(tmp_path: Path, features: Sequence[Mapping[str, Value]], **options: str) -> list[Record]:
@@ -127,7 +130,7 @@ def test_a_file_shortened_later_is_an_os_error(tmp_path: Path) -> None:
     path = write_file(tmp_path / "a.tfrecord", [example({"jpg": i, "txt": t}) for i, t in make(3)])
     source = TFRecordSource(path)
     os.truncate(path, 100)
-    with pytest.raises(OSError, match=r"a\.tfrecord: shorter than when it was indexed"):
+    with pytest.raises(OSError, match=r"a\.tfrecord: changed since it was indexed"):
         source.read(np.array([2]))
 
 
@@ -175,13 +178,22 @@ def test_modalities_follow_from_what_is_there(
     assert source.modalities == modalities
     first, bad = source.read(np.arange(2))
     names = [{"image": "image", "text": "caption"}[modality] for modality in modalities]
-    assert sorted(first) == sorted(bad) == sorted(names)
-    assert set(bad.values()) == {b""}
+    assert sorted(first) == sorted(names)
+    assert bad == ({"image": b""} if "image" in modalities else {})
 
 
 def test_a_key_may_lack_in_some_records(tmp_path: Path) -> None:
-    result = records(tmp_path, [{"image": b"0"}, {"image": b"1", "caption": b"c"}, {"caption": b"d"}, {"x": 1}])
-    assert [(r["image"], r["caption"]) for r in result] == [(b"0", b""), (b"1", b"c"), (b"", b"d"), (b"", b"")]
+    features: list[Mapping[str, Value]] = [{"image": b"0"}, {"image": b"1", "caption": b"c"}, {"caption": b"d"}]
+    assert records(
+        tmp_path, [*features, {"x": 1}, {"image": b"2", "caption": b""}, {"image": b"3", "caption": []}]
+    ) == [
+        {"image": b"0"},
+        {"image": b"1", "caption": b"c"},
+        {"image": b"", "caption": b"d"},
+        {"image": b""},
+        {"image": b"2", "caption": b""},  # of zero characters, not absent
+        {"image": b"3"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,80 @@ def test_wrong_keys_get_one_line(tmp_path: Path, options: dict[str, str], messag
     assert message.format(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_item_1_a_mistyped_caption_key_is_refused(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [{"image": b"i", "text": b"red 0", "TEXT": b"r 0"}] * 3
+    with pytest.raises(UserError, match=r"caption_key='txet': .* has only TEXT, image, text; did you mean 'text'\?"):
+        records(tmp_path, features, caption_key="txet")
+    with pytest.raises(UserError, match=r"group_key='pic': .* has only TEXT, image, text"):
+        records(tmp_path, features, group_key="pic")
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_key": "caption"}])
+def test_item_1_an_optional_feature_is_found_in_any_file(tmp_path: Path, options: dict[str, str]) -> None:
+    write_file(tmp_path / "a.tfrecord", [example({"image": b"i"})] * 60)
+    write_file(tmp_path / "b.tfrecord", [example({"image": b"i", "caption": b"c"})] * 20)
+    source = TFRecordSource(str(tmp_path), SourceOptions(**options))  # type: ignore[arg-type]
+    assert source.modalities == ("image", "text")
+    assert [record.get("caption") for record in source.read(np.array([0, 59, 60, 79]))] == [None, None, b"c", b"c"]
+    assert len(TFRecordSource(str(tmp_path), SourceOptions(captions="all"))) == 20
+
+
+def test_item_2_what_is_not_read_is_counted_at_every_opening(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [
+        {"image": b"i", "caption": b"c", "label": 1, "url": b"u", "rare": [1]},
+        {"image": b"i", "caption": b"c", "url": b"u", "rare": [], "score": 0.5},
+    ]
+    write_file(tmp_path / "a.tfrecord", [example(f) for f in features])
+    for name in ("b.tfrecord.index", "notes", "classes.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "more").mkdir()
+    for _ in range(2):
+        report = TFRecordSource(str(tmp_path)).report
+        assert report.unused == {
+            "feature url": 2,
+            "feature rare": 1,
+            "feature score": 1,
+            "feature label: no class": 1,  # classes.txt names one
+            "file .index": 1,
+            "file without an ending": 1,
+            "folder": 1,
+        }
+        assert report.samples["feature rare"] == "in 1 of 2 sampled records" and report.skipped == {}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.tfrecord", "train-00001-of-00002.tfrecord", "validation-00000-of-00001.tfrecord"),
+        ("coco_train2017_0.tfrecord", "coco_train2017_1.tfrecord", "coco_val2017_0.tfrecord"),
+        (
+            "tiny-train.tfrecord-00000-of-00002",
+            "tiny-train.tfrecord-00001-of-00002",
+            "tiny-dev.tfrecord-00000-of-00001",
+        ),
+    ],
+)
+def test_item_2_a_folder_of_several_splits_is_read_by_split(tmp_path: Path, names: tuple[str, ...]) -> None:
+    pairs = make(3)
+    for name, (image, caption) in zip(names, pairs, strict=True):
+        write_file(tmp_path / name, [example({"image": image, "caption": caption})])
+    train, val = (TFRecordSource(str(tmp_path), SourceOptions(split=split)) for split in ("train", "val"))
+    assert everything(train) == pairs[:2] and everything(val) == pairs[2:]
+    assert train.fingerprint != val.fingerprint
+    assert val.report.unused == {"file of split train": 2} and val.report.samples["file of split train"] == names[0]
+    assert sum(train.report.unused.values()) == 1 and train.report.skipped == {}
+    with pytest.raises(UserError, match=r"data\.\*\.split='novel' is not one of .*train.*by the names of the files"):
+        TFRecordSource(str(tmp_path), SourceOptions(split="novel"))
+    everywhere = [pair for _, pair in sorted(zip(names, pairs, strict=True))]
+    assert everything(TFRecordSource(str(tmp_path), SourceOptions(split=""))) == everywhere
+    one = f"{tmp_path}/*train*"
+    assert everything(TFRecordSource(one)) == pairs[:2]
+    with pytest.raises(UserError, match=r"split='novel': the names of the files of .* do not tell of several splits"):
+        TFRecordSource(one, SourceOptions(split="novel"))
+    named = ",".join(f"{tmp_path}/{name}" for name in names)
+    assert everything(TFRecordSource(named)) == pairs  # one by one: all are meant
+
+
 # --- captions and labels -----------------------------------------------------------------------------------
 
 SEVERAL: list[Mapping[str, Value]] = [
@@ -218,21 +304,22 @@ def test_several_captions_drawn(tmp_path: Path) -> None:
         {"image": b"i0", "caption": b"a", "captions": (b"a", b"b", b"c")},
         {"image": b"i1", "caption": b"d"},
         {"image": b"i2", "caption": b"e", "captions": (b"e", b"f")},
-        {"image": b"i3", "caption": b""},
+        {"image": b"i3"},
     ]
 
 
 def test_several_captions_each_an_example(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    expected = [(b"i0", b"a"), (b"i0", b"b"), (b"i0", b"c"), (b"i1", b"d"), (b"i2", b"e"), (b"i2", b"f"), (b"i3", b"")]
+    expected = [(b"i0", b"a"), (b"i0", b"b"), (b"i0", b"c"), (b"i1", b"d"), (b"i2", b"e"), (b"i2", b"f")]
     for name, part in {"a": SEVERAL[:2], "b": SEVERAL[2:]}.items():
         write_file(tmp_path / f"{name}.tfrecord", [example(f) for f in part])
     options = SourceOptions(captions="all")
     source = TFRecordSource(str(tmp_path), options)
-    assert everything(source) == expected and source.report.examples == len(source) == 7
+    assert everything(source) == expected and source.report.examples == len(source) == 6
+    assert source.report.skipped == {"no caption": 1} and source.report.samples == {"no caption": "b.tfrecord:record 1"}
     drawn = TFRecordSource(str(tmp_path))
     assert len(drawn) == 4 and drawn.fingerprint != source.fingerprint
     request.getfixturevalue("no_scan")
-    order = np.random.default_rng(0).permutation(7)
+    order = np.random.default_rng(0).permutation(6)
     again = TFRecordSource(str(tmp_path), options)
     assert [(r["image"], r["caption"]) for r in again.read(order)] == [expected[i] for i in order]
     assert again.fingerprint == source.fingerprint
@@ -245,8 +332,8 @@ def test_damaged_records_are_left_out_where_captions_are_counted(tmp_path: Path)
     data[data.index(b"i1")] ^= 1
     path.write_bytes(data)
     source = TFRecordSource(str(path), SourceOptions(captions="all"))
-    assert [i for i, _ in everything(source)] == [b"i0"] * 3 + [b"i2"] * 2 + [b"i3"]
-    assert source.report.skipped == {"wrong checksum": 1, "no tf.train.Example": 1}
+    assert [i for i, _ in everything(source)] == [b"i0"] * 3 + [b"i2"] * 2
+    assert source.report.skipped == {"wrong checksum": 1, "no tf.train.Example": 1, "no caption": 1}
     assert source.report.samples["wrong checksum"] == "a.tfrecord:record 1"
 
 
@@ -254,18 +341,21 @@ def test_labels_and_template(tmp_path: Path) -> None:
     features = [{"image": b"i", "label": n} for n in (1, 0, 2, -1)]
     assert [r.get("label") for r in records(tmp_path, features)] == [1, 0, 2, None]
     made = records(tmp_path, features, template="a {}")
-    assert [r["caption"] for r in made] == [b"a 1", b"a 0", b"a 2", b""]
+    assert [r.get("caption") for r in made] == [b"a 1", b"a 0", b"a 2", None]
     (tmp_path / "classes.txt").write_text("cat\nhot dog\n", encoding="utf-8")
     made = records(tmp_path, features, template="a {}")
-    assert [r["caption"] for r in made] == [b"a hot dog", b"a cat", b"", b""]
+    assert [r.get("caption") for r in made] == [b"a hot dog", b"a cat", None, None]
     assert [r.get("label") for r in made] == [1, 0, None, None]  # a number out of range is no class
     source = TFRecordSource(str(tmp_path), SourceOptions(template="a {}", captions="all"))
     assert source.classes == ("cat", "hot dog") and source.modalities == ("image", "text") and len(source) == 4
     assert TFRecordSource(str(tmp_path)).modalities == ("image",)
 
 
-def test_a_caption_goes_before_the_template(tmp_path: Path) -> None:
-    assert records(tmp_path, [{"label": 1, "txt": b"own"}], template="a {}") == [{"caption": b"own", "label": 1}]
+def test_item_1_a_template_that_makes_no_caption_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"template='a \{\}' is not read: the data have captions \(txt\)"):
+        records(tmp_path, [{"label": 1, "txt": b"own"}], template="a {}")
+    with pytest.raises(UserError, match=r"template='a \{\}' needs classes, and the data have none"):
+        records(tmp_path, [{"image": b"i", "n": 1}], template="a {}")
 
 
 def test_labels_of_bytes(tmp_path: Path) -> None:
@@ -279,7 +369,86 @@ def test_labels_of_bytes(tmp_path: Path) -> None:
     ]
     (tmp_path / "classes.txt").write_text("cat\ndog")
     made = records(tmp_path, features, template="a {}")
-    assert [(r.get("label"), r["caption"]) for r in made] == [(1, b"a dog"), (0, b"a cat"), (1, b"a dog"), (None, b"")]
+    assert [(r.get("label"), r.get("caption")) for r in made] == [
+        (1, b"a dog"),
+        (0, b"a cat"),
+        (1, b"a dog"),
+        (None, None),
+    ]
+
+
+def test_item_5_whole_floats_are_labels(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [
+        {"image": b"i", "label": value} for value in (3.0, 2.5, -1.0, 0.0, float("nan"), float("inf"), 4)
+    ]
+    assert [r.get("label") for r in records(tmp_path, features)] == [3, None, None, 0, None, None, 4]
+    assert [r.get("caption") for r in records(tmp_path, features, template="a {}")][:4] == [b"a 3", None, None, b"a 0"]
+
+
+def test_further_values_of_a_picture_and_labels_of_no_class_are_told(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [
+        {"image": [b"one", b"two"], "caption": b"c", "label": [0, 1], "g": [b"a", b"b"]},  # of object boxes
+        {"image": b"i", "caption": b"c", "label": 0.5, "g": b"a"},
+        {"image": b"i", "caption": b"c", "label": 1},
+        {"image": b"i", "caption": b"c", "label": []},
+    ]
+    read = records(tmp_path, features, group_key="g")
+    assert [r.get("label") for r in read] == [None, None, 1, None] and read[0]["image"] == b"one"
+    report = TFRecordSource(str(tmp_path), SourceOptions(group_key="g")).report
+    assert report.unused == {
+        "further value of feature image": 1, "further value of feature g": 1, "feature label: no class": 2
+    }  # fmt: skip
+    assert report.samples["further value of feature image"] == "in 1 of 4 sampled records"
+    assert report.samples["feature label: no class"] == "in 2 of 4 sampled records"
+
+
+def test_several_classes_make_no_caption(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [{"image": b"i", "cls": [b"cat", b"dog"]}, {"image": b"i", "cls": b"owl"}]
+    assert [r.get("caption") for r in records(tmp_path, features, template="a {}")] == [None, b"a owl"]
+    report = TFRecordSource(str(tmp_path), SourceOptions(template="a {}")).report
+    assert report.unused == {"feature cls: no class": 1}
+
+
+@pytest.mark.parametrize("captions", ["draw", "all"])
+def test_item_6_a_record_above_the_limit_is_not_read(
+    tmp_path: Path, captions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make(6)
+    pairs[1], pairs[4] = (b"x" * 5000, b"large"), (b"y" * 9000, b"larger")
+    folder = write(tmp_path, pairs)
+    read: list[int] = []
+    verified = tfrecord._verified
+    monkeypatch.setattr(tfrecord, "_verified", lambda *args: read.append(args[2]) or verified(*args))
+    small, middle = (SourceOptions(captions=captions, max_bytes=limit) for limit in (1000, 6000))
+    for _ in range(2):  # the limit is not in the index
+        source = TFRecordSource(folder, small)
+        assert everything(source) == [pair for i, pair in enumerate(pairs) if i not in (1, 4)]
+        assert source.report.skipped == {"too many bytes (data.max_bytes)": 2}
+        assert source.report.samples["too many bytes (data.max_bytes)"].startswith("00000.tfrecord: 5,0")
+        assert max(read) < 1000
+        second = TFRecordSource(folder, middle)
+        assert everything(second) == pairs[:4] + pairs[5:] and 5000 < max(read) < 6000
+        whole = TFRecordSource(folder, SourceOptions(captions=captions))
+        assert everything(whole) == pairs and whole.report.skipped == {}
+        assert len({source.fingerprint, second.fingerprint, whole.fingerprint}) == 3
+        large = TFRecordSource(folder, SourceOptions(captions=captions, max_bytes=20_000))
+        assert large.fingerprint == whole.fingerprint
+        read.clear()
+    with pytest.raises(UserError, match=r"no record of at most 10 bytes \(data.max_bytes\) \(left out: too many bytes"):
+        TFRecordSource(folder, SourceOptions(captions=captions, max_bytes=10))
+
+
+def test_item_13_groups(tmp_path: Path) -> None:
+    features: list[Mapping[str, Value]] = [
+        {"image": b"i", "concept": b"cat"},
+        {"image": b"i", "concept": 7},
+        {"image": b"i", "concept": []},
+        {"image": b"i"},
+    ]
+    assert [r.get("group") for r in records(tmp_path, features, group_key="concept")] == ["cat", "7", None, None]
+    plain, grouped = (TFRecordSource(str(tmp_path), SourceOptions(group_key=key)) for key in ("", "concept"))
+    assert plain.report.unused == {"feature concept": 2} and grouped.report.unused == {}
+    assert plain.fingerprint != grouped.fingerprint and "group" not in plain.read(np.array([0]))[0]
 
 
 # --- damage ------------------------------------------------------------------------------------------------
@@ -294,14 +463,14 @@ def file_of(path: Path, pairs: list[tuple[bytes, bytes]]) -> tuple[bytes, list[i
 
 @pytest.mark.parametrize("captions", ["draw", "all"])
 def test_cut_anywhere_gives_the_whole_records_before(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, captions: str
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, captions: str
 ) -> None:
     pairs = make(3)
     data, ends = file_of(tmp_path / "cut.tfrecord", pairs)
     path, options = tmp_path / "cut.tfrecord", SourceOptions(captions=captions)
     for cut in range(0, len(data), 1 if captions == "draw" else 7):
         path.write_bytes(data[:cut])
-        (tmp_path / ".m3ae_jax_index_tfrecord.npz").unlink(missing_ok=True)
+        shutil.rmtree(cache, ignore_errors=True)
         caplog.clear()
         whole, exact = sum(end <= cut for end in ends), cut in (0, *ends)
         try:
@@ -329,25 +498,15 @@ def test_bits_flipped_anywhere_never_give_a_wrong_pair(tmp_path: Path) -> None:
         path.write_bytes(noisy)
         hit = {int(np.searchsorted(ends, place, side="right")) for place in places}
         try:
-            source = TFRecordSource(str(path), SourceOptions(cache_dir=str(tmp_path / "none")))
+            source = TFRecordSource(str(path), SourceOptions(index_dir=str(tmp_path / "none")))
         except UserError:
             assert 0 in hit
             continue
-        finally:
-            path.unlink()
-        got = everything_open(source, noisy, path)
+        got = [(record["image"], record.get("caption")) for record in source.read(np.arange(len(source)))]
         for i, pair in enumerate(got):
-            assert pair == pairs[i] or (i in hit and pair == (b"", b"")), (trial, i)
+            assert pair == pairs[i] or (i in hit and pair == (b"", None)), (trial, i)
         assert len(got) > min(hit) or source.report.skipped == {"damaged file": 1}
         assert len(got) >= min(hit)
-
-
-def everything_open(source: Source, data: bytes, path: Path) -> list[tuple[bytes, bytes]]:
-    path.write_bytes(data)
-    try:
-        return everything(source)
-    finally:
-        path.unlink()
 
 
 def test_a_wrong_checksum_is_an_unusable_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -356,7 +515,7 @@ def test_a_wrong_checksum_is_an_unusable_record(tmp_path: Path, caplog: pytest.L
     (tmp_path / "a.tfrecord").write_bytes(data.replace(b"caption x2", b"caption y2").replace(b"n x4", b"n y4"))
     source = TFRecordSource(str(tmp_path))
     for _ in range(2):
-        assert everything(source) == [*pairs[:2], (b"", b""), pairs[3], (b"", b"")]
+        assert everything(source) == [*pairs[:2], (b"", None), pairs[3], (b"", None)]
     assert caplog.text.count("a.tfrecord: wrong checksum at ") == 1
 
 
@@ -401,6 +560,35 @@ def test_names_of_files(tmp_path: Path) -> None:
     assert everything(TFRecordSource(str(tmp_path))) == pairs
     assert everything(TFRecordSource(f"{tmp_path}/coco-train.tfrecord-{{00000..00001}}-of-00002")) == pairs[:2]
     assert everything(TFRecordSource(f"{tmp_path}/y.tfrecords, {tmp_path}/x.tfrec")) == [pairs[3], pairs[2]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.record", "train2.records"),  # of TensorFlow's object detection
+        ("train.record-00000-of-00002", "train.record-00001-of-00002"),
+        ("train-00000-of-00002", "train-00001-of-00002"),  # of ImageNet
+    ],
+)
+def test_names_of_other_tools(tmp_path: Path, names: tuple[str, ...]) -> None:
+    pairs = make(2)
+    for name, (image, caption) in zip(names, pairs, strict=True):
+        write_file(tmp_path / name, [example({"image": image, "caption": caption})])
+    for other in ("notes", "notes.txt", "x.array_record-00000-of-00001"):
+        (tmp_path / other).write_text("x")
+    source = TFRecordSource(str(tmp_path))
+    assert everything(source) == pairs and not source.report.skipped
+    write_file(tmp_path / "a.tfrecord", [example({"image": b"i", "caption": b"c"})])
+    both = [(b"i", b"c"), *pairs] if "record" in names[0] else [(b"i", b"c")]
+    assert everything(TFRecordSource(str(tmp_path))) == both
+
+
+def test_files_without_ending_are_told_apart_by_split(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001", "validation-00000-of-00001"):
+        write_file(tmp_path / name, [example({"image": name.encode(), "caption": b"c"})])
+    source = TFRecordSource(str(tmp_path), SourceOptions(split="val"))
+    assert everything(source) == [(b"validation-00000-of-00001", b"c")]
+    assert source.report.unused == {"file of split train": 1}
 
 
 @pytest.mark.parametrize(
@@ -463,12 +651,15 @@ def test_a_store_is_read_as_a_folder(tmp_path: Path, cache: Path) -> None:
 # --- index and fingerprint ---------------------------------------------------------------------------------
 
 
-def test_index_is_reused(tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> None:
+def test_index_is_reused(
+    tmp_path: Path, cache: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
     pairs = make(6)
     with caplog.at_level(logging.INFO, "m3ae_jax"):
         first = TFRecordSource(write(tmp_path, pairs))
     assert "tfrecord: indexed 2 files, 6 examples" in caplog.text
-    assert (tmp_path / ".m3ae_jax_index_tfrecord.npz").is_file()
+    assert [path.name.partition("_")[2] for path in cache.glob("m3ae_jax/index/*")] == ["tfrecord.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tfrecord", "00001.tfrecord"]
     request.getfixturevalue("no_scan")
     again = TFRecordSource(str(tmp_path))
     assert everything(again) == pairs
@@ -500,7 +691,7 @@ def test_shared_corrupt_files(shared: Path, caplog: pytest.LogCaptureFixture) ->
         assert image[:3] == b"\xff\xd8\xff" and caption.decode()
     damaged = everything(TFRecordSource(f"{folder}/data_crc.tfrecord"))
     wrong = [i for i in range(20) if damaged[i] != good[i]]
-    assert len(wrong) == 1 and damaged[wrong[0]] == (b"", b"")
+    assert len(wrong) == 1 and damaged[wrong[0]] == (b"", None)
     cut = TFRecordSource(f"{folder}/truncated.tfrecord")
     assert 10 < len(cut) < 20 and everything(cut) == good[: len(cut)]
     assert cut.report.skipped == {"damaged file": 1} and "truncated.tfrecord: cut off" in caplog.text

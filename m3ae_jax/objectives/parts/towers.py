@@ -1,0 +1,69 @@
+"""A tower for each modality, and the projection of its CLS token to where towers meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.objectives.parts.pairs import BOTH
+from m3ae_jax.objectives.parts.pixels import normalized_tokens
+
+
+def init_towers(
+    rng: jax.Array,
+    towers: Mapping[str, Encoder],
+    projections: Mapping[str, nn.Module],
+    sets: Mapping[str, Any],
+    config: ConfigDict,
+) -> tuple[dict[str, Any], dict[str, Encoded]]:
+    """Fresh parameters of each tower with its ``projection``, and what the towers make of some tokens.
+
+    Args:
+        rng: of the draw.
+        towers: by modality.
+        projections: likewise.
+        sets: a token set of each.
+        config: says how pixels are normalised.
+    """
+    params: dict[str, Any] = {}
+    encoded: dict[str, Encoded] = {}
+    for number, name in enumerate(BOTH):
+        tower, projected = jax.random.split(jax.random.fold_in(rng, number))
+        tokens = {name: normalized_tokens(sets[name], config)}
+        encoded[name], of_tower = towers[name].init_with_output(tower, tokens)
+        of_projection = projections[name].init(projected, encoded[name].pooled["cls"])
+        params[name] = {**of_tower["params"], "projection": of_projection["params"]}
+    return params, encoded
+
+
+def encode(
+    params: Mapping[str, Any],
+    towers: Mapping[str, Encoder],
+    sets: Mapping[str, Any],
+    config: ConfigDict,
+    rng: jax.Array | None,
+) -> dict[str, Encoded]:
+    """What the tower of each token set makes of it.
+
+    Args:
+        params: of `init_towers`.
+        towers: by modality.
+        sets: token sets of some of them.
+        config: says how pixels are normalised.
+        rng: of dropout; None: none.
+    """
+    encoded: dict[str, Any] = {}
+    for number, name in enumerate(BOTH):
+        if name in sets:
+            encoded[name] = towers[name].apply(
+                {"params": {key: value for key, value in params[name].items() if key != "projection"}},
+                {name: normalized_tokens(sets[name], config)},
+                deterministic=rng is None,
+                rngs={} if rng is None else {"dropout": jax.random.fold_in(rng, number)},
+            )
+    return encoded
