@@ -45,8 +45,8 @@ class Fellows(Protocol):
     def failure(self) -> tuple[int, str] | None:
         """Exit code and line of the first process that failed for good."""
 
-    def depart(self) -> None:
-        """Lets all know that this process ends; process 0, through which they speak, waits for the others."""
+    def depart(self, code: int) -> None:
+        """Lets all know that this process ends with this code; process 0, through which they speak, waits for them."""
 
 
 class Stop:
@@ -106,12 +106,21 @@ class Stop:
             self._leaving = True
         if self._fellows:
             self._fellows.fail(code, line)
-            self._fellows.depart()
+            self._fellows.depart(code)
         console.leave(code)
 
     def wait_for_news(self) -> None:
-        """Waits a moment for a fellow's own account, after an error that it may have caused by its end."""
+        """Waits a moment for a fellow's own account, after an error that it may have caused by its end.
+
+        Does not return if there is one: the program is ending by it.
+        """
         time.sleep(8 * _POLL)
+        if self._fellows and (failure := self._fellows.failure()):
+            self._leave(*failure)
+        with self._lock:
+            leaving = self._leaving
+        if leaving:  # in another thread
+            threading.Event().wait()
 
     # --- for the loop
 
@@ -217,7 +226,7 @@ class Stop:
         acting.join(_PATIENCE)
         console.tell(line)
         if self._fellows:
-            self._fellows.depart()
+            self._fellows.depart(code)
         console.leave(code)
 
     def _act(self) -> None:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 import m3ae_jax.console as console
 from m3ae_jax.errors import EverywhereError, UserError
+from m3ae_jax.parallel import supervisor
 from m3ae_jax.stopping import NOW
 
 log = logging.getLogger("m3ae_jax")
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 _MOST_SAID = 2000  # bytes
 _RETRY = 0.5  # seconds between two tries to reach process 0
-_FAREWELL = 5.0  # seconds for which process 0 waits for the others to have read what it said
+_FAREWELL = 10.0  # seconds for which process 0 waits for the others, which may take `stopping._PATIENCE` first
 _SILENCE = 60  # seconds without a sign of life after which JAX ends those who wait for a process
 _LOST = re.compile(r"\bGloo\b|ncclRemoteError|remote process exited|heartbeat|coordination service|Socket closed", re.I)
 
@@ -115,8 +116,9 @@ class Notices:
         said = json.loads(text)
         return said["code"], said["line"]
 
-    def depart(self) -> None:
+    def depart(self, code: int) -> None:
         """See `stopping.Fellows`."""
+        supervisor.announce(code)
         self._post(f"departed/{self._index}", "")
         deadline = time.monotonic() + _FAREWELL
         for number in range(self._count if self._index == 0 else 0):

@@ -26,6 +26,8 @@ _GLOO = re.compile(
 _LAST_LINES = 1.0  # seconds for them to come through
 _PR_SET_PDEATHSIG = 1
 
+_verdict: int | None = None  # in a child: where it writes the code with which it is about to end
+
 
 def supervise() -> None:
     """Returns in a child, which does the work; this process ends when the child has, with its exit code.
@@ -34,15 +36,19 @@ def supervise() -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    global _verdict
     reader, writer = os.pipe()
+    verdict, _verdict = os.pipe()
     parent, child = os.getpid(), os.fork()
     if child == 0:
         os.close(reader)
+        os.close(verdict)
         os.dup2(writer, 2)
         os.close(writer)
         _die_with(parent)
         return
     os.close(writer)
+    os.close(_verdict)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _pass_on(child, number))
     held: list[bytes] = []
@@ -50,7 +56,17 @@ def supervise() -> None:
     console.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     console.join(_LAST_LINES)
-    _end(code, held)
+    os.set_blocking(verdict, False)  # a process of the child's may have the other end still
+    announced = b""
+    with contextlib.suppress(BlockingIOError):
+        announced = os.read(verdict, 1)
+    _end(code, held, announced[0] if announced else None)
+
+
+def announce(code: int) -> None:
+    """Lets the parent, if there is one, know the exit code of this process, before JAX may abort it on its way out."""
+    if _verdict is not None:
+        os.write(_verdict, bytes([code]))
 
 
 def is_of_gloo(line: bytes) -> bool:
@@ -87,13 +103,16 @@ def _die_with(parent: int) -> None:
         os._exit(STOPPED)
 
 
-def _end(code: int, held: list[bytes]) -> None:
+def _end(code: int, held: list[bytes], announced: int | None) -> None:
     sys.stdout.flush()
     text = b"".join(held)
-    if code == -signal.SIGABRT and _COORDINATION.search(text):
+    aborted = code == -signal.SIGABRT and _COORDINATION.search(text)
+    if aborted and announced is None:
         _show(f"error: {LOST}\n".encode())
         os._exit(STOPPED)
-    if code in (STOPPED, MISTAKE):
+    if aborted and announced is not None:
+        code = announced
+    if aborted or code in (STOPPED, MISTAKE):
         _show(b"".join(line for line in held if line.startswith(b"error: ")))
         os._exit(code)
     _show(text)
