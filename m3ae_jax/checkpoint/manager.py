@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
@@ -34,13 +36,14 @@ from m3ae_jax.atomic import replacing, set_aside
 from m3ae_jax.checkpoint import manifest
 from m3ae_jax.checkpoint import meta as meta_lib
 from m3ae_jax.config.fields import FieldGroup, setting
-from m3ae_jax.errors import EverywhereError, UserError
+from m3ae_jax.errors import EverywhereError, UserError, one_of
 from m3ae_jax.parallel.processes import all_say
 from m3ae_jax.paths import local
 
 log = logging.getLogger("m3ae_jax")
 
-BEST_METRIC = "val/loss"
+VALIDATED = "val/loss"
+"""The figure that every validated checkpoint has, and by which one is the best unless the config names another."""
 RETRY_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds to wait before each new attempt at a save that the storage refused."""
 
@@ -55,6 +58,23 @@ class CheckpointFields(FieldGroup):
     """Time between checkpoints; there is one before the evaluations of `eval.evals_every` too, and at the end."""
     keep: int = setting(2, low=1)
     """Newest checkpoints that stay, besides the best and the last."""
+    best: str = setting(VALIDATED)
+    """The figure of the best checkpoint, which stays: of the validation (``val/...``), or of an evaluation that runs
+    each `eval.evals_every` (``retrieval/...``, as metrics.jsonl names it)."""
+    best_is: str = setting("least", choices=("least", "greatest"))
+    """Which value of that figure is the best."""
+
+    @staticmethod
+    def check(config: ConfigDict, path: str) -> None:
+        """Refuses a figure that nothing measures during the run."""
+        name = config.checkpoint.best
+        kind = name.partition("/")[0]
+        if "/" not in name or kind not in ("val", *config.evals):
+            raise UserError(one_of("checkpoint.best", name, (VALIDATED, *(f"{of}/..." for of in config.evals))))
+        if kind != "val" and not config.eval.evals_every:
+            raise UserError(
+                f"checkpoint.best={name!r} needs eval.evals_every: without it {kind} runs once, at the end of the run"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +82,7 @@ class _Save:
     step: int
     state: Any
     meta: dict[str, Any]
-    best: dict[str, float] | None
+    figures: dict[str, float]
 
     def alive(self) -> bool:
         """Whether no array of the state was donated to a later step."""
@@ -82,7 +102,9 @@ class Checkpoints:
 
     Args:
         folder: made if missing.
-        keep: how many of the newest to retain; the one with the least validation loss is retained too.
+        keep: how many of the newest to retain; the best one is retained too.
+        best: the figure by which one is the best.
+        greatest: whether its greatest value is the best, not its least.
         read_only: touches nothing, not even what a running save has not finished.
         sleep: waits so many seconds.
 
@@ -95,11 +117,14 @@ class Checkpoints:
         folder: str | Path,
         keep: int,
         *,
+        best: str = VALIDATED,
+        greatest: bool = False,
         read_only: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._folder = Path(folder).resolve()  # a relative path would fail late, in orbax's background thread
         self._keep, self._read_only, self._sleep = keep, read_only, sleep
+        self._best, self._sign = best, -1.0 if greatest else 1.0
         self._checked: set[int] = set()
         self._pending: _Save | None = None
         if not read_only:  # to read, orbax's manager is not needed: it would parse a file of every checkpoint
@@ -109,13 +134,13 @@ class Checkpoints:
             self._run = manifest.run_of(self._folder)
 
     def _open(self) -> ocp.CheckpointManager:
-        best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=self._score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # Without best_fn orbax writes no metrics, and forgets after a restart which one is best.
-                best_fn=_score,
+                best_fn=self._score,
                 best_mode="min",
                 temporary_path_class=_ListedPath,
             ),
@@ -146,8 +171,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        best = {BEST_METRIC: metrics[BEST_METRIC]} if BEST_METRIC in metrics else None
-        save = _Save(step, state, meta, best)
+        save = _Save(step, state, meta, self._figures(metrics))
         try:
             self._start(save)
             self._pending = save
@@ -169,24 +193,27 @@ class Checkpoints:
         return newest
 
     def best(self) -> int | None:
-        """The step with the least validation loss among those retained."""
-        return self._manager.best_step()
+        """The best step among those retained; None if none has the figure."""
+        step = self._manager.best_step()
+        return step if step is not None and self._best in self._saved_figures(step) else None
 
     def is_evaluated(self, step: int) -> bool:
         """Whether validation figures were saved with a step."""
-        return bool(self._manager.metrics(step))
+        return VALIDATED in self._saved_figures(step)
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds to a saved step the validation figures that `save` would have taken.
+        """Adds to a saved step figures that `save` would have taken.
 
         Raises:
             UserError: the storage refuses.
         """
-        if BEST_METRIC not in metrics:
+        before = self._saved_figures(step)
+        figures = before | self._figures(metrics)
+        if figures == before:
             return
         if jax.process_index() == 0:
             try:
-                _write_metrics(self._folder / str(step), {BEST_METRIC: metrics[BEST_METRIC]})
+                _write_metrics(self._folder / str(step), figures)
             except OSError as error:
                 raise UserError(f"{self._folder / str(step)} cannot be written: {error.strerror}") from None
         if jax.process_count() > 1:
@@ -286,8 +313,19 @@ class Checkpoints:
 
     def _start(self, save: _Save) -> None:
         args = ocp.args.Composite(state=ocp.args.StandardSave(save.state), meta=ocp.args.JsonSave(save.meta))
-        started = self._manager.save(save.step, args=args, metrics=save.best)
+        started = self._manager.save(save.step, args=args, metrics=save.figures or None)
         assert started, f"orbax will not save step {save.step} after step {self._manager.latest_step()}"
+
+    def _figures(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Those that are saved with a step."""
+        return {name: metrics[name] for name in {VALIDATED, self._best} if name in metrics}
+
+    def _saved_figures(self, step: int) -> dict[str, float]:
+        return dict(self._manager.metrics(step) or {})
+
+    def _score(self, figures: dict[str, float]) -> float:
+        """Less is better; what has no figure is the worst."""
+        return self._sign * figures.get(self._best, self._sign * math.inf)
 
     def _settle(self) -> None:
         save, self._pending = self._pending, None
@@ -439,9 +477,9 @@ def _trouble_of(checkpoint: Path, *, guarded: bool = True, large: bool = True) -
     try:
         meta_lib.read(checkpoint)
         if (checkpoint / meta_lib.METRICS).exists():
-            figure = meta_lib.read(checkpoint, meta_lib.METRICS).get(BEST_METRIC)
-            if not isinstance(figure, int | float):
-                return f"{meta_lib.METRICS} has {BEST_METRIC}={figure!r:.50}, which is no number"
+            for name, figure in (meta_lib.read(checkpoint, meta_lib.METRICS) or {VALIDATED: None}).items():
+                if not isinstance(figure, int | float):
+                    return f"{meta_lib.METRICS} has {name}={figure!r:.50}, which is no number"
     except UserError as error:
         return str(error).partition(" is damaged: ")[2]
     return ""
@@ -548,10 +586,6 @@ def _remove_unfinished(folder: Path, step: int) -> None:
     if step not in manifest.finished(folder):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder / str(step))
-
-
-def _score(metrics: dict[str, float]) -> float:
-    return metrics[BEST_METRIC]
 
 
 def find(path: str) -> tuple[Path, int]:

@@ -210,11 +210,13 @@ class RunHooks(Hooks):
         """See `reconstructions.Reconstructions`."""
         return self._reconstructions(state)
 
-    def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> None:
+    def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> dict[str, float]:
         """See `Hooks.evaluate`; the results are saved in ``evals/``, those of other data beside each other."""
         folder, step = self._workdir / "evals", int(state.step)
         data = {name: _data(self._setup, EVALUATIONS[name].parts) for name in self._setup.config.evals}
-        missing = [name for name, of in data.items() if stored(folder, name, step, of.name) is None]
+        done = {name: stored(folder, name, step, of.name) for name, of in data.items()}
+        missing = [name for name, result in done.items() if result is None]
+        figures = {key: x for result in done.values() for key, x in (result or {}).items() if isinstance(x, float)}
         if jax.process_index() == 0 and len(missing) < len(data):
             with may_fail(self._workdir / ROWS):
                 self._tell_again({name: of for name, of in data.items() if name not in missing}, writer, step)
@@ -223,6 +225,8 @@ class RunHooks(Hooks):
                 with may_fail(folder):
                     result.save(folder, step, data[result.name])
             result.write(writer, step)  # then: what is saved and not written is told again
+            figures |= result.scalars
+        return figures
 
     def _tell_again(self, data: Mapping[str, Data], writer: MetricWriter, step: int) -> None:
         """Writes saved results of which there are no rows: they were cut when the run fell back to its checkpoint."""

@@ -32,14 +32,15 @@ class Hooks:
         """A picture of what the model does, `[H, W, 3] uint8`, and its texts; the picture is also in the folder."""
         return None
 
-    def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> None:
-        """Runs the evaluations of the config that have no result for this step yet.
+    def evaluate(self, state: TrainState, writer: MetricWriter, stage: Callable[[str], None]) -> dict[str, float]:
+        """Runs the evaluations of the config that have no result for this step yet; the figures of all of them.
 
         Args:
             state: whose parameters are evaluated.
             writer: of the metrics.
             stage: called with what comes next, before each.
         """
+        return {}
 
     def curves(self) -> None:
         """Draws the run's curves."""

@@ -23,7 +23,7 @@ from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint import manifest, origin
 from m3ae_jax.checkpoint import meta as checkpoint_meta
 from m3ae_jax.checkpoint.manager import Checkpoints
-from m3ae_jax.errors import LOST, STOPPED, Stopped, UserError
+from m3ae_jax.errors import LOST, STOPPED, Stopped, UserError, one_of
 from m3ae_jax.metrics.events import Events
 from m3ae_jax.metrics.writers import MetricWriter
 from m3ae_jax.parallel.mesh import put_batch
@@ -94,7 +94,8 @@ def train(
             stack.callback(_page, beside, workdir)
         stack.enter_context(_ending_recorded(events))
         try:
-            checkpoints = Checkpoints(workdir / "checkpoints", resolved.checkpoint.keep)
+            c = resolved.checkpoint
+            checkpoints = Checkpoints(workdir / "checkpoints", c.keep, best=c.best, greatest=c.best_is == "greatest")
             stack.enter_context(contextlib.closing(checkpoints))
             stack.enter_context(contextlib.closing(writer))
             stop.at_end(lambda: events.add("preempted", _OUTSIDE))
@@ -472,6 +473,7 @@ class _Loop:
             metrics = self._hooks.validate(state, stopping)
             if metrics is None:
                 return False
+            self._check_best("val", metrics)
             self._metrics = metrics
             step = int(state.step)
             self._writer.scalars(step, self._metrics | (self._priors if step == 0 else {}))
@@ -512,12 +514,24 @@ class _Loop:
             with may_fail(where / "curves.png"):
                 self._hooks.curves()
         self._run_evals(state)
+        best = self._checkpoints.best()
+        if best is not None and best != step:
+            log.info("best by %s: %s", self._setup.config.checkpoint.best, where / "checkpoints" / str(best))
         self._events.add("finished", f"all {self._setup.total_steps} steps are done", step)
         log.info(_what_next(where, self._setup.total_steps, self._setup.config))
 
     def _run_evals(self, state: TrainState) -> None:
         self._checkpoints.check_place()
-        self._hooks.evaluate(state, self._writer, lambda name: self._watchdog.stage(name, patient=True))
+        figures = self._hooks.evaluate(state, self._writer, lambda name: self._watchdog.stage(name, patient=True))
+        for name in self._setup.config.evals:
+            self._check_best(name, figures)
+        self._checkpoints.add_metrics(int(state.step), figures)
+
+    def _check_best(self, kind: str, figures: Mapping[str, float]) -> None:
+        """Refuses a figure for the best checkpoint that is not among those of its kind."""
+        name, measured = self._setup.config.checkpoint.best, [key for key in figures if key.startswith(f"{kind}/")]
+        if name.startswith(f"{kind}/") and measured and name not in measured:
+            raise UserError(one_of("checkpoint.best", name, measured))
 
 
 def _what_next(workdir: Path, steps: int, config: ConfigDict) -> str:

@@ -39,6 +39,27 @@ def test_the_best_is_retained_over_a_restart(tmp_path):
     assert steps(tmp_path) == [2, 5, 6]
 
 
+def test_the_best_by_a_figure_that_comes_after_the_save(tmp_path):
+    name = "retrieval/embedding/image_to_text/recall@1"
+    for first in (1, 4):  # over a restart
+        run = Checkpoints(tmp_path, keep=1, best=name, greatest=True)
+        for step in range(first, first + 3):
+            run.save(state(step), {}, {"val/loss": float(step)})
+            run.wait()
+            run.add_metrics(step, {name: {2: 0.9, 4: 0.5}.get(step, 0.1), "retrieval/pictures": 5.0})
+        assert run.best() == 2 and run.is_evaluated(first + 2)
+        run.close()
+    assert steps(tmp_path) == [2, 6]
+
+
+def test_no_step_is_the_best_without_the_figure(tmp_path):
+    run = Checkpoints(tmp_path, keep=1, best="retrieval/x")
+    run.save(state(1), {}, {"val/loss": 1.0})
+    run.wait()
+    assert run.best() is None and run.is_evaluated(1)
+    run.close()
+
+
 def test_restore_find_and_read_only(tmp_path):
     run = tmp_path / "run"
     writer = Checkpoints(run / "checkpoints", keep=3)

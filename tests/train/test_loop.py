@@ -235,6 +235,36 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4, 5]
 
 
+def test_the_best_checkpoint_by_an_evaluation(tmp_path, monkeypatch):
+    scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2}
+    monkeypatch.setattr(
+        run, "run", lambda name, setup, state: Result(name, {"masked_prediction/right": scores[int(state.step)]}, "")
+    )
+    name = "masked_prediction/right"
+    fields = {"checkpoint.every": "4 steps", "eval.evals_every": "1 steps", "checkpoint.keep": 1}
+    fields |= {"checkpoint.best": name, "checkpoint.best_is": "greatest"}
+    config = shrunk(duration="4 steps", evals=("masked_prediction",), **fields)
+    train_and_evaluate(config, tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]
+    assert f"best by {name}: {tmp_path / 'checkpoints' / '2'}" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("best", "fields", "said"),
+    [
+        ("val/los", {}, r"checkpoint.best='val/los' is not one of .*; did you mean 'val/loss'"),
+        ("retrieval/x", {}, r"checkpoint.best='retrieval/x' is not one of masked_prediction/..., val/loss"),
+        ("masked_prediction/x", {}, "needs eval.evals_every"),
+        ("masked_prediction/x", {"eval.evals_every": "1 steps"}, r"is not one of masked_prediction/.*"),
+    ],
+)
+def test_a_figure_for_the_best_that_nothing_measures_is_refused(best, fields, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda name, setup, state: Result(name, {"masked_prediction/right": 0.5}, ""))
+    config = shrunk(duration="2 steps", evals=("masked_prediction",), **fields, **{"checkpoint.best": best})
+    with pytest.raises(UserError, match=said):
+        train_and_evaluate(config, tmp_path)
+
+
 def test_init_from_tells_what_matched(tmp_path):
     loop.train(shrunk("configs/mae.py"), tmp_path / "mae")
     changes = {"data.image_size": 48, "duration": "1 steps", "optimizer.learning_rate": 0.0}
