@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.special import erf
 
+from m3ae_jax.convert import bert, check_towers, clip
+from m3ae_jax.convert.check_towers import erf_gelu, tanh_gelu
 from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import TANH, Format
 from m3ae_jax.convert.keymap import FLAX, Arrays
@@ -64,7 +65,7 @@ class _Theirs:
         self._config, self._names = converted.config, kind.names
         self._a = {name: np.asarray(value, np.float64) for name, value in converted.foreign.arrays.items()}
         activation, self._epsilon = kind.arithmetic(converted.foreign.facts)
-        self._gelu = _tanh_gelu if activation == TANH else _erf_gelu
+        self._gelu = tanh_gelu if activation == TANH else erf_gelu
         (self._weight, *_), (self._bias, *_) = kind.names.kinds["linear"]
         self._scale = kind.names.kinds["norm"][0][0]
         self.has_decoder = any(self._get("mask", modality=m) is not None for m in _MODALITIES)
@@ -156,19 +157,13 @@ class _Theirs:
         return self._linear("head", x, modality=modality, depth=depth)
 
 
-def _erf_gelu(x: np.ndarray) -> np.ndarray:
-    return x * 0.5 * (1.0 + erf(x / np.sqrt(2.0)))
-
-
-def _tanh_gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
-
-
 def compare(converted: Converted, seed: int = 0) -> Comparison:
     """Encoder outputs, and predictions for hidden tokens, of theirs and of ours, on one drawn example."""
     config, kind = converted.config, FORMATS[converted.format]
     if not kind.names.layers:
         return Comparison({}, "the file is our own")
+    if kind in (clip.FORMAT, clip.OPEN_CLIP, bert.FORMAT):
+        return Comparison(*check_towers.compare(converted, seed))
     table = converted.foreign.arrays.get(kind.names.tables.get("encoder", ""))
     patches = patch_grid(config)[0] ** 2
     if table is not None and table.shape[1] not in (patches, patches + 1):

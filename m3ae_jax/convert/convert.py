@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint import origin
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.checkpoint.meta import STATE_VERSION
-from m3ae_jax.convert import m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
+from m3ae_jax.convert import bert, clip, m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
 from m3ae_jax.convert.formats import Foreign, Format, reading, set_sizes, unwrapped
 from m3ae_jax.convert.keymap import Names, Report, draw, fill
 from m3ae_jax.data.order import order_version
@@ -41,6 +43,9 @@ FORMATS: dict[str, Format] = {
     "mae": mae.MAE,
     "vitmae": vitmae.FORMAT,
     "timm": mae.TIMM,
+    "clip": clip.FORMAT,
+    "open_clip": clip.OPEN_CLIP,
+    "bert": bert.FORMAT,
     "safetensors": own.FORMAT,
 }
 Tables = Mapping[str, positions.Table]
@@ -48,6 +53,7 @@ Tables = Mapping[str, positions.Table]
 
 _TYPES = {stack: tree.path("type", stack=stack, modality="image") for stack in ("encoder", "decoder")}
 _LEARNED = tree.path("positions")
+_WORDS = "text.words"  # of two towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ def detect(path: Path) -> str:
         UserError: it is none of `FORMATS`.
     """
     if path.is_dir():
-        return "vitmae"
+        return _of_folder(path)
     if path.suffix in (".pkl", ".npz"):
         return "m3ae"
     if path.suffix == ".safetensors":
@@ -90,7 +96,24 @@ def detect(path: Path) -> str:
     else:
         kinds = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
         raise UserError(f"{path}: its format is not known by its name; --format says it, one of {kinds}")
+    return _of_names(names)
+
+
+def _of_names(names: Mapping[str, np.ndarray]) -> str:
+    if table := clip.table_of(names):
+        return "clip" if table is clip.TRANSFORMERS else "open_clip"
+    if bert.is_bert(names):
+        return "bert"
     return "mae" if "decoder_embed.weight" in unwrapped(names)[0] else "timm"
+
+
+def _of_folder(path: Path) -> str:
+    if (path / "open_clip_config.json").is_file() or (path / "open_clip_model.safetensors").is_file():
+        return "open_clip"
+    kind = ""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        kind = str(json.loads((path / "config.json").read_bytes()).get("model_type"))
+    return {"clip": "clip", "siglip": "clip", "bert": "bert"}.get(kind, "vitmae")
 
 
 def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]] | None = None) -> Converted:
@@ -113,14 +136,16 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
         raise UserError(one_of("--format", name, FORMATS))
     kind, report = FORMATS[name], Report()
     names = kind.names
-    if kind.endings and path.is_dir():
+    if not kind.folders and path.is_dir():
         raise UserError(f"{path} is a folder, and --format={name} takes a file: {kind.about}")
     foreign = kind.read(path)
     report.notes += foreign.notes
-    config = config_lib.default()
-    config.model.heads = config.m3ae.decoder_heads = 0
+    config = config_lib.default(kind.objective or own.objective_of(foreign, path))
+    autoencoder = config.objective == "m3ae"
+    config.model.heads = 0
     with reading(path, f"model of format {name}"):  # its facts and shapes may be anything
-        if names.layers:
+        if names.layers and autoencoder:
+            config.m3ae.decoder_heads = 0
             set_sizes(config, foreign.arrays, names)
         kind.describe(foreign, config, report)
         arrays = dict(foreign.arrays)  # now that what has no place here is folded into what has
@@ -132,23 +157,28 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
             exact[:, 0] = table.cls
             foreign.arrays[file_name] = exact
             report.notes.append(f"positions ({stack}): in half precision there; the fixed ones are computed exactly")
-    if tables:
+    if tables and autoencoder:
         config.m3ae.use_type_embedding = any(np.any(table.offset) for table in tables.values())
         config.m3ae.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
     config_lib.apply_overrides(config, overrides or [])
-    resolved = _resolve(config, names)
+    resolved = _resolve(config, names) if autoencoder else config_lib.resolve(config)
+    kind.adapt(foreign, arrays, resolved, report)
     vocabulary = _vocabulary(resolved, foreign, names)
     objective = build(resolved, vocabulary)
     key = jax.random.key(resolved.seed)
     shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
     flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
-    fill(names.key_map(resolved.m3ae.output_head_depth, flat), arrays, flat, report)
+    fill(names.key_map(_head_depth(resolved), flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
     if report.missing:
         fresh = flatten_dict(nn.unbox(jax.jit(objective.init)(key)), sep="/")
         flat |= {name: np.asarray(fresh[name]) for name in report.missing}
     return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign, vocabulary)
+
+
+def _head_depth(config: ConfigDict) -> int:
+    return config.m3ae.output_head_depth if config.objective == "m3ae" else 0
 
 
 def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
@@ -164,7 +194,7 @@ def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
 
 def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
     """Words of the model; a tokenizer that is named must have as many."""
-    path = names.layers.get("text") if names.layers else tree.path("text")
+    path = names.layers.get("text", _WORDS) if names.layers else tree.path("text")
     table = foreign.arrays.get(path or "")
     if table is None:
         return 0
@@ -219,7 +249,7 @@ def _check(report: Report, kind: Format, name: str) -> None:
     report.unused = [f"{key} ({kind.why_beside(key)})" for key in report.unused]
     encoder = [path for path in report.missing if not path.startswith(tree.DECODER)]
     if encoder:
-        raise UserError(f"the file lacks what the encoder needs: {', '.join(encoder[:5])}")
+        raise UserError(f"the file lacks what the model needs: {', '.join(encoder[:5])}")
     if report.missing:
         if any(ours.startswith(tree.DECODER_STACK) for _, ours, _ in report.matched):
             raise UserError(f"the file has a part of the decoder alone, it lacks {', '.join(report.missing[:5])}")
@@ -287,7 +317,7 @@ def export_weights(stored: inference.Stored, format: str, path: Path, *, encoder
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(stored.params, sep="/").items()}
     if encoder_only:
         flat = {name: leaf for name, leaf in flat.items() if not name.startswith(tree.DECODER)}
-    arrays, report = draw(kind.names.key_map(config.m3ae.output_head_depth, flat), flat)
+    arrays, report = draw(kind.names.key_map(_head_depth(config), flat), flat)
     tabled = _write_tables(arrays, kind.names, flat, config, report)
     report.unused = [name for name in report.unused if name not in tabled]
     try:
@@ -320,8 +350,12 @@ def output_of(format: str, path: Path) -> Path:
 
 
 def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only: bool) -> None:
+    if kind.objective and config.objective != kind.objective:
+        raise UserError(f"objective={config.objective!r}: --to={name} holds models of {kind.objective}")
     if config.objective != "m3ae":
-        raise UserError(f"objective={config.objective!r}: only models of the objective m3ae can be converted")
+        return
+    if config.m3ae.layout != "plain" and kind.names.layers:
+        raise UserError(f"m3ae.layout={config.m3ae.layout!r}: --to={name} has no such encoder; --to=safetensors has")
     image_only, has_decoder = "text" not in kind.names.modalities, "decoder" in kind.names.blocks
     if image_only and "image" not in config.data.modalities:
         raise UserError(f"--to={name} is of pictures, the model was trained on text alone")

@@ -65,6 +65,9 @@ class Format:
         arithmetic: what the project's code computes, by the file's facts.
         beside: (pattern, why) of parameters that no output here depends on.
         endings: of the file that `write` makes, the usual one first; none: it makes a folder.
+        folders: `read` takes them.
+        objective: whose models it holds.
+        adapt: brings arrays to a config that the user may have changed.
     """
 
     about: str
@@ -75,6 +78,9 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda facts: Arithmetic()
     beside: tuple[tuple[str, str], ...] = ()
     endings: tuple[str, ...] = (".safetensors",)
+    folders: bool = False
+    objective: str = "m3ae"
+    adapt: Callable[[Foreign, dict[str, np.ndarray], ConfigDict, Report], None] = lambda *_: None
 
     def why_beside(self, name: str) -> str:
         """Why a parameter of theirs does not matter; "" if it may."""

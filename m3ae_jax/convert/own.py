@@ -8,8 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
+from m3ae_jax.config.schema import objective_groups
 from m3ae_jax.convert import safetensors
-from m3ae_jax.convert.formats import Foreign, Format
+from m3ae_jax.convert.formats import Foreign, Format, reading
 from m3ae_jax.convert.keymap import Names, Report
 from m3ae_jax.errors import UserError
 
@@ -24,12 +25,21 @@ def read(path: Path) -> Foreign:
     return foreign
 
 
+def objective_of(foreign: Foreign, path: Path) -> str:
+    """The objective of the stored config.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with reading(path, "file of this program"):
+        return config_lib.from_json(foreign.facts[METADATA]).objective
+
+
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets the model and its inputs as in the stored config; not where its data were."""
     stored = config_lib.from_json(foreign.facts[METADATA])
-    config.model.update(stored.model)
-    config.compute.update(stored.compute)
-    config.m3ae.update(stored.m3ae)
+    for group in ("model", "compute", *objective_groups(stored)):
+        config[group].update(stored[group])
     for name in ("modalities", "image_size", "patch_size", "image_mean", "image_std", "max_text_tokens", "tokenizer"):
         config.data[name] = stored.data[name]
     report.notes.append("names, layouts and numbers are ours")
@@ -42,5 +52,10 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
 
 
 FORMAT = Format(
-    "all parameters by our names: FILE.safetensors", read, describe, write, Names(modalities=("image", "text"))
+    "all parameters by our names: FILE.safetensors",
+    read,
+    describe,
+    write,
+    Names(modalities=("image", "text")),
+    objective="",
 )

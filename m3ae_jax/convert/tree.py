@@ -1,9 +1,9 @@
 """Our own parameter tree: the one place where conversion names its paths.
 
 Each line is a layer or a single parameter, by the role under which the formats' tables name theirs. ``{stack}`` is
-``encoder`` or ``decoder``, ``{modality}`` is ``image`` or ``text``, ``{place}`` is where a stack has the embeddings of
-a modality, and ``{k}`` is the number of a hidden layer of an output head. The blocks of a stack lie stacked along a
-leading axis.
+``encoder`` or ``decoder``, of two towers ``image`` or ``text``; ``{modality}`` is ``image`` or ``text``, ``{place}``
+is where a stack has the embeddings of a modality, and ``{k}`` is the number of a hidden layer of an output head. The
+blocks of a stack lie stacked along a leading axis.
 """
 
 from __future__ import annotations
@@ -44,6 +44,23 @@ LAYERS = {
     "head": Layer("decoder/{modality}_output/output", "linear"),
     "head_hidden": Layer("decoder/{modality}_output/hidden_{k}", "linear"),
     "head_norm": Layer("decoder/{modality}_output/norm_{k}", "norm"),
+    "tower_cls": Layer("{stack}/cls_token"),
+    "tower_other": Layer("{stack}/other_token"),
+    "tower_patches": Layer("{stack}/image/embedding", "patches"),
+    "tower_words": Layer("{stack}/text/embedding/embedding"),
+    "tower_positions": Layer("{stack}/{modality}/position_embedding"),
+    "tower_norm0": Layer("{stack}/embedding_norm", "norm"),
+    "tower_norm": Layer("{stack}/transformer/norm", "norm"),
+    "tower_projection": Layer("{stack}/projection", "linear"),
+    "pool_query": Layer("{stack}/pool/query"),
+    "pool_q": Layer("{stack}/pool/attention/query", "linear"),
+    "pool_kv": Layer("{stack}/pool/attention/key_value", "linear"),
+    "pool_out": Layer("{stack}/pool/attention/out", "from_heads"),
+    "pool_norm": Layer("{stack}/pool/norm_mlp", "norm"),
+    "pool_fc1": Layer("{stack}/pool/mlp_in", "linear"),
+    "pool_fc2": Layer("{stack}/pool/mlp_out", "linear"),
+    "scale": Layer("contrast/scale"),
+    "bias": Layer("contrast/bias"),
 }
 """Our layers by role."""
 

@@ -181,4 +181,4 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
         report.notes.append("pixels: this model's mean and deviation are in preprocessor_config.json")
 
 
-FORMAT = Format("Hugging Face ViTMAE: a folder", read, describe, write, NAMES, arithmetic, endings=())
+FORMAT = Format("Hugging Face ViTMAE: a folder", read, describe, write, NAMES, arithmetic, endings=(), folders=True)

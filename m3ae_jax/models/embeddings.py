@@ -66,19 +66,21 @@ class Places(nn.Module):
         width: ``D``.
         learned: a learned position table instead of the fixed one.
         typed: add the modality's vector.
+        trailing: there is one position more, of a token after the modality's; learned alone.
     """
 
     modality: Modality
     width: int
     learned: bool = False
     typed: bool = True
+    trailing: bool = False
 
     def setup(self) -> None:
         """Declares what is learned."""
         m = self.modality
         if self.learned:
             initializer = named(nn.initializers.normal(0.02), None, "embed")
-            self.table: Any = self.param(POSITIONS, initializer, (m.tokens, self.width))
+            self.table: Any = self.param(POSITIONS, initializer, (m.tokens + self.trailing, self.width))
         else:
             self.table = sincos_2d(self.width, m.grid) if m.grid else sincos_1d(self.width, np.arange(m.tokens))
         if self.typed:
@@ -95,18 +97,20 @@ class Embedding(Places):
 
     Attributes:
         dtype: of the linear map's products.
+        bias: of the linear map.
         masked: token sets may have ``input``, which is shown instead of ``value``, with a learned vector for
             `tokens.MASK`.
     """
 
     dtype: Any = jnp.float32
     masked: bool = False
+    bias: bool = True
 
     def setup(self) -> None:
         """Declares what is learned."""
         super().setup()
         if self.modality.features:
-            self.embedding: Any = dense(self.width, ("patch", "embed"), self.dtype)
+            self.embedding: Any = dense(self.width, ("patch", "embed"), self.dtype, bias=self.bias)
         else:
             self.embedding = nn.Embed(
                 self.modality.vocabulary,

@@ -50,8 +50,8 @@ def fitted(name: str, table: np.ndarray, fresh: jax.Array, modalities: Iterable[
     if last != POSITIONS or modality is None or table.ndim != 2 or table.shape[1] != fresh.shape[1]:
         return None
     if modality.grid is None:
-        kept = min(len(table), modality.tokens)
-        rest = "the others are cut off" if kept < len(table) else f"the other {modality.tokens - kept} stay fresh"
+        kept = min(len(table), len(fresh))
+        rest = "the others are cut off" if kept < len(table) else f"the other {len(fresh) - kept} stay fresh"
         return fresh.at[:kept].set(table[:kept].astype(fresh.dtype)), f"the first {kept} of {len(table)}, {rest}"
     side = math.isqrt(len(table))
     if side * side != len(table):

@@ -1,4 +1,4 @@
-"""Pre-LayerNorm transformer, layers stored stacked, parameters with logical axis names.
+"""A transformer, layers stored stacked, parameters with logical axis names; LayerNorm first unless said otherwise.
 
 Legend: ``B`` batch, ``N`` tokens, ``D`` width, ``H`` heads.
 
@@ -28,6 +28,7 @@ Initializer = Callable[..., Any]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "gelu": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 REMAT: dict[str, Any] = {
@@ -58,6 +59,8 @@ class TransformerOptions:
         activation: of the MLPs, a key of `ACTIVATIONS`.
         epsilon: of the LayerNorms.
         cross: the tokens attend to a context, not to each other.
+        causal: a token attends to itself and those before it alone.
+        post_norm: LayerNorm after each residual, as in BERT, instead of before each branch and once at the end.
         dtype: of the matrix products; parameters are float32.
     """
 
@@ -75,6 +78,8 @@ class TransformerOptions:
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     cross: bool = False
+    causal: bool = False
+    post_norm: bool = False
     dtype: Any = jnp.float32
 
 
@@ -126,10 +131,13 @@ class Linear(nn.Dense):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
 
 
-def dense(features: int, axes: tuple[str | None, str | None], dtype: Any, name: str | None = None) -> Linear:
+def dense(
+    features: int, axes: tuple[str | None, str | None], dtype: Any, name: str | None = None, *, bias: bool = True
+) -> Linear:
     """A linear layer, Xavier-uniform as the reference's."""
     return Linear(
         features,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=named(nn.initializers.xavier_uniform(), *axes),
         bias_init=named(nn.initializers.zeros, axes[1]),
@@ -216,13 +224,14 @@ class Attention(nn.Module):
         else:
             [query], [key, value] = project(x, 1, "query"), project(context, 2, "key_value")
         if self.is_mutable_collection("intermediates"):  # the caller wants the maps
-            self.sow("intermediates", "attention", attention.weights(query, key, valid))
+            self.sow("intermediates", "attention", attention.weights(query, key, valid, o.causal))
         draws = o.attention_dropout > 0.0 and not deterministic
         mixed = attention.attend(
             query,
             key,
             value,
             valid,
+            causal=o.causal,
             kernel=o.attention,
             head_groups=o.attention_head_groups,
             dropout=o.attention_dropout,
@@ -234,7 +243,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN attention and MLP, each with a residual; a context has been normalised before."""
+    """Attention and MLP, each with a LayerNorm and a residual; a context has been normalised before."""
 
     options: TransformerOptions
 
@@ -257,18 +266,23 @@ class Block(nn.Module):
                 branch = jnp.where(keep, branch / (1.0 - drop_path).astype(branch.dtype), 0)
             return x + branch
 
-        norm = layer_norm(o.epsilon, o.dtype, "norm_attention")
-        x = residual(x, Attention(o, name="attention")(norm(x), context, valid, deterministic))
-        hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(
-            layer_norm(o.epsilon, o.dtype, "norm_mlp")(x)
-        )
-        hidden = constrain(hidden, "batch", "mlp")
-        hidden = drop(ACTIVATIONS[o.activation](hidden), o.dropout, self, deterministic)
-        return residual(x, dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)), None
+        def sublayer(x: jax.Array, norm: nn.LayerNorm, branch: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            return norm(residual(x, branch(x))) if o.post_norm else residual(x, branch(norm(x)))
+
+        def mlp(x: jax.Array) -> jax.Array:
+            hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(x)
+            hidden = constrain(hidden, "batch", "mlp")
+            hidden = drop(ACTIVATIONS[o.activation](hidden), o.dropout, self, deterministic)
+            return dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)
+
+        attend = Attention(o, name="attention")
+        norms = [layer_norm(o.epsilon, o.dtype, name) for name in ("norm_attention", "norm_mlp")]
+        x = sublayer(x, norms[0], lambda x: attend(x, context, valid, deterministic))
+        return sublayer(x, norms[1], mlp), None
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final LayerNorm. Parameters of all layers are stacked on a leading axis."""
+    """A stack of blocks and, unless each ends with one, a LayerNorm. Parameters of all layers lie on a leading axis."""
 
     options: TransformerOptions
 
@@ -307,7 +321,7 @@ class Transformer(nn.Module):
         flat_context = None if context is None else context.astype(o.dtype).reshape(-1, o.width)
         start = x.astype(o.dtype).reshape(-1, o.width)
         flat, _ = stack(o, name="blocks")(start, rates, flat_context, valid, deterministic)
-        return layer_norm(o.epsilon, o.dtype, "norm")(flat).reshape(x.shape)
+        return (flat if o.post_norm else layer_norm(o.epsilon, o.dtype, "norm")(flat)).reshape(x.shape)
 
 
 class OutputHead(nn.Module):

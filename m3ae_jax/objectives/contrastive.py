@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.data.tokens import Group, modality_table
 from m3ae_jax.errors import UserError
-from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder
 from m3ae_jax.models.fields import check_stack, encoder_size
 from m3ae_jax.models.transformer import TransformerOptions, stack_options
 from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, Load, LossOutput, Objective, Params, Part, Terms
@@ -37,7 +37,7 @@ from m3ae_jax.objectives.parts.contrast import (
     unit,
 )
 from m3ae_jax.objectives.parts.pairs import BOTH, check_both, paired, refuse_unpaired
-from m3ae_jax.objectives.parts.towers import encode, init_towers
+from m3ae_jax.objectives.parts.towers import encode, init_towers, loads_of
 
 
 class Fields(FieldGroup):
@@ -58,9 +58,19 @@ class Fields(FieldGroup):
     """Attention heads of the captions' tower; 0: as the pictures'."""
     image_positions: str = setting("sincos", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed"))
     """Of the patches: sincos (fixed), or learned, as ViTs of other projects have them."""
+    image_layout: str = setting("plain", choices=tuple(name for name, of in LAYOUTS.items() if "image" in of))
+    """What the pictures' tower has beside tokens and blocks, for weights of others: plain: a CLS token in front; clip:
+    a LayerNorm before the blocks too, and no bias of the patches; siglip: no CLS token, but attention with a learned
+    query after the blocks, and no projection."""
+    text_layout: str = setting("plain", choices=tuple(LAYOUTS))
+    """The captions' tower likewise: plain; clip: tokens see those before them alone, a learned one at the end sees all;
+    siglip: the same without that order, and padding is read; bert: LayerNorm after each residual. Positions are learned
+    but for plain."""
     image_from: str = setting("", identifies=False)
     """A run of m3ae, or converted weights (MAE's, timm's): the pictures' tower starts from its encoder. `init_from` is
     for runs of the same objective."""
+    text_from: str = setting("", identifies=False)
+    """Likewise of the captions' tower: a run of m3ae, or converted weights (BERT's, with text_layout=bert)."""
     positives: str = setting("picture", choices=("picture", "picture_or_caption"), loss=True)
     """What is right besides a row's own partner: the captions of equal pictures; or those, and the pictures of equal
     captions too."""
@@ -82,6 +92,15 @@ class Fields(FieldGroup):
         if c.temperature and not low <= c.temperature <= high:
             raise UserError(
                 f"contrastive.temperature={c.temperature} is outside contrastive.temperature_range={low, high}"
+            )
+        layouts = {name: c[f"{name}_layout"] for name in BOTH}
+        for name, layout in layouts.items():
+            if c.pooling == "mean" and layout != "plain":
+                raise UserError(f"contrastive.pooling='mean': contrastive.{name}_layout={layout!r} has its own summary")
+        if layouts["image"] == "siglip" and c.embedding_width != width:
+            raise UserError(
+                f"contrastive.embedding_width={c.embedding_width}: with contrastive.image_layout='siglip' it is that "
+                f"of the pictures' tower, {width}"
             )
 
 
@@ -107,12 +126,22 @@ class Contrastive(Objective):
             heads=o.text_heads or picture.heads,
         )
         options: dict[str, TransformerOptions] = {"image": picture, "text": text}
-        learned = ("image",) if o.image_positions == "learned" else ()
+        learned = {"image": o.image_positions == "learned", "text": o.text_layout != "plain"}
         self._towers = {
-            name: Encoder(options[name], (self._modalities[name],), typed=False, learned_positions=learned)
+            name: Encoder(
+                options[name],
+                (self._modalities[name],),
+                typed=False,
+                learned_positions=(name,) if learned[name] else (),
+                layout=LAYOUTS[o[f"{name}_layout"]][name],
+            )
             for name in BOTH
         }
-        self._projections = {name: projection(o.embedding_width, options[name].dtype) for name in BOTH}
+        siglip = {name: o[f"{name}_layout"] == "siglip" for name in BOTH}
+        self._projections = {
+            "image": None if siglip["image"] else projection(o.embedding_width, options["image"].dtype),
+            "text": projection(o.embedding_width, options["text"].dtype, bias=siglip["text"]),
+        }
         self._range = (o.temperature_range[0], o.temperature_range[1])
 
     def init(self, rng: jax.Array) -> Boxed:
@@ -127,8 +156,7 @@ class Contrastive(Objective):
 
     def loads(self) -> tuple[Load, ...]:
         """See `Objective.loads`."""
-        path = self._config.contrastive.image_from
-        return (Load(path, into="params/image", source="encoder"),) if path else ()
+        return loads_of(self._config.contrastive)
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
@@ -175,8 +203,10 @@ class Contrastive(Objective):
                 valid = sets[name]["valid"][..., None]
                 total = jnp.sum(jnp.where(valid, encoded.tokens[name], 0), axis=1)
                 pooled = total / jnp.maximum(jnp.sum(valid, axis=1), 1).astype(total.dtype)
-            projected: Any = self._projections[name].apply({"params": params[name]["projection"]}, pooled)
-            embeddings[name] = unit(projected)
+            to_embedding = self._projections[name]
+            if to_embedding is not None:
+                pooled = jnp.asarray(to_embedding.apply({"params": params[name]["projection"]}, pooled))
+            embeddings[name] = unit(pooled)
         return embeddings
 
     def encode(self, params: Params, part: Part, rng: jax.Array | None = None) -> Encoded:

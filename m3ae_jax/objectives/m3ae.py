@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.tokens import Group, modality_table
+from m3ae_jax.errors import UserError
 from m3ae_jax.models.decoder import Decoder
-from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder, Layout
 from m3ae_jax.models.fields import check_stack
 from m3ae_jax.models.transformer import stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
@@ -58,6 +59,8 @@ class Fields(FieldGroup):
     """A learned vector a modality, in encoder and decoder."""
     image_positions: str = setting("sincos", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed"))
     """In the encoder: sincos (fixed), or learned, as ViTs of other projects have them."""
+    layout: str = setting("plain", choices=("plain", "bert"))
+    """The encoder's: bert is BERT's, of text alone: LayerNorm after each residual, and learned positions."""
     image_weight: float = setting(1.0, low=0.0, loss=True)
     """Factor of the pictures' loss."""
     text_weight: float = setting(0.5, low=0.0, loss=True)
@@ -71,6 +74,11 @@ class Fields(FieldGroup):
     def check(config: ConfigDict, path: str) -> None:
         """Refuses a decoder that cannot be computed."""
         check_stack(config, "m3ae.decoder_", config.m3ae.decoder_width, config.m3ae.decoder_heads)
+        if config.m3ae.layout == "bert" and tuple(config.data.modalities) != ("text",):
+            raise UserError(
+                f"m3ae.layout='bert' needs data.modalities=('text',), not {tuple(config.data.modalities)!r}; as the "
+                "captions' tower of another objective it takes a picture's beside it"
+            )
 
 
 class M3AE(Objective):
@@ -86,8 +94,11 @@ class M3AE(Objective):
         weights = {"image": o.image_weight, "text": o.text_weight}
         self.term_weights = {f"{m}_loss": weights[m] for m in self._modalities}
         modalities = tuple(self._modalities.values())
-        learned = ("image",) if o.image_positions == "learned" else ()
-        self._encoder = Encoder(stack_options(config), modalities, o.use_type_embedding, learned)
+        if o.layout == "bert":
+            layout, learned, typed = LAYOUTS["bert"]["text"], ("text",), False
+        else:
+            layout, learned, typed = Layout(), ("image",) * (o.image_positions == "learned"), o.use_type_embedding
+        self._encoder = Encoder(stack_options(config), modalities, typed, learned, layout=layout)
         options = stack_options(
             config,
             width=o.decoder_width,

@@ -21,7 +21,7 @@ from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.data.masking import Blocks, Corrupted, RandomSubset
 from m3ae_jax.data.tokens import MASK, Group, Masker, modality_table
 from m3ae_jax.errors import UserError
-from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder
 from m3ae_jax.models.fusion import Fusion, Sequence
 from m3ae_jax.models.transformer import OutputHead, dense, stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
@@ -53,7 +53,7 @@ from m3ae_jax.objectives.parts.matching import hard_negatives
 from m3ae_jax.objectives.parts.pairs import BOTH, check_both, paired
 from m3ae_jax.objectives.parts.pixels import normalized_tokens
 from m3ae_jax.objectives.parts.teacher import momentum_at, moved, subset
-from m3ae_jax.objectives.parts.towers import encode, init_towers
+from m3ae_jax.objectives.parts.towers import encode, init_towers, loads_of
 
 _PASSES = ("pair", "other_picture", "other_caption", "masked_picture", "masked_caption")
 
@@ -76,9 +76,14 @@ class Fields(FieldGroup):
     """Layers of the fusion; 0: half of the pictures' (assumed)."""
     image_positions: str = setting("sincos", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed"))
     """Of the patches in their tower: sincos (fixed), or learned, as ViTs of other projects have them."""
+    text_layout: str = setting("plain", choices=("plain", "bert"))
+    """bert: the captions' tower is made as BERT, with LayerNorm after each residual, for its weights."""
     image_from: str = setting("", identifies=False)
     """A run of m3ae, or converted weights (MAE's, timm's): the pictures' tower starts from its encoder. `init_from` is
     for runs of the same objective."""
+    text_from: str = setting("", identifies=False)
+    """Likewise of the captions' tower: a run of m3ae, or converted weights (BERT's, with text_layout=bert); of more
+    layers than `text_depth` the first are taken."""
     embedding_width: int = setting(256, low=1, aliases=("embed_dim", "projection_dim"))
     """Numbers of an embedding of the contrast (assumed: ALBEF's)."""
     temperature: float = setting(0.07, low=1e-4, high=10.0, loss=True)
@@ -211,7 +216,14 @@ class MAMO(Objective):
         learned = ("image",) if o.image_positions == "learned" else ()
         self._towers = {
             "image": Encoder(picture, (self._modalities["image"],), typed=False, learned_positions=learned),
-            "text": Encoder(text, (self._modalities["text"],), typed=False, masked=("text",)),
+            "text": Encoder(
+                text,
+                (self._modalities["text"],),
+                typed=False,
+                learned_positions=() if o.text_layout == "plain" else ("text",),
+                masked=("text",),
+                layout=LAYOUTS[o.text_layout]["text"],
+            ),
         }
         self._fusion = Fusion(fusion, tuple(self._modalities[name] for name in BOTH))
         self._projection = projection(o.embedding_width, picture.dtype)
@@ -295,8 +307,7 @@ class MAMO(Objective):
 
     def loads(self) -> tuple[Load, ...]:
         """See `Objective.loads`."""
-        path = self._config.mamo.image_from
-        return (Load(path, into="params/image", source="encoder"),) if path else ()
+        return loads_of(self._config.mamo)
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
@@ -595,7 +606,7 @@ class MAMO(Objective):
             inputs = self._modalities["image"].features
             return linear(tokens, inputs, width) + stack(1 + tokens, self._towers["image"].options.depth)
 
-        caption = stack(1 + words, self._towers["text"].options.depth)
+        caption = stack(1 + words + self._towers["text"].layout.trailing, self._towers["text"].options.depth)
         fusion = stack(1 + patches + words, self._fusion.options.depth)
         passes = 3 * match + (latent or feature) + (latent or word)
         embeddings, vocabulary = linear(2, width, o.embedding_width), self._modalities["text"].vocabulary

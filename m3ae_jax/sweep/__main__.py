@@ -39,6 +39,7 @@ _COMPARE = flags.DEFINE_string("compare", "", "The axis whose values are compare
 _FIGURES = flags.DEFINE_list("figures", [], "Scalars of the evaluations to show.")
 _TITLE = flags.DEFINE_string("title", "", "Of the plot.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at the same time, sharing this machine's cores.", lower_bound=1)
+_RECORD = flags.DEFINE_string("record", "", "A JSON file of results: runs in it are done, each done one is added.")
 _PRINT_COMMANDS = flags.DEFINE_bool("print_commands", False, "Print the commands of the runs that are not done.")
 
 _overrides: list[tuple[str, str]] = []
@@ -55,7 +56,8 @@ def _sweep() -> Sweep:
     config.evals = tuple(_EVAL.value)
     folder = local(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}", "--workdir").resolve()
     settings = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
-    return Sweep(_CONFIG.value, config, _overrides, folder, *settings)
+    record = local(_RECORD.value, "--record").resolve() if _RECORD.value else None
+    return Sweep(_CONFIG.value, config, _overrides, folder, *settings, record)
 
 
 def _run() -> int:

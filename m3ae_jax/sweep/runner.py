@@ -36,6 +36,7 @@ class Job:
         folder: its own.
         is_done: whether there is nothing left to do.
         metrics: its results, for the line that says it is done.
+        finished: called once it is done.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Job:
     folder: Path
     is_done: Callable[[], bool]
     metrics: Callable[[], str]
+    finished: Callable[[], None] = lambda: None
 
     def line(self) -> str:
         """The command for a shell."""
@@ -129,6 +131,7 @@ def _succeeded(one: _Started, count: int) -> bool:
     """Whether a run that has ended is done; logs its metrics, or the last line of its output."""
     job, code = one.job, one.process.returncode
     if code == 0 and job.is_done():
+        job.finished()
         took = console.duration(time.monotonic() - one.begun)
         log.info("%d of %d done in %s: %s  %s", one.number, count, took, job.name, job.metrics())
         return True

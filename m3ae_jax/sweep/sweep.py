@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from m3ae_jax.config import apply_overrides, resolve
+from m3ae_jax.atomic import write_text
+from m3ae_jax.config import apply_overrides, default, difference, resolve
+from m3ae_jax.config.schema import identifies
+from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import stored
 from m3ae_jax.evals.named import data_of
 from m3ae_jax.evals.run import EVALUATIONS, check
@@ -17,6 +21,31 @@ from m3ae_jax.sweep.budget import Budgets
 from m3ae_jax.sweep.grid import Axis, Overrides, Run, make_runs, parse_grid
 from m3ae_jax.sweep.results import Results, RunResult
 from m3ae_jax.sweep.runner import Job, python_command
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a resolved config that identify a run and are not as by default; the seed left out."""
+    changed = difference(resolve(default(config.objective)), config)
+    named = {name: new for name, _, new in changed if identifies(name, config.objective) and name != "seed"}
+    content: dict[str, Any] = json.loads(json.dumps({"objective": config.objective, **named}))
+    return content
+
+
+def _cells(record: Path | None) -> list[dict[str, Any]]:
+    """The runs of a record.
+
+    Raises:
+        UserError: it is none.
+    """
+    if record is None or not record.exists():
+        return []
+    try:
+        cells = json.loads(record.read_bytes())["runs"]
+        if all({"seed", "steps", "settings", "scalars"} <= cell.keys() for cell in cells):
+            return list(cells)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"--record={record} is no file of results that --record wrote")
 
 
 @dataclasses.dataclass
@@ -33,6 +62,8 @@ class Sweep:
         equal_flops: names of axes, see `Budgets`.
         compare: name of an axis, see `Results`.
         figures: names of scalars, see `Results`.
+        record: a JSON file of results, of this and of other machines: a run that is in it is done, and each that gets
+            done is added at once; None: there is none.
         data: what the data of each evaluation are called (`Data.name`), by run.
 
     Raises:
@@ -48,6 +79,7 @@ class Sweep:
     equal_flops: Sequence[str] = ()
     compare: str = ""
     figures: Sequence[str] = ()
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         self.axes: tuple[Axis, ...] = parse_grid(self.grid, self.config)
@@ -55,11 +87,14 @@ class Sweep:
         Results(self.axes, (), (), self.compare)
         self.runs = make_runs(self.axes, self.config, self.seeds)
         self.data: dict[str, dict[str, str]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._cells = _cells(self.record)
         for run in self.runs:
             config = self.config.copy_and_resolve_references()
             apply_overrides(config, self._budgets.overrides(run))
             config = resolve(config)
             check(config)
+            self._settings[run.name] = settings_of(config)
             self.data[run.name] = {name: data_of(config, EVALUATIONS[name].parts).name for name in config.evals}
 
     def jobs(self) -> list[Job]:
@@ -75,10 +110,13 @@ class Sweep:
 
         folder = self.folder / run.name
         command = python_command(self.config_file, folder, overrides)
-        return Job(run.name, command, folder, lambda: bool(self._scalars(run)), metrics)
+        return Job(run.name, command, folder, lambda: bool(self._scalars(run)), metrics, self._save_record)
 
     def _scalars(self, run: Run) -> dict[str, float]:
-        """All metrics of a run's evaluations at its end; nothing as long as one is missing."""
+        """All metrics of a run's evaluations at its end, of the record too; nothing as long as one is missing."""
+        return self._own_scalars(run) or self._recorded(run)
+
+    def _own_scalars(self, run: Run) -> dict[str, float]:
         folder, steps = self.folder / run.name / "evals", self._budgets.of(run).steps
         scalars: dict[str, float] = {}
         for name, data in self.data[run.name].items():
@@ -87,6 +125,30 @@ class Sweep:
                 return {}
             scalars |= result
         return {name: value for name, value in scalars.items() if name != "step" and isinstance(value, int | float)}
+
+    def _recorded(self, run: Run) -> dict[str, float]:
+        """Those of the record, if it has the run with these settings and the sweep's evaluations."""
+        for cell in self._cells:
+            same = cell["seed"] == run.seed and cell["settings"] == self._settings[run.name]
+            if same and cell["steps"] == self._budgets.of(run).steps:
+                scalars: dict[str, float] = cell["scalars"]
+                if all(any(key.startswith(f"{name}/") for key in scalars) for name in self.data[run.name]):
+                    return scalars
+        return {}
+
+    def _save_record(self) -> None:
+        """Writes the record, a line for each run; what it has besides stays."""
+        if self.record is None:
+            return
+        cells = {(c["seed"], c["steps"], json.dumps(c["settings"])): c for c in _cells(self.record)}
+        for result in self.results().done:
+            run, settings = result.run, self._settings[result.run.name]
+            cell = {"values": run.values, "seed": run.seed, **dataclasses.asdict(result.budget)}
+            key = run.seed, result.budget.steps, json.dumps(settings)
+            cells[key] = {**cell, "settings": settings, "scalars": result.scalars}
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(cell) for cell in cells.values())
+        write_text(self.record, f'{{"runs": [\n{lines}\n]}}\n')
 
     def _results(self, runs: Sequence[Run]) -> Results:
         results = [RunResult(run, self._budgets.of(run), self._scalars(run)) for run in runs]

@@ -179,6 +179,9 @@ class Setup:
         modalities = self._modalities()
 
         def fit(name: str, stored: np.ndarray, leaf: jax.Array) -> tuple[Any, str] | None:
+            layers = len(leaf) if "/blocks/" in name else 0
+            if 0 < layers < len(stored) and stored.shape[1:] == leaf.shape[1:]:
+                return stored[:layers], f"the first {layers} of {len(stored)} layers"
             return positions.fitted(name, stored, leaf, modalities)
 
         for load in loads:

@@ -240,7 +240,7 @@ def test_the_command_line_both_ways(parity: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "give --workdir" in done.stderr
 
 
-@pytest.mark.parametrize("name", convert.FORMATS)
+@pytest.mark.parametrize("name", ["m3ae", "mae", "vitmae", "timm", "safetensors"])
 def test_a_decoder_that_a_format_does_not_know_is_refused(name: str) -> None:
     config = config_lib.default()
     config.m3ae.decoder_attention = "cross"

@@ -125,6 +125,44 @@ def test_the_pictures_tower_starts_from_an_m3ae_run(objective: str, tmp_path: Pa
         np.testing.assert_array_equal(state.extra["teacher"]["image"]["cls_token"], encoder["cls_token"])
 
 
+@pytest.mark.parametrize("objective", ["contrastive", "mamo"])
+def test_the_captions_tower_starts_from_the_first_layers_of_a_bert(objective: str, tmp_path: Path) -> None:
+    bert = {
+        "data.modalities": "(text,)",
+        "m3ae.layout": "bert",
+        "model.depth": 3,
+        "data.max_text_tokens": 24,
+        "seed": 5,
+    }
+    decoder = {"m3ae.decoder_width": 16, "m3ae.decoder_heads": 2, "m3ae.decoder_depth": 1}
+    source = setup_of("m3ae", **bert, **decoder)
+    before = source.init_state()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(before, {"config": source.config.to_dict(), "modalities": source.modalities()}, {})
+    checkpoints.close()
+    names = {f"{objective}.text_layout": "bert", f"{objective}.text_from": str(tmp_path), f"{objective}.text_depth": 2}
+    text, encoder = fetch(setup_of(objective, **names).fresh_state().params["text"]), fetch(before.params["encoder"])
+    for a, b in zip(*(jax.tree.leaves(tree["transformer"]) for tree in (text, encoder)), strict=True):
+        np.testing.assert_array_equal(a, b[:2])
+    np.testing.assert_array_equal(text["other_token"], encoder["other_token"])
+    np.testing.assert_array_equal(text["text"]["position_embedding"], encoder["text"]["position_embedding"][:17])
+    np.testing.assert_array_equal(text["text"]["embedding"]["embedding"], encoder["text"]["embedding"]["embedding"])
+
+
+@pytest.mark.parametrize(("image", "text"), [("clip", "clip"), ("siglip", "siglip"), ("plain", "bert")])
+def test_the_layouts_of_published_models_train(image: str, text: str) -> None:
+    layouts = {"contrastive.image_layout": image, "contrastive.text_layout": text, "contrastive.embedding_width": 32}
+    setup = setup_of("contrastive", **layouts)
+    params, part = fetch(setup.init_state().params), part_of(setup)
+    assert ("norm" in params["text"]["transformer"]) == (text != "bert")
+    assert ("projection" in params["image"]) == (image != "siglip")
+    gradients = jax.jit(jax.grad(lambda p: setup.objective.loss(p, {}, part, None, 0).terms["contrast_loss"][0]))(
+        params
+    )
+    nothing = [path for path, g in jax.tree_util.tree_leaves_with_path(gradients) if not np.any(g)]
+    assert not nothing, [jax.tree_util.keystr(path) for path in nothing]
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     setup = setup_of("contrastive")
     part = part_of(setup)
@@ -136,6 +174,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         ({"contrastive.temperature": 0.7}, "is outside contrastive.temperature_range"),
         ({"contrastive.temperature_range": "(0.5,)"}, "two numbers, the lower one first"),
         ({"contrastive.text_width": 30}, "contrastive.text_width=30 is not divisible by"),
+        ({"contrastive.text_layout": "clip", "contrastive.pooling": "mean"}, "text_layout='clip' has its own summary"),
+        ({"contrastive.image_layout": "siglip"}, "embedding_width=256: with contrastive.image_layout='siglip'"),
+        ({"contrastive.image_layout": "bert"}, "is not one of clip, plain, siglip"),
     ):
         with pytest.raises(UserError, match=line):
             config_of("contrastive", **changes)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from m3ae_jax import config as config_lib
+from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import Data, Result
 from m3ae_jax.sweep.sweep import Sweep
 
@@ -101,3 +102,37 @@ def test_item_13_results_of_other_data_are_not_a_points(tmp_path):
     result.save(tmp_path / sweep.runs[1].name / "evals", 2, Data(labels[1], {"test": {"source": "scenes"}}))
     (done,) = sweep.results().done
     assert done.run == sweep.runs[1] and done.scalars == result.scalars
+
+
+def test_a_run_of_the_record_is_done_and_each_that_gets_done_is_added(tmp_path):
+    def sweep(folder, **changes):
+        config = config_lib.load("configs/claims.py")
+        overrides = [(name, str(value)) for name, value in (SMALL | changes).items()]
+        config_lib.apply_overrides(config, overrides)
+        config.evals = ("probe",)
+        return Sweep(
+            "configs/claims.py", config, [], folder, ["m3ae.text_mask_ratio=0.5,0.9"], 1, record=tmp_path / "x.json"
+        )
+
+    here = sweep(tmp_path / "here")
+    data = here.data[here.runs[0].name]["probe"]
+    assert [job.is_done() for job in here.jobs()] == [False, False]
+    result = Result("probe", {"probe/trained/image/cls/accuracy": 0.5}, "")
+    result.save(tmp_path / "here" / here.runs[0].name / "evals", 2, Data(data))
+    here.jobs()[0].finished()
+    assert len((tmp_path / "x.json").read_text().splitlines()) == 3  # a line for the run
+    elsewhere = sweep(tmp_path / "elsewhere")
+    assert [job.is_done() for job in elsewhere.jobs()] == [True, False]
+    assert elsewhere.results().done[0].scalars == result.scalars
+    for changes in ({"duration": "3 steps"}, {"model.width": 64}, {"seed": 7}):
+        assert not any(job.is_done() for job in sweep(tmp_path / "other", **changes).jobs()), changes
+    other = Result("probe", {"probe/trained/image/cls/accuracy": 0.7}, "")
+    other.save(tmp_path / "elsewhere" / here.runs[1].name / "evals", 2, Data(data))
+    elsewhere.jobs()[1].finished()
+    assert [run["scalars"] for run in json.loads((tmp_path / "x.json").read_text())["runs"]] == [
+        result.scalars,
+        other.scalars,
+    ]
+    (tmp_path / "x.json").write_text('{"runs": [1]}')
+    with pytest.raises(UserError, match=r"x\.json is no file of results"):
+        sweep(tmp_path / "elsewhere")

@@ -56,11 +56,11 @@ def check_range(name: str, bounds: tuple[float, ...]) -> tuple[float, float]:
     return bounds[0], bounds[1]
 
 
-def projection(width: int, dtype: Any, name: str | None = None) -> nn.Dense:
-    """From a tower to the space of the embeddings; without bias, as CLIP's and ALBEF's losses do not depend on one."""
+def projection(width: int, dtype: Any, name: str | None = None, *, bias: bool = False) -> nn.Dense:
+    """From a tower to the space of the embeddings."""
     return Linear(
         width,
-        use_bias=False,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=named(nn.initializers.xavier_uniform(), "embed", None),
         promote_dtype=gathered("embed", None),

@@ -10,23 +10,30 @@ import jax
 from ml_collections import ConfigDict
 
 from m3ae_jax.models.encoder import Encoded, Encoder
+from m3ae_jax.objectives.base import Load
 from m3ae_jax.objectives.parts.pairs import BOTH
 from m3ae_jax.objectives.parts.pixels import normalized_tokens
+
+
+def loads_of(group: Mapping[str, Any]) -> tuple[Load, ...]:
+    """What the fields ``image_from`` and ``text_from`` of a group say: encoders of m3ae for the towers."""
+    paths = {name: group[f"{name}_from"] for name in BOTH}
+    return tuple(Load(path, into=f"params/{name}", source="encoder") for name, path in paths.items() if path)
 
 
 def init_towers(
     rng: jax.Array,
     towers: Mapping[str, Encoder],
-    projections: Mapping[str, nn.Module],
+    projections: Mapping[str, nn.Module | None],
     sets: Mapping[str, Any],
     config: ConfigDict,
 ) -> tuple[dict[str, Any], dict[str, Encoded]]:
-    """Fresh parameters of each tower with its ``projection``, and what the towers make of some tokens.
+    """Fresh parameters of each tower with its ``projection``, if any, and what the towers make of some tokens.
 
     Args:
         rng: of the draw.
         towers: by modality.
-        projections: likewise.
+        projections: likewise; None: there is none.
         sets: a token set of each.
         config: says how pixels are normalised.
     """
@@ -36,8 +43,9 @@ def init_towers(
         tower, projected = jax.random.split(jax.random.fold_in(rng, number))
         tokens = {name: normalized_tokens(sets[name], config)}
         encoded[name], of_tower = towers[name].init_with_output(tower, tokens)
-        of_projection = projections[name].init(projected, encoded[name].pooled["cls"])
-        params[name] = {**of_tower["params"], "projection": of_projection["params"]}
+        params[name], projection = dict(of_tower["params"]), projections[name]
+        if projection is not None:
+            params[name]["projection"] = projection.init(projected, encoded[name].pooled["cls"])["params"]
     return params, encoded
 
 

@@ -1,0 +1,170 @@
+"""BERT of transformers and of the original release: its encoder as a captions' tower (`models.encoder.LAYOUTS`).
+
+Older files call the parameters of LayerNorm ``gamma`` and ``beta``. A text's ``[CLS]`` and ``[SEP]``, and the type of a
+first sentence, become part of tokens and positions here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3ae_jax.convert import formats, safetensors, torch_file
+from m3ae_jax.convert.formats import ERF, TANH, Arithmetic, Foreign, Format, need
+from m3ae_jax.convert.keymap import Names, Report
+from m3ae_jax.errors import UserError
+from m3ae_jax.paths import local
+
+_ACTIVATIONS = {"gelu": ERF, "gelu_new": TANH, "gelu_pytorch_tanh": TANH}
+_OLD = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+WORDS, PLACES, TYPES = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+_USUAL = {"[CLS]": 101, "[SEP]": 102}  # ids of the published vocabularies
+_NAMES = Names(
+    {
+        "cls": "cls",
+        "tower_other": "other",
+        "text": WORDS,
+        "tower_positions": "positions",
+        "tower_norm0": "embeddings.LayerNorm",
+        "qkv": "{block}.attention.self.{part}",
+        "proj": "{block}.attention.output.dense",
+        "norm1": "{block}.attention.output.LayerNorm",
+        "fc1": "{block}.intermediate.dense",
+        "fc2": "{block}.output.dense",
+        "norm2": "{block}.output.LayerNorm",
+    },
+    blocks={"encoder": "encoder.layer.{n}"},
+    modalities=("text",),
+)
+_BESIDE = (
+    (r"pooler\..*", "of its next-sentence head"),
+    (r"cls\..*", "of its heads of words and of the next sentence"),
+    (r"(classifier|qa_outputs)\..*", "of a task's head"),
+    (r".*position_ids", "a table of numbers"),
+)
+
+
+def is_bert(names: Iterable[str]) -> bool:
+    """Whether a file's names are BERT's."""
+    return any(name.endswith(WORDS) for name in names)
+
+
+def read(path: Path) -> Foreign:
+    """A file, or a folder; ``config.json`` and ``vocab.txt`` beside it are read."""
+    file = path
+    if path.is_dir():
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        file = next((one for one in files if one.is_file()), path / "model.safetensors")
+    arrays = safetensors.load(file)[0] if file.suffix == ".safetensors" else torch_file.load(file)[0]
+    facts: dict[str, Any] = {}
+    with formats.reading(file.parent / "config.json", "JSON file"):
+        if (file.parent / "config.json").is_file():
+            facts = dict(json.loads((file.parent / "config.json").read_bytes()))
+    if (file.parent / "vocab.txt").is_file():
+        facts["vocab"] = str(file.parent / "vocab.txt")
+    prefix = next(name for name in arrays if name.endswith(WORDS)).removesuffix(WORDS) if is_bert(arrays) else ""
+    foreign = Foreign({name.removeprefix(prefix): x for name, x in arrays.items()}, facts)
+    foreign.arrays = _spelled(foreign.arrays)
+    return foreign
+
+
+def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By today's names.
+
+    Raises:
+        UserError: a parameter is there by both names.
+    """
+
+    def today(name: str) -> str:
+        return re.sub(r"\.LayerNorm\.(gamma|beta)$", lambda m: _OLD[m[0]], name)
+
+    for name in arrays:
+        if today(name) != name and today(name) in arrays:
+            raise UserError(f"the file has both {name} and {today(name)}, names of one parameter: which one is right?")
+    return {today(name): value for name, value in arrays.items()}
+
+
+def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
+    """By ``config.json``, else BERT's.
+
+    Raises:
+        UserError: an activation that there is none of here, or positions of another kind.
+    """
+    activation = str(facts.get("hidden_act", "gelu"))
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"its hidden_act={activation!r} is none of {', '.join(_ACTIVATIONS)}")
+    if facts.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"its position_embedding_type={facts['position_embedding_type']!r}: only 'absolute' is read")
+    return Arithmetic(_ACTIVATIONS[activation], float(facts.get("layer_norm_eps", 1e-12)))
+
+
+def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
+    """Sets the model as in ``config.json``, or as its shapes and BERT's habits say."""
+    arrays, facts, m = foreign.arrays, foreign.facts, config.model
+    if "num_attention_heads" in facts:
+        m.heads = int(facts["num_attention_heads"])
+    m.heads = m.heads or m.width // 64
+    m.activation, m.layer_norm_epsilon = arithmetic(facts)
+    config.m3ae.layout, config.m3ae.text_mask_ratio = "bert", 0.15
+    config.data.modalities = ("text",)
+    config.data.max_text_tokens = len(need(arrays, PLACES)) - 2
+    config.data.tokenizer = facts.get("vocab", "")
+    report.notes += [
+        f"LayerNorm after each residual, epsilon {m.layer_norm_epsilon:g}; GELU: model.activation={m.activation}",
+        "for a captions' tower: --config.mamo.text_layout=bert --config.mamo.text_from=RUN (contrastive likewise)",
+    ]
+
+
+def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
+    """Makes the learned tokens of the ids of ``[CLS]`` and ``[SEP]``, and positions for the config's length."""
+    ids = ids_of(config.data.tokenizer, len(arrays[WORDS]))
+    words, places = arrays[WORDS], arrays.pop(PLACES)
+    kind = arrays.pop(TYPES)[0] if TYPES in arrays else np.zeros_like(places[0])
+    rows = config.data.max_text_tokens + 1
+    if rows > len(places) - 1:
+        raise UserError(f"data.max_text_tokens={rows - 1}: its positions are for {len(places) - 2} tokens")
+    arrays["cls"] = (words[ids["[CLS]"]] + places[0] + kind)[None, None]
+    arrays["other"] = words[ids["[SEP]"]][None, None]
+    arrays["positions"] = places[1 : 1 + rows] + kind
+    report.notes.append(f"[CLS] is id {ids['[CLS]']} of the words, [SEP] {ids['[SEP]']}")
+
+
+def ids_of(tokenizer: str, words: int) -> dict[str, int]:
+    """The ids of ``[CLS]`` and ``[SEP]``: by a vocabulary of lines, else as usual.
+
+    Raises:
+        UserError: there are not so many words.
+    """
+    ids = dict(_USUAL)
+    if tokenizer.endswith(".txt"):
+        lines = local(tokenizer, "data.tokenizer").read_text(encoding="utf-8").splitlines()
+        ids = {name: lines.index(name) for name in ids if name in lines} or ids
+    if len(ids) < len(_USUAL) or max(ids.values()) >= words:
+        raise UserError(
+            "it does not tell the ids of [CLS] and [SEP]: give its vocabulary, --config.data.tokenizer=vocab.txt"
+        )
+    return ids
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
+    """Not there: a run's tower has no next-sentence head, no words' head and no tokens' ids of its own."""
+    raise UserError("--to=bert: BERT's weights are read, and not written; --to=safetensors keeps our names")
+
+
+FORMAT = Format(
+    "BERT: a folder with config.json and vocab.txt, or its model.safetensors",
+    read,
+    describe,
+    write,
+    _NAMES,
+    arithmetic,
+    beside=_BESIDE,
+    folders=True,
+    adapt=adapt,
+)
