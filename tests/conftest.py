@@ -25,7 +25,7 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
 )
 
-# The programs that tests start share what they compile, and leave the user's cache alone.
+# The tests and the programs that they start share what they compile, and leave the user's cache alone.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="m3ae_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -38,7 +38,7 @@ if not os.environ.get("XDG_CACHE_HOME", "").startswith(tempfile.gettempdir()):
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_enable_compilation_cache", False)  # of the tests' own programs hardly one comes twice
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # runs that are stopped and go on compile often
 
 TESTS = Path(__file__).resolve().parent
 

@@ -194,8 +194,8 @@ def _resolve(config: ConfigDict, names: Names) -> ConfigDict:
 
 def _vocabulary(config: ConfigDict, foreign: Foreign, names: Names) -> int:
     """Words of the model; a tokenizer that is named must have as many."""
-    path = names.layers.get("text", _WORDS) if names.layers else tree.path("text")
-    table = foreign.arrays.get(path or "")
+    ends = names.layers.get("text", _WORDS) if names.layers else tree.TEXT_TABLE
+    table = next((array for key, array in foreign.arrays.items() if key.endswith(ends)), None)
     if table is None:
         return 0
     if config.data.tokenizer:

@@ -226,7 +226,8 @@ def draw(key_map: list[Line], flat: Arrays) -> tuple[dict[str, np.ndarray], Repo
     for line in key_map:
         shown, views = _views(line, flat)
         for name, view in views.items():
-            arrays[name] = np.ascontiguousarray(line.layout.out(np.asarray(view, np.float32)))
+            theirs = line.layout.out(np.asarray(view, np.float32))
+            arrays[name] = np.ascontiguousarray(theirs).reshape(theirs.shape)  # which makes a number a row
         report.matched.append((shown, line.ours, flat[line.ours].shape))
     report.unused = sorted(set(flat) - {line.ours for line in key_map})
     return arrays, report

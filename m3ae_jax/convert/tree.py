@@ -64,6 +64,9 @@ LAYERS = {
 }
 """Our layers by role."""
 
+TEXT_TABLE = "text/embedding/embedding"
+"""How the path of a table of words ends, whatever has it."""
+
 DECODER = "decoder/"
 """How the paths of the parameters begin that only the decoder has."""
 

@@ -169,7 +169,7 @@ def test_a_wrong_conversion_is_seen(parity: Path) -> None:
         ),
         (
             lambda flat: flat.pop("params/encoder/LayerNorm_0/bias"),
-            "lacks what the encoder needs: encoder/transformer/norm/bias",
+            "lacks what the model needs: encoder/transformer/norm/bias",
         ),
         (lambda flat: flat.pop("params/decoder/LayerNorm_0/bias"), "a part of the decoder alone"),
         (lambda flat: flat.update({"params/adapter": np.zeros(3)}), "no place for: adapter"),
