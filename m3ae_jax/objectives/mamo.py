@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
 from m3ae_jax.data.masking import Blocks, Corrupted, RandomSubset
+from m3ae_jax.data.mixture import modalities_of
 from m3ae_jax.data.tokens import MASK, Group, Masker, modality_table
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder
@@ -143,7 +144,12 @@ class Fields(FieldGroup):
             raise UserError(f"mamo.queue={m.queue} is not divisible by batch_size={config.batch_size}")
         if m.negative_rows and config.batch_size % m.negative_rows:
             raise UserError(f"batch_size={config.batch_size} is not divisible by mamo.negative_rows={m.negative_rows}")
-        if m.negative_rows == 1 or config.batch_size == 1:
+        if m.queue and len({modalities_of(name, spec, config) for name, spec in config.data.mixture.items()}) > 1:
+            raise UserError(
+                f"mamo.queue={m.queue}: the queue takes batches of pairs alone, and data.mixture has members without "
+                "pictures or captions; set mamo.queue=0"
+            )
+        if m.match_weight and (m.negative_rows == 1 or config.batch_size == 1):
             raise UserError("mamo: the matching needs two rows at least, set mamo.negative_rows or batch_size to 2")
         if not any(m[f"{term}_weight"] for term in ("contrast", "match", "word", "latent", "feature")):
             raise UserError("mamo: all weights are 0, so there is no loss")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+import m3ae_jax.config as config_lib
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import Embeds, LossOutput, Matches, Restores
 from m3ae_jax.objectives.batch import batch_loss, clean, mean
+from m3ae_jax.objectives.mamo import MAMO
 from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.flops import step_flops
 from m3ae_jax.train.setup import Setup
@@ -140,6 +144,41 @@ def test_without_mrm_and_mim_it_is_albefs_loss_without_a_teacher() -> None:
     output = loss(setup, state.params, {}, part_of(setup))
     assert set(output.terms) == set(setup.objective.term_weights)
     assert float(output.terms["match_loss"][1]) == 3 * B and float(output.terms["contrast_loss"][1]) == B
+
+
+def test_its_numbers_without_mrm_and_mim_are_albefs() -> None:
+    """Of two pairs, whose negatives are each other: by what it can do for anybody, and NumPy."""
+    changes = {
+        "batch_size": 2, "mamo.latent_weight": 0, "mamo.feature_weight": 0, "mamo.text_corruption": "(1.0, 0.0)",
+    }  # fmt: skip
+    setup, state = setup_of(**changes), state_of(**changes)
+    objective: Any = setup.objective
+    part, params = part_of(setup), fetch(state.params)
+    assert len(set(part["example"]["image_id"].tolist())) == len(set(part["example"]["caption_id"].tolist())) == 2
+    got = terms_of(jax.jit(functools.partial(loss, setup))(params, state.extra, part))
+
+    embedded = fetch(jax.jit(objective.embed)(params, part))
+    logits = np.float64(embedded["image"]) @ np.float64(embedded["text"]).T / 0.07
+    rows, columns = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, logits.T))
+    assert got["contrast_loss"] == pytest.approx(-0.5 * (np.trace(rows) + np.trace(columns)) / 2, rel=1e-5)
+
+    def match(image: slice, text: slice) -> np.ndarray:
+        groups = {"image": image, "text": text}
+        mixed = {name: jax.tree.map(itemgetter(groups[name]), of) for name, of in part["groups"].items()}
+        return np.float64(objective.match(params, {"groups": mixed}))
+
+    same, other = slice(None), slice(None, None, -1)
+    losses = [np.log1p(np.exp(-match(same, same))), np.log1p(np.exp(match(other, same)))]
+    losses.append(np.log1p(np.exp(match(same, other))))
+    assert got["match_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+    image = part["groups"]["image"]
+    whole = {n: np.concatenate([image["visible"][n], image["target"][n]], axis=1) for n in image["visible"]}
+    groups = {"image": {"visible": whole, "target": {n: x[:, :0] for n, x in whole.items()}}}
+    words = jax.jit(objective.restore)(params, {"groups": {**groups, "text": part["groups"]["text"]}})["text"]
+    hidden = part["groups"]["text"]["target"]["valid"]
+    assert got["word_loss"] == pytest.approx(np.asarray(words.loss)[hidden].mean(), rel=1e-5)
+    assert set(got) == {"contrast_loss", "match_loss", "word_loss"} and set(objective.term_weights.values()) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -282,6 +321,18 @@ def test_wrong_fields_are_refused() -> None:
         ({"mamo.text_corruption": "(0.9, 0.3)"}, "two shares whose sum is at most 1"),
         ({"mamo.temperature_range": "(0.5, 0.1)"}, "two numbers, the lower one first"),
         ({"data.modalities": "(image,)"}, "lacks 'text'"),
+        ({"batch_size": 1}, "the matching needs two rows at least"),
     ):
         with pytest.raises(UserError, match=line.replace("(", r"\(")):
             config_of(**changes)
+    config_of(**{"batch_size": 1, "mamo.match_weight": 0})
+
+
+def test_a_queue_takes_pairs_alone() -> None:
+    config = config_lib.load("configs/mixture.py")
+    mixture = {name: spec.to_dict() for name, spec in config.data.mixture.items()}
+    wanted = config_of().copy_and_resolve_references()
+    wanted.data.mixture = ConfigDict(mixture)
+    wanted.mamo.queue = 2 * B
+    with pytest.raises(UserError, match=r"mamo\.queue=16: the queue takes batches of pairs alone"):
+        MAMO.Fields.check(wanted, "mamo")
