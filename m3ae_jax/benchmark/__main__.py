@@ -3,6 +3,7 @@ r"""Measures a part of the program on this machine.
     python -m m3ae_jax.benchmark --what=step
     python -m m3ae_jax.benchmark --what=step --config=mae --against=vit_mae --config.batch_size=8
     python -m m3ae_jax.benchmark --what=step --config=base --against=m3ae --config.batch_size=8
+    python -m m3ae_jax.benchmark --what=step --config=mamo --against=config=base --config.batch_size=8
     python -m m3ae_jax.benchmark --what=end_to_end
     python -m m3ae_jax.benchmark --what=init --config=base
     python -m m3ae_jax.benchmark --what=checkpoint --config=base
@@ -49,7 +50,9 @@ _CONFIG = flags.DEFINE_string("config", "", "As of m3ae_jax.main, with --config.
 _OWN_DATA = flags.DEFINE_bool("own_data", False, "For input: read the config's data, not pictures made here.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements, of which the median and the range are printed.")
 _CAPTION_TOKENS = flags.DEFINE_float("caption_tokens", 25.0, "For step: mean length of the captions.")
-_AGAINST = flags.DEFINE_string("against", "", f"For step: a program to time in turns; {', '.join(peer.names())}.")
+_AGAINST = flags.DEFINE_string(
+    "against", "", f"For step: what to time in turns: {', '.join(peer.names())}, or config=NAME, another of ours."
+)
 _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the figures.")
 _COMPARE = flags.DEFINE_string("compare", "", "A JSON file of --output, of which to print ratios.")
 

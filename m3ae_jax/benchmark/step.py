@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.benchmark.peer as peers
 from m3ae_jax.benchmark.timing import Figures, Rounds, compute_dtype, cores, in_turns, spread, timed
+from m3ae_jax.config import load, resolve
 from m3ae_jax.data.mixture import cut_mixture
 from m3ae_jax.data.order import RandomStream
 from m3ae_jax.data.pipeline import masked
@@ -31,6 +32,8 @@ from m3ae_jax.train.progress import host_peak_bytes
 from m3ae_jax.train.setup import BERT_VOCABULARY
 from m3ae_jax.train.step import abstract_state, init_state, jit_train_step
 
+CONFIG = "config="
+"""How ``--against`` begins where it names a config of ours."""
 CAPTION_TOKENS = 25.0
 """Mean length of the captions: CC12M's, about."""
 
@@ -83,6 +86,7 @@ class StepFigures(Figures):
         host_peak_bytes: the most that the process held.
         against: the other program, timed in turns with `step`; None: without one.
         against_name: what it is.
+        against_flops_per_example: of another config of ours; 0 of another program.
     """
 
     device: str
@@ -103,6 +107,7 @@ class StepFigures(Figures):
     host_peak_bytes: int
     against: Timed | None = None
     against_name: str = ""
+    against_flops_per_example: float = 0.0
 
     @property
     def mfu(self) -> float:
@@ -133,6 +138,12 @@ class StepFigures(Figures):
             ratio = self.step.examples_per_second / self.against.examples_per_second
             lines.append(f"  {self.against_name}: {self.against.text()}")
             lines.append(f"  ratio             {ratio:.2f} x its examples/s")
+            if self.against_flops_per_example:
+                flops = self.flops_per_example / self.against_flops_per_example
+                lines.append(
+                    f"  cost              {flops:.2f} x its matrix products, {1 / ratio:.2f} x its time: "
+                    f"{1 / ratio / flops:.2f} x what the products say"
+                )
         return "\n".join(lines)
 
 
@@ -189,6 +200,31 @@ class Runner:
         for _ in range(steps - 1):
             self.start()
         jax.block_until_ready(self.start())
+
+
+class OtherConfig:
+    """The step of another config of ours, at the sizes of the one that is measured: a `peer.Peer`.
+
+    Raises:
+        UserError: there is no such config.
+    """
+
+    def __init__(self, path: str, config: ConfigDict, caption_tokens: float) -> None:
+        other = load(path)
+        for group in ("model", "compute"):
+            other[group].update(config[group])
+        other.batch_size = config.batch_size
+        for field in ("image_size", "patch_size", "max_text_tokens", "tokenizer", "modalities"):
+            other.data[field] = config.data[field]
+        resolved = resolve(other)
+        self.name = f"config {path}"
+        self._runner = Runner(resolved, resolved.anomaly.spike, caption_tokens)
+        self.flops_per_example = flops_per_example(resolved, self._runner.vocabulary)
+        self.run = self._runner.run
+
+    def peak_bytes(self) -> int | None:
+        """Not known: both programs share a process."""
+        return None
 
 
 def vocabulary_of(config: ConfigDict) -> int:
@@ -255,12 +291,16 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         config: resolved.
         repeats: rounds of each.
         caption_tokens: as of `ready_batch`.
-        against: one of `peer.names`; "": nothing.
+        against: one of `peer.names`, or ``config=`` and a config of ours; "": nothing.
 
     Raises:
         UserError: the other program cannot run this config, or is not installed.
     """
-    other = peers.build(against, config, caption_tokens, make_mesh(config).size) if against else None
+    other: peers.Peer | OtherConfig | None = None
+    if against.startswith(CONFIG):
+        other = OtherConfig(against.removeprefix(CONFIG), config, caption_tokens)
+    elif against:
+        other = peers.build(against, config, caption_tokens, make_mesh(config).size)
     runner = Runner(config, config.anomaly.spike, caption_tokens)
     dtype = compute_dtype(config)
     ours, *theirs = [Rounds(program.run) for program in (runner, other) if program]
@@ -288,4 +328,5 @@ def measure(config: ConfigDict, repeats: int, caption_tokens: float = CAPTION_TO
         host_peak_bytes=host_peak_bytes(),
         against=Timed.of(theirs[0].seconds, batch_size, other.peak_bytes()) if other else None,
         against_name=other.name if other else "",
+        against_flops_per_example=other.flops_per_example if isinstance(other, OtherConfig) else 0.0,
     )

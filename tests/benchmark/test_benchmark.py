@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_the_step_benchmark_measures_without_tensorflow(monkeypatch):
     program = "import sys; sys.modules['tensorflow'] = None; from m3ae_jax.benchmark import step, compare"
     program += "; from m3ae_jax.benchmark.peers import m3ae, vit_mae"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.slow
+def test_another_config_of_ours_is_timed_in_turns_at_the_same_sizes(monkeypatch):
+    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_FLOAT32_SIDE", 64)
+    config = small()
+    figures = step.measure(config, repeats=1, against="config=mae")
+    assert figures.against_name == "config mae" and figures.against is not None
+    assert 0 < figures.against_flops_per_example != figures.flops_per_example
+    assert re.search(r"cost +[\d.]+ x its matrix products, [\d.]+ x its time: [\d.]+ x what", figures.text())
+    with pytest.raises(UserError, match="nosuch"):
+        step.measure(config, repeats=1, against="config=nosuch")
 
 
 def test_the_other_program_is_of_pictures_alone():
