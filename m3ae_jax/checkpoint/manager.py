@@ -207,13 +207,13 @@ class Checkpoints:
         Raises:
             UserError: the storage refuses.
         """
-        before = self._saved_figures(step)
-        figures = before | self._figures(metrics)
-        if figures == before:
+        figures = self._figures(metrics)
+        if not figures:  # in no process: what the file holds must not decide, as process 0 may have written it already
             return
-        if jax.process_index() == 0:
+        before = self._saved_figures(step)
+        if jax.process_index() == 0 and not figures.items() <= before.items():
             try:
-                _write_metrics(self._folder / str(step), figures)
+                _write_metrics(self._folder / str(step), before | figures)
             except OSError as error:
                 raise UserError(f"{self._folder / str(step)} cannot be written: {error.strerror}") from None
         if jax.process_count() > 1:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3ae_jax.checkpoint import manager
 from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
 from m3ae_jax.errors import UserError
 from m3ae_jax.train.step import TrainState
@@ -50,6 +51,21 @@ def test_the_best_by_a_figure_that_comes_after_the_save(tmp_path):
         assert run.best() == 2 and run.is_evaluated(first + 2)
         run.close()
     assert steps(tmp_path) == [2, 6]
+
+
+def test_all_processes_meet_when_figures_are_added_whichever_of_them_sees_the_file_first(tmp_path, monkeypatch):
+    run, met = Checkpoints(tmp_path, keep=1), []
+    run.save(state(1), {}, {})
+    run.wait()
+    run.add_metrics(1, {"val/loss": 1.0})
+    monkeypatch.setattr(manager.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(manager.multihost_utils, "sync_global_devices", met.append)
+    monkeypatch.setattr(run, "_reopen", lambda step: None)
+    run.add_metrics(1, {"val/loss": 1.0})  # as a process that comes after process 0 has written
+    run.add_metrics(1, {"val/other": 1.0})
+    monkeypatch.undo()
+    run.close()
+    assert met == ["metrics of step 1"]
 
 
 def test_no_step_is_the_best_without_the_figure(tmp_path):
