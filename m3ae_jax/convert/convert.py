@@ -354,7 +354,7 @@ def _check_expressible(kind: Format, config: ConfigDict, name: str, encoder_only
         raise UserError(f"objective={config.objective!r}: --to={name} holds models of {kind.objective}")
     if config.objective != "m3ae":
         return
-    if config.m3ae.layout != "plain" and kind.names.layers:
+    if config.m3ae.layout != "plain" and kind.names.layers and kind is not bert.FORMAT:
         raise UserError(f"m3ae.layout={config.m3ae.layout!r}: --to={name} has no such encoder; --to=safetensors has")
     image_only, has_decoder = "text" not in kind.names.modalities, "decoder" in kind.names.blocks
     if image_only and "image" not in config.data.modalities:

@@ -1,0 +1,110 @@
+"""CLIP, SigLIP and BERT without PyTorch: written as theirs, our models compute the same by NumPy, and come back."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import m3ae_jax.config as config_lib
+import m3ae_jax.inference as inference
+from m3ae_jax.convert import bert, check, convert, safetensors
+from m3ae_jax.convert.convert import Converted
+from m3ae_jax.convert.formats import Foreign
+from m3ae_jax.convert.keymap import Report
+from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import build
+
+WORDS = 40
+
+
+def run_of(layout: str, folder: Path) -> inference.Stored:
+    """A run with random numbers in all its parameters."""
+    config = config_lib.default("contrastive")
+    config.model.update(width=32, depth=2, heads=4, activation="quick_gelu" if layout == "clip" else "gelu_tanh")
+    config.model.layer_norm_epsilon = 1e-5 if layout == "clip" else 1e-6
+    config.data.update(image_size=24, patch_size=8, max_text_tokens=10)
+    config.contrastive.update(image_layout=layout, text_layout=layout, image_positions="learned")
+    config.contrastive.update(embedding_width=32, loss="softmax" if layout == "clip" else "sigmoid")
+    resolved = config_lib.resolve(config)
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(build(resolved, WORDS).init, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.float32(rng.standard_normal(x.shape) * 0.3 + (x.ndim == 1) * 0.5), shapes)
+    params["contrast"]["scale"] = np.float32(3.0)
+    convert.write_run(Converted("clip", resolved, params, Report(), Foreign({}), WORDS), folder)
+    return inference.read(str(folder))
+
+
+@pytest.mark.parametrize("format", ["clip", "open_clip"])
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_what_is_written_computes_the_same_by_numpy_and_comes_back(layout: str, format: str, tmp_path: Path) -> None:
+    stored = run_of(layout, tmp_path / "run")
+    path = tmp_path / ("theirs" if format == "clip" else "theirs.safetensors")
+    assert not convert.export_weights(stored, format, path).unused
+    given = [
+        ("model.heads", "4"),
+        ("contrastive.text_heads", "4"),
+        ("model.activation", stored.config.model.activation),
+    ]
+    again = convert.import_weights(path, overrides=given)
+    assert again.format == format and not again.report.missing and not again.report.unused
+    compared = check.compare(again)
+    if format == "clip":  # a file of open_clip tells no activation
+        assert compared.close and set(compared.errors) == {"image embeddings", "text embeddings"}, compared.text()
+    tables = ("text/embedding/embedding",)  # rows of the start, the end and the padding are the tokens' now
+    for place, x in jax.tree_util.tree_leaves_with_path(again.params):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        before: Any = stored.params
+        for key in name.split("/"):
+            before = before[key]
+        if not name.endswith(tables):
+            np.testing.assert_array_equal(x, before, err_msg=name)
+
+
+def test_the_comparison_sees_what_is_wrong(tmp_path: Path) -> None:
+    stored = run_of("clip", tmp_path / "run")
+    convert.export_weights(stored, "clip", tmp_path / "theirs")
+    again = convert.import_weights(tmp_path / "theirs")
+    assert check.compare(again).close
+    for change in ("mlp_in", "position_embedding", "cls_token", "other_token", "embedding_norm"):
+        wrong = jax.tree_util.tree_map_with_path(
+            lambda path, x, change=change: x * 1.1 if change in jax.tree_util.keystr(path) else x, again.params
+        )
+        assert not check.compare(Converted(again.format, again.config, wrong, again.report, again.foreign, WORDS)).close
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_bert_computes_the_same_by_numpy(old: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ends = ("gamma", "beta") if old else ("weight", "bias")
+    arrays: dict[str, np.ndarray] = {
+        bert.WORDS: rng.standard_normal((120, 64)), bert.PLACES: rng.standard_normal((12, 64)),
+        bert.TYPES: rng.standard_normal((2, 64)), "pooler.dense.weight": np.ones((64, 64)),
+    }  # fmt: skip
+    linear = {"attention.self.query": (64, 64), "attention.self.key": (64, 64), "attention.self.value": (64, 64)}
+    linear |= {"attention.output.dense": (64, 64), "intermediate.dense": (128, 64), "output.dense": (64, 128)}
+    for n in range(2):
+        for name, shape in linear.items():
+            arrays[f"encoder.layer.{n}.{name}.weight"] = rng.standard_normal(shape) * 0.2
+            arrays[f"encoder.layer.{n}.{name}.bias"] = rng.standard_normal(shape[0]) * 0.2
+    norms = ["embeddings"] + [f"encoder.layer.{n}.{at}output" for n in range(2) for at in ("attention.", "")]
+    arrays |= {f"{norm}.LayerNorm.{end}": rng.standard_normal(64) * 0.2 + 0.5 for norm in norms for end in ends}
+    path = tmp_path / "model.safetensors"
+    safetensors.save(path, {f"bert.{name}": np.float32(x) for name, x in arrays.items()}, {})
+    converted = convert.import_weights(path, overrides=[("model.heads", "2")])
+    assert converted.format == "bert" and converted.config.model.heads == 2
+    compared = check.compare(converted)
+    assert compared.close and compared.errors, compared.text()
+    with pytest.raises(UserError, match=r"--to=bert: BERT's weights are read, and not written"):
+        convert.write_run(converted, tmp_path / "run")
+        convert.export_weights(inference.read(str(tmp_path / "run")), "bert", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["clip", "mae"])
+def test_a_bert_is_not_written_as_another(name: str) -> None:
+    config = config_lib.default()
+    config.m3ae.layout = "bert"
+    with pytest.raises(UserError, match=r"holds models of contrastive|has no such encoder; --to=safetensors has"):
+        convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=True)
