@@ -37,7 +37,7 @@ class BuildWithConfigs(build_py):
 
 WORDPIECE = ["tokenizers>=0.22,<0.24"]
 # Data in stores other than Google's: https:// and s3://.
-REMOTE = ["fsspec>=2025.9,<2027", "aiohttp>=3.11,<4", "s3fs>=2025.9,<2027"]
+REMOTE = ["fsspec>=2025.10,<2027", "aiohttp>=3.11,<4", "s3fs>=2025.10,<2027"]
 # To write .pth files; all other conversions need no package.
 TORCH = ["torch>=2.6,<2.14"]
 # The metric writer of that name.

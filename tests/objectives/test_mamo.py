@@ -272,6 +272,29 @@ def test_the_step_costs_what_its_terms_do() -> None:
     assert parts["teacher"] == teacher and parts["5 fusion passes"] == 15 * fused
 
 
+def shapes_in(program: Any) -> set[tuple[int, ...]]:
+    """Of everything that a traced program makes, loops and calls within it too."""
+    shapes = {out.aval.shape for equation in program.eqns for out in equation.outvars}
+    for equation in program.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            shapes |= shapes_in(inner)
+    return shapes
+
+
+def test_two_examples_have_a_number_and_never_tokens() -> None:
+    rows = 13  # no other size of the model
+    setup, state = setup_of(batch_size=rows), state_of(batch_size=rows)
+    part = part_of(setup)
+
+    def total(params: Any) -> jax.Array:
+        output = loss(setup, params, state.extra, part, jax.random.key(0))
+        return sum(mean(*term) for term in output.terms.values())
+
+    shapes = shapes_in(jax.make_jaxpr(jax.grad(total))(state.params).jaxpr)
+    assert (rows, rows) in shapes
+    assert [shape for shape in shapes if shape.count(rows) > 1 and np.prod(shape) > rows * rows] == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -283,32 +306,6 @@ def test_the_step_costs_what_its_terms_do() -> None:
         {"mamo.text_depth": 2, "mamo.fusion_depth": 3, "model.mlp_ratio": 2.0, "mamo.image_mask": "blocks"},
     ],
 )
-def shapes_in(program: Any) -> set[tuple[int, ...]]:
-    """Of everything that a traced program makes, loops and calls within it too."""
-    shapes = {out.aval.shape for equation in program.eqns for out in equation.outvars}
-    for equation in program.eqns:
-        for inner in jaxprs_in_params(equation.params):
-            shapes |= shapes_in(inner)
-    return shapes
-
-
-def test_pairs_of_examples_have_a_number_each_and_never_tokens() -> None:
-    rows = 13  # no other size of the model
-    setup = setup_of(batch_size=rows)
-    params, extra, part = setup.abstract_state().params, setup.abstract_state().extra, part_of(setup)
-
-    def total(params: Any) -> jax.Array:
-        output = loss(setup, params, extra_of(extra), part, jax.random.key(0))
-        return sum(mean(*term) for term in output.terms.values())
-
-    def extra_of(abstract: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-
-    shapes = shapes_in(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
-    assert (rows, rows) in shapes
-    assert [shape for shape in shapes if shape.count(rows) > 1 and np.prod(shape) > rows * rows] == []
-
-
 def test_whatever_is_asked_the_parts_of_a_step_add_up_to_the_traced_program(changes: Any) -> None:
     setup = setup_of(**changes)
     assert counted(setup, **changes) == sum(setup.objective.products(B).values())

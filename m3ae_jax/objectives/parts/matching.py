@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from m3ae_jax.models.placement import constrain
+
 _NEVER = -1e9
 
 
@@ -28,8 +30,9 @@ class Negatives:
 
     def of(self, x: jax.Array) -> jax.Array:
         """The negatives' rows of `[B, ...]`; their gradient goes where they come from."""
-        grouped = x.reshape(*self.row.shape, -1)
-        return jnp.take_along_axis(grouped, self.row[..., None], axis=1).reshape(x.shape)
+        # Whole rows: with an index for each number a TPU would pad each of these to 128.
+        taken = jax.vmap(lambda rows, index: rows[index])(x.reshape(*self.row.shape, *x.shape[1:]), self.row)
+        return constrain(taken.reshape(x.shape), "batch", *[None] * (x.ndim - 1))
 
 
 def hard_negatives(
