@@ -116,7 +116,9 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
     if config.m3ae.normalize_patches:
         report.notes.append("DIFFERS: M3AE's pixels are not normalised by patch, this model's are")
     if path.suffix == ".npz":
-        np.savez(path, **{f"params/{name}": value for name, value in arrays.items()})
+        # No allow_pickle: older NumPy takes it for one more array.
+        named: dict[str, Any] = {f"params/{name}": value for name, value in arrays.items()}
+        np.savez(path, **named)
         return
     path.write_bytes(pickle.dumps({"params": unflatten_dict(arrays, sep="/")}, protocol=4))
 
