@@ -44,13 +44,14 @@ def _import() -> None:
     import m3ae_jax.convert.check as check
     import m3ae_jax.convert.convert as convert
 
+    workdir = local(_WORKDIR.value, "--workdir").resolve()
+    convert.check_free(workdir)
     converted = convert.import_weights(local(_FROM.value, "--from"), _FORMAT.value, _overrides)
     print(converted.report.text())
     compared = check.compare(converted)
     print(compared.text())
     if not compared.close:
         raise UserError("the converted model does not compute what theirs does; nothing was written")
-    workdir = local(_WORKDIR.value, "--workdir").resolve()
     convert.write_run(converted, workdir, _FROM.value, _LICENSE.value)
     print(f"written to {workdir}; its card is MODEL.md")
 

@@ -68,7 +68,15 @@ def read(path: Path) -> Foreign:
             facts = dict(json.loads((file.parent / "config.json").read_bytes()))
     if (file.parent / "vocab.txt").is_file():
         facts["vocab"] = str(file.parent / "vocab.txt")
+    kind = facts.get("model_type", "bert")
     prefix = next(name for name in arrays if name.endswith(WORDS)).removesuffix(WORDS) if is_bert(arrays) else ""
+    *_, last = ("", *prefix.rstrip(".").split("."))
+    if kind != "bert" or last not in ("", "bert", "module", "model", "_orig_mod"):
+        raise UserError(
+            f"{path} is of a {kind if kind != 'bert' else last!r}, with other positions and ids of [CLS] and [SEP]; "
+            "only 'bert' is read"
+        )
+    arrays = formats.single(arrays)
     foreign = Foreign({name.removeprefix(prefix): x for name, x in arrays.items()}, facts)
     foreign.arrays = _spelled(foreign.arrays)
     return foreign
@@ -99,6 +107,8 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
     activation = str(facts.get("hidden_act", "gelu"))
     if activation not in _ACTIVATIONS:
         raise UserError(f"its hidden_act={activation!r} is none of {', '.join(_ACTIVATIONS)}")
+    if facts.get("is_decoder"):
+        raise UserError("its is_decoder=true: its tokens see those before them alone; only encoders are read")
     if facts.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"its position_embedding_type={facts['position_embedding_type']!r}: only 'absolute' is read")
     return Arithmetic(_ACTIVATIONS[activation], float(facts.get("layer_norm_eps", 1e-12)))
@@ -109,12 +119,18 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     arrays, facts, m = foreign.arrays, foreign.facts, config.model
     if "num_attention_heads" in facts:
         m.heads = int(facts["num_attention_heads"])
-    m.heads = m.heads or m.width // 64
+    if not m.heads:
+        m.heads = max(m.width // 64, 1)
+        report.notes.append(f"heads: taken as {m.heads}, 64 channels each: the file does not tell")
     m.activation, m.layer_norm_epsilon = arithmetic(facts)
     config.m3ae.layout, config.m3ae.text_mask_ratio = "bert", 0.15
     config.data.modalities = ("text",)
     config.data.max_text_tokens = len(need(arrays, PLACES)) - 2
     config.data.tokenizer = facts.get("vocab", "")
+    if "model_type" not in facts:
+        report.notes.append(
+            "taken as BERT: relatives, as RoBERTa, have the same names, and there is no config.json beside"
+        )
     report.notes += [
         f"LayerNorm after each residual, epsilon {m.layer_norm_epsilon:g}; GELU: model.activation={m.activation}",
         "for a captions' tower: --config.mamo.text_layout=bert --config.mamo.text_from=RUN (contrastive likewise)",
@@ -143,7 +159,9 @@ def ids_of(tokenizer: str, words: int) -> dict[str, int]:
     """
     ids = dict(_USUAL)
     if tokenizer.endswith(".txt"):
-        lines = local(tokenizer, "data.tokenizer").read_text(encoding="utf-8").splitlines()
+        file = local(tokenizer, "data.tokenizer")
+        with formats.reading(file, "vocabulary in UTF-8"):
+            lines = file.read_text(encoding="utf-8").splitlines()
         ids = {name: lines.index(name) for name in ids if name in lines} or ids
     if len(ids) < len(_USUAL) or max(ids.values()) >= words:
         raise UserError(

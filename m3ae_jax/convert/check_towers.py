@@ -41,6 +41,7 @@ def compare(converted: Converted, seed: int = 0) -> tuple[dict[str, float], str]
         return {"text features": _error(ours["text"], net.bert(words, ids, config.model.heads))}, ""
     raw = {name: np.asarray(x, np.float64) for name, x in facts["raw"].items()}
     net, siglip = _Net(raw, activation, epsilon), bool(facts["siglip"])
+    net.ids = facts["ids"]
     heads = {"image": config.model.heads, "text": config.contrastive.text_heads or config.model.heads}
     errors = {}
     if len(raw["raw.image.table"].reshape(-1, config.model.width)) in (
@@ -93,6 +94,7 @@ class _Net:
 
     def __init__(self, arrays: Arrays, activation: str, epsilon: float) -> None:
         self._a, self._epsilon = arrays, epsilon
+        self.ids: Mapping[str, int] = {}
         self._act = {ERF: erf_gelu, TANH: tanh_gelu}.get(activation, lambda x: x / (1.0 + np.exp(-1.702 * x)))
 
     def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
@@ -164,13 +166,13 @@ class _Net:
     def text(self, words: list[np.ndarray], heads: int, siglip: bool) -> np.ndarray:
         """Embeddings of length one, `[N, d]`."""
         table, places = self._a["raw.text.words"], self._a["raw.text.table"]
-        start, end, out = len(table) - 2, len(table) - 1, []
+        out = []
         for ids in words:
             if siglip:
-                padded = np.concatenate([ids, np.ones(len(places) - len(ids), int)])
+                padded = np.concatenate([ids, np.full(len(places) - len(ids), self.ids["padding"])])
                 last = self._norm("text.norm", self._stack("text", table[padded] + places, heads))[-1]
             else:
-                whole = np.concatenate([[start], ids, [end]])
+                whole = np.concatenate([[self.ids["start"]], ids, [self.ids["end"]]])
                 x = self._stack("text", table[whole] + places[: len(whole)], heads, causal=True)
                 last = self._norm("text.norm", x)[-1]
             out.append(self._linear("text.projection", last))

@@ -194,8 +194,8 @@ def _is_siglip(arrays: Mapping[str, np.ndarray]) -> bool:
     return "image.pool.query" in arrays
 
 
-def fold(arrays: dict[str, np.ndarray]) -> None:
-    """Takes the learned tokens out of the tables: `Layout.other` and the CLS token of each tower."""
+def fold(arrays: dict[str, np.ndarray], ids: Mapping[str, int]) -> None:
+    """Takes the learned tokens out of the tables: `Layout.other` and the CLS token of each tower, by `ids_of`."""
     for name in [name for name in arrays if name.startswith("turned.")]:
         arrays[name.removeprefix("turned.")] = arrays.pop(name).T
     _split_three(arrays)
@@ -206,14 +206,40 @@ def fold(arrays: dict[str, np.ndarray]) -> None:
     arrays["image.positions"] = table
     words, table = arrays.pop("raw.text.words"), arrays.pop("raw.text.table")
     if _is_siglip(arrays):
-        arrays["text.cls"] = words[1][None, None]
-    else:  # the last two words are the start and the end
-        arrays["text.other"], arrays["text.cls"] = (words[-2] + table[0])[None, None], words[-1][None, None]
+        arrays["text.cls"] = words[ids["padding"]][None, None]
+    else:
+        arrays["text.other"] = (words[ids["start"]] + table[0])[None, None]
+        arrays["text.cls"] = words[ids["end"]][None, None]
         table = table[1:]
     arrays["text.words"], arrays["text.positions"] = words, table
     for name in ("scale", "bias"):
         if name in arrays:
             arrays[name] = np.asarray(arrays[name]).reshape(())
+
+
+def ids_of(facts: Mapping[str, Any], words: int) -> dict[str, int]:
+    """The ids of ``start``, ``end`` and ``padding``: by the JSON files beside the weights, else as usual.
+
+    Raises:
+        UserError: a stated one is no word.
+    """
+    usual = {"start": words - 2, "end": words - 1, "padding": 1}
+    text = facts.get("config", {}).get("text_config") or {}
+    stated = {"start": text.get("bos_token_id"), "end": text.get("eos_token_id"), "padding": text.get("pad_token_id")}
+    tokenizer = facts.get("open_clip_config", {}).get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name")
+    if "siglip2" in str(tokenizer).lower():  # Gemma's
+        stated["padding"] = 0
+    if stated["end"] == 2:  # written by older versions, whose code takes the largest id
+        stated |= {"start": None, "end": None}
+    ids = {name: usual[name] if stated[name] is None else stated[name] for name in usual}
+    wrong = {name: i for name, i in ids.items() if not isinstance(i, int) or not 0 <= i < words}
+    if facts.get("siglip"):
+        wrong = {name: i for name, i in wrong.items() if name == "padding"}
+    else:
+        wrong.pop("padding", None)
+    if wrong:
+        raise UserError(f"its ids {wrong} are no words of its table of {words}")
+    return {name: int(i or 0) for name, i in ids.items()}
 
 
 def unfold(arrays: dict[str, np.ndarray]) -> None:
@@ -248,18 +274,22 @@ def table_of(names: Iterable[str]) -> Table | None:
 def _beside(path: Path) -> tuple[Path, dict[str, Any]]:
     """The file of a folder, or the file itself, and what the JSON files beside it say."""
     if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")]
+        names = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+        files = [path / name for name in names]
         file = next((file for file in files if file.is_file()), None)
+        if file is None and list(path.glob("*.index.json")):
+            raise UserError(f"{path} holds the weights in several files, which are not read: save them as one")
         if file is None:
             raise UserError(f"{path} has none of {', '.join(file.name for file in files)}")
     else:
         file = path
     facts: dict[str, Any] = {}
-    for name in ("config", "open_clip_config", "preprocessor_config"):
+    for name in ("config", "open_clip_config", "preprocessor_config", "processor_config"):
         beside = file.parent / f"{name}.json"
         if beside.is_file():
             with formats.reading(beside, "JSON file"):
                 facts[name] = dict(json.loads(beside.read_bytes()))
+    facts.setdefault("preprocessor_config", facts.get("processor_config", {}).get("image_processor") or {})
     tokenizer = file.parent / "tokenizer.json"
     return file, facts | ({"tokenizer": str(tokenizer)} if tokenizer.is_file() else {})
 
@@ -268,6 +298,8 @@ def read(path: Path) -> Foreign:
     """A file, or a folder with ``config.json`` or ``open_clip_config.json``."""
     file, facts = _beside(path)
     arrays = safetensors.load(file)[0] if file.suffix == ".safetensors" else torch_file.load(file)[0]
+    arrays, _ = formats.unwrapped(arrays)
+    arrays = formats.single(arrays)
     table = table_of(arrays)
     if table is None:
         raise UserError(f"{path} has the names neither of transformers' CLIP and SigLIP nor of open_clip's")
@@ -277,11 +309,46 @@ def read(path: Path) -> Foreign:
         f"raw.{name}" for name in ("image.table", "text.words", "text.table") if f"raw.{name}" not in foreign.arrays
     ]:
         raise UserError(f"{path} has one tower alone, or none: it lacks {', '.join(missing)}")
-    facts["raw"] = dict(foreign.arrays)  # for the comparison, which shares no conversion
+    facts["raw"], facts["siglip"] = dict(foreign.arrays), _is_siglip(foreign.arrays)  # for the comparison
     with formats.reading(path, "CLIP or SigLIP"):
-        fold(foreign.arrays)
-    facts["siglip"] = _is_siglip(foreign.arrays)
+        _refuse_unknown(facts)
+        facts["ids"] = ids_of(facts, len(foreign.arrays["raw.text.words"]))
+        fold(foreign.arrays, facts["ids"])
     return foreign
+
+
+def _refuse_unknown(facts: Mapping[str, Any]) -> None:
+    """Refuses what open_clip's config asks for and this model does not compute.
+
+    Raises:
+        UserError: as said, by the field's name.
+    """
+    cfg = facts.get("open_clip_config", {}).get("model_cfg", {})
+    siglip = facts["siglip"]
+    vision, text = (cfg.get(f"{section}_cfg") or {} for section in ("vision", "text"))
+    allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "vision_cfg.pool_type": (vision.get("pool_type", "tok"), ("tok", "map")),
+        "vision_cfg.timm_pool": (vision.get("timm_pool", "map"), ("map",)),
+        "vision_cfg.global_average_pool": (vision.get("global_average_pool", False), (False,)),
+        "vision_cfg.attentional_pool": (vision.get("attentional_pool", False), (False,)),
+        "vision_cfg.final_ln_after_pool": (vision.get("final_ln_after_pool", False), (False,)),
+        "vision_cfg.act_kwargs": (vision.get("act_kwargs"), (None, text.get("act_kwargs"))),
+        "text_cfg.pool_type": (
+            text.get("pool_type", "last" if siglip else "argmax"),
+            ("last",) if siglip else ("argmax",),
+        ),
+        "text_cfg.no_causal_mask": (text.get("no_causal_mask", siglip), (siglip,)),
+        "text_cfg.norm_kwargs": (text.get("norm_kwargs") if not siglip else None, (None,)),
+    }
+    for name, (value, known) in allowed.items():
+        if value not in known:
+            raise UserError(
+                f"its open_clip_config.json has {name}={value!r}, of which this model knows {known[0]!r} alone"
+            )
+    kinds = {"clip", "siglip"}
+    kind = facts.get("config", {}).get("model_type", "clip")
+    if kind not in kinds:
+        raise UserError(f"its config.json is of a {kind!r}; one of {', '.join(sorted(kinds))} is needed")
 
 
 def _stated(facts: Mapping[str, Any], tower: str, name: str, other: str) -> Any:
@@ -311,7 +378,10 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
         raise UserError(
             f"its hidden_act={stated!r} of pictures and texts must be one of {', '.join(known)}, and one only"
         )
-    return Arithmetic(str(activations.pop()), float(_stated(facts, "image", "layer_norm_eps", "") or epsilon))
+    epsilons = {float(_stated(facts, tower, "layer_norm_eps", "") or epsilon) for tower in TOWERS}
+    if len(epsilons) > 1:
+        raise UserError(f"its layer_norm_eps of pictures and texts, {sorted(epsilons)}, must be one")
+    return Arithmetic(str(activations.pop()), epsilons.pop())
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
@@ -350,7 +420,11 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         max_text_tokens=len(arrays["text.positions"]) - 1,
         tokenizer=facts.get("tokenizer", ""),
     )
-    scale = float(np.exp(arrays["scale"]))
+    if pixels.get("do_normalize") is False:
+        config.data.update(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    scale = float(np.exp(np.float64(need(arrays, "scale"))))
+    if not 1e-2 <= scale <= 1e4:
+        raise UserError(f"its logit_scale={float(arrays['scale'])} is no logarithm of a factor between 0.01 and 10,000")
     low, high = c.temperature_range
     c.temperature_range = (min(low, 0.999 / scale), max(high, 1.001 / scale))
     stated = "config" in facts or "open_clip_config" in facts
@@ -358,8 +432,13 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         f"GELU: model.activation={config.model.activation}, LayerNorm epsilon {config.model.layer_norm_epsilon:g}: "
         f"{'by the JSON file beside it' if stated else 'taken as usual, the file does not tell'}",
         "positions: learned; those of the learned tokens before the others are added to them",
-        f"words: the ids of start, end and padding are part of {layout}'s tokens here: texts are given without them",
+        f"words: the ids of {_said(facts['ids'], siglip)} are tokens of {layout}'s tower here: texts are given without",
     ]
+
+
+def _said(ids: Mapping[str, int], siglip: bool) -> str:
+    names = ("padding",) if siglip else ("start", "end")
+    return " and ".join(f"the {name}, {ids[name]}" for name in names)
 
 
 def _size(foreign: Foreign, tower: str, report: Report) -> dict[str, Any]:
@@ -472,8 +551,13 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
     """A folder that ``CLIPModel.from_pretrained``, or ``SiglipModel``'s, takes; without a tokenizer."""
     content, d = architecture(config), config.data
     vocabulary = len(arrays["text.words"])
+    if content["model_type"] == "siglip":
+        report.notes.append("padding is id 1 of the words that are written")
     ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
-    content["text_config"] |= {"vocab_size": vocabulary, **({} if content["model_type"] == "siglip" else ids)}
+    content["text_config"] |= {
+        "vocab_size": vocabulary,
+        **({"pad_token_id": 1} if content["model_type"] == "siglip" else ids),
+    }
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save(path / "model.safetensors", _write(TRANSFORMERS, config, arrays), {"format": "pt"})
     pixels = {

@@ -100,6 +100,7 @@ def detect(path: Path) -> str:
 
 
 def _of_names(names: Mapping[str, np.ndarray]) -> str:
+    names = unwrapped(names)[0]
     if table := clip.table_of(names):
         return "clip" if table is clip.TRANSFORMERS else "open_clip"
     if bert.is_bert(names):
@@ -160,6 +161,8 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     if tables and autoencoder:
         config.m3ae.use_type_embedding = any(np.any(table.offset) for table in tables.values())
         config.m3ae.image_positions = "sincos" if tables["encoder"].learned is None else "learned"
+    if any(field == "objective" for field, _ in overrides or []):
+        raise UserError(f"--config.objective: a {name} becomes a run of {config.objective}; leave it out")
     config_lib.apply_overrides(config, overrides or [])
     resolved = _resolve(config, names) if autoencoder else config_lib.resolve(config)
     kind.adapt(foreign, arrays, resolved, report)
@@ -256,6 +259,20 @@ def _check(report: Report, kind: Format, name: str) -> None:
         report.notes.append("the file has no decoder: ours is freshly drawn, so reconstructions mean nothing yet")
 
 
+def check_free(workdir: Path) -> Path:
+    """Where a new run's checkpoints come.
+
+    Raises:
+        UserError: there is a run already, or a file.
+    """
+    folder = workdir / "checkpoints"
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; a run is a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{workdir} holds a run already: choose another --workdir")
+    return folder
+
+
 def write_run(converted: Converted, workdir: Path, file: str = "", license: str = "") -> None:
     """Makes a run's folder, as training does: config, tokenizer, card, and a checkpoint, of step 0.
 
@@ -268,9 +285,7 @@ def write_run(converted: Converted, workdir: Path, file: str = "", license: str 
     Raises:
         UserError: there is a run already.
     """
-    folder = workdir / "checkpoints"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{workdir} holds a run already: choose another --workdir")
+    folder = check_free(workdir)
     config = converted.config
     if config.data.tokenizer and config.data.tokenizer != "scenes":
         config.data.tokenizer = str(local(config.data.tokenizer, "data.tokenizer").resolve())
@@ -287,7 +302,10 @@ def write_run(converted: Converted, workdir: Path, file: str = "", license: str 
         "config": config.to_dict(),
         "modalities": [dataclasses.asdict(modality) for modality in table.values()],
     }
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     with replacing(workdir / "config.json") as fresh:
         fresh.write_text(config_lib.to_json(config), encoding="utf-8")
     if config.data.tokenizer:
@@ -337,6 +355,8 @@ def output_of(format: str, path: Path) -> Path:
     if format not in FORMATS:
         raise UserError(one_of("--to", format, FORMATS))
     endings = FORMATS[format].endings
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"--output={str(path)!r} is a run's folder: name another")
     if not endings:
         if path.is_file():
             raise UserError(f"--output={str(path)!r} is a file: --to={format} writes a folder")

@@ -117,6 +117,11 @@ def unwrapped(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
     return bare, prefix
 
 
+def single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of half precision in float32, so that what is added here is added as exactly as there."""
+    return {name: np.asarray(x, np.float32) if x.dtype.itemsize == 2 else x for name, x in arrays.items()}
+
+
 def blocks(arrays: Mapping[str, np.ndarray], pattern: str) -> int:
     """How many blocks there are: names that begin with `pattern`, in which ``{n}`` is the number."""
     expression = re.compile(re.escape(pattern).replace(r"\{n\}", r"(\d+)"))

@@ -72,12 +72,14 @@ def read(path: Path) -> Foreign:
     """A folder."""
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} is a folder without config.json: only Hugging Face's ViTMAE is read from a folder; of others name "
-            "the file"
+            f"{path} is a folder without config.json: transformers' ViTMAE, CLIP, SigLIP, BERT and open_clip's "
+            "models are read from a folder; of others name the file"
         )
     facts = _json(path / "config.json")
     if facts.get("model_type") != "vit_mae":
-        raise UserError(f"{path}/config.json is of a {facts.get('model_type')!r}; 'vit_mae' is needed")
+        raise UserError(
+            f"{path}/config.json is of a {facts.get('model_type')!r}; read are 'vit_mae', 'clip', 'siglip', 'bert'"
+        )
     preprocessor = path / "preprocessor_config.json"
     facts |= {f"pixel_{k}": v for k, v in _json(preprocessor).items()} if preprocessor.is_file() else {}
     whole, torch = path / "model.safetensors", path / "pytorch_model.bin"

@@ -1,5 +1,6 @@
 """CLIP, SigLIP and BERT without PyTorch: written as theirs, our models compute the same by NumPy, and come back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,105 @@ def test_a_bert_is_not_written_as_another(name: str) -> None:
     config.m3ae.layout = "bert"
     with pytest.raises(UserError, match=r"holds models of contrastive|has no such encoder; --to=safetensors has"):
         convert._check_expressible(convert.FORMATS[name], config, name, encoder_only=True)
+
+
+def changed(folder: Path, file: str, **content: Any) -> Path:
+    path = folder / file
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    path.write_text(json.dumps(before | content))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["float16", "prefix", "ids"])
+def test_other_habits_give_the_same_model(kind: str, tmp_path: Path) -> None:
+    stored = run_of("clip", tmp_path / "run")
+    convert.export_weights(stored, "clip", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    arrays = dict(safetensors.load(file)[0])
+    if kind == "ids":
+        words = arrays["text_model.embeddings.token_embedding.weight"].copy()
+        words[[3, 4, -2, -1]] = words[[-2, -1, 3, 4]]
+        arrays["text_model.embeddings.token_embedding.weight"] = words
+        text = json.loads((tmp_path / "theirs" / "config.json").read_bytes())["text_config"]
+        changed(tmp_path / "theirs", "config.json", text_config=text | {"bos_token_id": 3, "eos_token_id": 4})
+    if kind == "prefix":
+        arrays = {f"module.{name}": x for name, x in arrays.items()}
+    halves = {name: x.astype(np.float16) for name, x in arrays.items()} if kind == "float16" else {}
+    safetensors.save(file, arrays, {})
+    with pytest.MonkeyPatch.context() as patch:
+        if halves:
+            patch.setattr(safetensors, "load", lambda path: (halves, {}))
+        again = convert.import_weights(tmp_path / "theirs")
+    assert check.compare(again).close
+    if kind != "float16":
+        for name in ("cls_token", "other_token"):
+            np.testing.assert_array_equal(again.params["text"][name], stored.params["text"][name])
+
+
+def test_padding_is_what_the_config_says(tmp_path: Path) -> None:
+    convert.export_weights(run_of("siglip", tmp_path / "run"), "clip", tmp_path / "theirs")
+    text = json.loads((tmp_path / "theirs" / "config.json").read_bytes())["text_config"]
+    words = safetensors.load(tmp_path / "theirs" / "model.safetensors")[0][
+        "text_model.embeddings.token_embedding.weight"
+    ]
+    for pad in (1, 0):
+        changed(tmp_path / "theirs", "config.json", text_config=text | {"pad_token_id": pad})
+        again = convert.import_weights(tmp_path / "theirs")
+        np.testing.assert_array_equal(again.params["text"]["cls_token"][0, 0], words[pad])
+        assert check.compare(again).close
+    changed(tmp_path / "theirs", "config.json", text_config=text | {"pad_token_id": WORDS})
+    with pytest.raises(UserError, match="'padding': 40} are no words of its table of 40"):
+        convert.import_weights(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", {"model_type": "chinese_clip"}, "read are 'vit_mae', 'clip', 'siglip', 'bert'"),
+        (
+            "config.json",
+            {"vision_config": {"layer_norm_eps": 0.01}},
+            r"layer_norm_eps of pictures and texts, .* must be",
+        ),
+        ("config.json", {"vision_config": {"hidden_act": "relu"}}, "hidden_act"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, r"vision_cfg.pool_type='avg'"),
+        (
+            "open_clip_config.json",
+            {"model_cfg": {"text_cfg": {"no_causal_mask": True}}},
+            r"text_cfg.no_causal_mask=True",
+        ),
+    ],
+)
+def test_what_this_model_does_not_compute_is_refused(file: str, content: Any, said: str, tmp_path: Path) -> None:
+    format = "open_clip" if file.startswith("open") else "clip"
+    path = tmp_path / ("theirs" if format == "clip" else "theirs/open_clip_model.safetensors")
+    path.parent.mkdir(exist_ok=True)
+    convert.export_weights(run_of("clip", tmp_path / "run"), format, path)
+    with pytest.raises(UserError, match=said):
+        convert.import_weights(changed(tmp_path / "theirs", file, **content))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"model_type": "roberta"}, "is of a 'roberta'"), ({"is_decoder": True}, "its is_decoder=true")],
+)
+def test_a_relative_of_bert_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    arrays = {bert.WORDS: np.zeros((120, 64), np.float32), bert.PLACES: np.zeros((12, 64), np.float32)}
+    arrays |= {"encoder.layer.0.intermediate.dense.weight": np.zeros((128, 64), np.float32)}
+    safetensors.save(tmp_path / "model.safetensors", arrays, {})
+    with pytest.raises(UserError, match=said):
+        convert.import_weights(changed(tmp_path, "config.json", **change), "bert")
+
+
+def test_a_run_is_neither_overwritten_nor_changed(tmp_path: Path) -> None:
+    stored = run_of("clip", tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="is a run's folder: name another"):
+        convert.export_weights(stored, "clip", tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    for workdir, said in ((tmp_path / "run", "holds a run already"), (tmp_path / "run" / "config.json", "is a file")):
+        with pytest.raises(UserError, match=said):
+            convert.check_free(workdir)
+    convert.export_weights(stored, "clip", tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"--config.objective: a clip becomes a run of contrastive"):
+        convert.import_weights(tmp_path / "theirs", overrides=[("objective", "mamo")])

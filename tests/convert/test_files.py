@@ -110,7 +110,7 @@ def test_item_12_an_output_without_an_ending_gets_the_formats(run: Path, tmp_pat
 
 def test_item_12_a_folder_is_called_a_folder(run: Path, tmp_path: Path) -> None:
     for path, format, said in (
-        (tmp_path, "", "is a folder without config.json: only Hugging Face's ViTMAE"),
+        (tmp_path, "", "is a folder without config.json: transformers' ViTMAE, CLIP"),
         (tmp_path, "mae", "is a folder, and --format=mae takes a file"),
         (run, "", "is a run of this program: --to and --output"),
         (tmp_path / "none", "", "none does not exist"),

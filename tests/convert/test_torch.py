@@ -419,7 +419,7 @@ def test_its_parameters_as_they_are_in_memory(vitmae: Any, pixels: np.ndarray, t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "match"),
-    [("model_type", "vit", "'vit_mae' is needed"), ("hidden_act", "relu", "hidden_act='relu'")],
+    [("model_type", "vit", "read are 'vit_mae'"), ("hidden_act", "relu", "hidden_act='relu'")],
 )
 def test_another_folder_is_refused(vitmae: Any, tmp_path: Path, field: str, value: str, match: str) -> None:
     vitmae.save_pretrained(tmp_path)
