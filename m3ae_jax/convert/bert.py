@@ -6,7 +6,6 @@ first sentence, become part of tokens and positions here.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3ae_jax.convert import formats, safetensors, torch_file
-from m3ae_jax.convert.formats import ERF, TANH, Arithmetic, Foreign, Format, need
+from m3ae_jax.convert import formats, torch_file
+from m3ae_jax.convert.formats import ACTIVATIONS, Arithmetic, Foreign, Format, need
 from m3ae_jax.convert.keymap import Names, Report
 from m3ae_jax.errors import UserError
 from m3ae_jax.paths import local
 
-_ACTIVATIONS = {"gelu": ERF, "gelu_new": TANH, "gelu_pytorch_tanh": TANH}
 _OLD = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 WORDS, PLACES, TYPES = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
 _USUAL = {"[CLS]": 101, "[SEP]": 102}  # ids of the published vocabularies
@@ -61,11 +59,9 @@ def read(path: Path) -> Foreign:
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
         file = next((one for one in files if one.is_file()), path / "model.safetensors")
-    arrays = safetensors.load(file)[0] if file.suffix == ".safetensors" else torch_file.load(file)[0]
-    facts: dict[str, Any] = {}
-    with formats.reading(file.parent / "config.json", "JSON file"):
-        if (file.parent / "config.json").is_file():
-            facts = dict(json.loads((file.parent / "config.json").read_bytes()))
+    arrays, _ = torch_file.load_either(file)
+    beside = file.parent / "config.json"
+    facts = formats.json_object(beside) if beside.is_file() else {}
     if (file.parent / "vocab.txt").is_file():
         facts["vocab"] = str(file.parent / "vocab.txt")
     kind = facts.get("model_type", "bert")
@@ -77,9 +73,7 @@ def read(path: Path) -> Foreign:
             "only 'bert' is read"
         )
     arrays = formats.single(arrays)
-    foreign = Foreign({name.removeprefix(prefix): x for name, x in arrays.items()}, facts)
-    foreign.arrays = _spelled(foreign.arrays)
-    return foreign
+    return Foreign(_spelled({name.removeprefix(prefix): x for name, x in arrays.items()}), facts)
 
 
 def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -105,13 +99,13 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
         UserError: an activation that there is none of here, or positions of another kind.
     """
     activation = str(facts.get("hidden_act", "gelu"))
-    if activation not in _ACTIVATIONS:
-        raise UserError(f"its hidden_act={activation!r} is none of {', '.join(_ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"its hidden_act={activation!r} is none of {', '.join(ACTIVATIONS)}")
     if facts.get("is_decoder"):
         raise UserError("its is_decoder=true: its tokens see those before them alone; only encoders are read")
     if facts.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"its position_embedding_type={facts['position_embedding_type']!r}: only 'absolute' is read")
-    return Arithmetic(_ACTIVATIONS[activation], float(facts.get("layer_norm_eps", 1e-12)))
+    return Arithmetic(ACTIVATIONS[activation], float(facts.get("layer_norm_eps", 1e-12)))
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from m3ae_jax.convert import bert, check_towers, clip
-from m3ae_jax.convert.check_towers import erf_gelu, tanh_gelu
+from m3ae_jax.convert.check_towers import erf_gelu, relative_error, tanh_gelu
 from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import TANH, Format
 from m3ae_jax.convert.keymap import FLAX, Arrays
@@ -163,7 +163,7 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     if not kind.names.layers:
         return Comparison({}, "the file is our own")
     if kind in (clip.FORMAT, clip.OPEN_CLIP, bert.FORMAT):
-        return Comparison(*check_towers.compare(converted, seed))
+        return Comparison(check_towers.compare(converted, seed))
     table = converted.foreign.arrays.get(kind.names.tables.get("encoder", ""))
     patches = patch_grid(config)[0] ** 2
     if table is not None and table.shape[1] not in (patches, patches + 1):
@@ -181,15 +181,11 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     theirs = _Theirs(converted, kind)
     encoded = theirs.encode(inputs, visible)
     our_encoded, our_predictions = _ours(converted, inputs, visible, hidden)
-    errors = {"encoder": _error(our_encoded, encoded)}
+    errors = {"encoder": relative_error(our_encoded, encoded)}
     if theirs.has_decoder:
         for m, outputs in theirs.decode(encoded, visible, sizes).items():
-            errors[f"{m} predictions"] = _error(our_predictions[m], outputs[:, hidden[m]])
+            errors[f"{m} predictions"] = relative_error(our_predictions[m], outputs[:, hidden[m]])
     return Comparison(errors)
-
-
-def _error(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def _ours(converted: Converted, inputs: Arrays, visible: Arrays, hidden: Arrays) -> tuple[np.ndarray, Arrays]:

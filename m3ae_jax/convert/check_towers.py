@@ -25,8 +25,8 @@ _LENGTHS = (1, 4, 9)  # of the drawn texts, in tokens
 Arrays = Mapping[str, np.ndarray]
 
 
-def compare(converted: Converted, seed: int = 0) -> tuple[dict[str, float], str]:
-    """Norm of the difference over the norm of theirs, by output; and why nothing was compared, or ""."""
+def compare(converted: Converted, seed: int = 0) -> dict[str, float]:
+    """The `relative_error` of each output."""
     config, facts = converted.config, converted.foreign.facts
     side, longest = config.data.image_size, config.data.max_text_tokens
     rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def compare(converted: Converted, seed: int = 0) -> tuple[dict[str, float], str]
         a = {name: np.asarray(x, np.float64) for name, x in converted.foreign.arrays.items()}
         net = _Net(a, activation, epsilon)
         ids = bert.ids_of(config.data.tokenizer, len(a[bert.WORDS]))
-        return {"text features": _error(ours["text"], net.bert(words, ids, config.model.heads))}, ""
+        return {"text features": relative_error(ours["text"], net.bert(words, ids, config.model.heads))}
     raw = {name: np.asarray(x, np.float64) for name, x in facts["raw"].items()}
     net, siglip = _Net(raw, activation, epsilon), bool(facts["siglip"])
     net.ids = facts["ids"]
@@ -48,12 +48,13 @@ def compare(converted: Converted, seed: int = 0) -> tuple[dict[str, float], str]
         n := (side // config.data.patch_size) ** 2,
         n + 1,
     ):
-        errors["image embeddings"] = _error(ours["image"], net.picture(ours["pixels"], heads["image"], siglip))
-    errors["text embeddings"] = _error(ours["text"], net.text(words, heads["text"], siglip))
-    return errors, ""
+        errors["image embeddings"] = relative_error(ours["image"], net.picture(ours["pixels"], heads["image"], siglip))
+    errors["text embeddings"] = relative_error(ours["text"], net.text(words, heads["text"], siglip))
+    return errors
 
 
-def _error(got: np.ndarray, want: np.ndarray) -> float:
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """The norm of the difference over the norm of what is wanted."""
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 

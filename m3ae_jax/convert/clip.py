@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.convert import formats, safetensors, torch_file
-from m3ae_jax.convert.formats import ERF, TANH, Arithmetic, Foreign, Format, need
+from m3ae_jax.convert.formats import ACTIVATIONS, ERF, TANH, Arithmetic, Foreign, Format, need
 from m3ae_jax.convert.keymap import QKV, Names, Report
 from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.errors import UserError
@@ -42,7 +42,7 @@ _BLOCK = {  # transformers' layers of a block
     "mlp.fc1": "fc1",
     "mlp.fc2": "fc2",
 }
-_RESIDUAL = {  # open_clip's own; the three of attention are one, `_THREE`
+_RESIDUAL = {  # open_clip's own, in which query, key and value are one
     "ln_1": "norm1",
     "ln_2": "norm2",
     "attn.in_proj": "qkv",
@@ -287,8 +287,7 @@ def _beside(path: Path) -> tuple[Path, dict[str, Any]]:
     for name in ("config", "open_clip_config", "preprocessor_config", "processor_config"):
         beside = file.parent / f"{name}.json"
         if beside.is_file():
-            with formats.reading(beside, "JSON file"):
-                facts[name] = dict(json.loads(beside.read_bytes()))
+            facts[name] = formats.json_object(beside)
     facts.setdefault("preprocessor_config", facts.get("processor_config", {}).get("image_processor") or {})
     tokenizer = file.parent / "tokenizer.json"
     return file, facts | ({"tokenizer": str(tokenizer)} if tokenizer.is_file() else {})
@@ -297,7 +296,7 @@ def _beside(path: Path) -> tuple[Path, dict[str, Any]]:
 def read(path: Path) -> Foreign:
     """A file, or a folder with ``config.json`` or ``open_clip_config.json``."""
     file, facts = _beside(path)
-    arrays = safetensors.load(file)[0] if file.suffix == ".safetensors" else torch_file.load(file)[0]
+    arrays, _ = torch_file.load_either(file)
     arrays, _ = formats.unwrapped(arrays)
     arrays = formats.single(arrays)
     table = table_of(arrays)
@@ -365,7 +364,7 @@ def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:
     Raises:
         UserError: an activation that there is none of here.
     """
-    known = {"gelu": ERF, "gelu_new": TANH, "gelu_pytorch_tanh": TANH, QUICK: QUICK}
+    known = ACTIVATIONS | {QUICK: QUICK}
     siglip = facts.get("siglip", False)
     epsilon = 1e-6 if siglip else 1e-5
     if facts.get("open_clip", False):
@@ -398,9 +397,7 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     c.update({f"text_{name}": sizes["text"][name] for name in ("width", "depth", "heads")})
     config.model.activation, config.model.layer_norm_epsilon = arithmetic(facts)
     layout = "siglip" if siglip else "clip"
-    c.update(
-        image_layout=layout, text_layout=layout, image_positions="learned", loss="sigmoid" if siglip else "softmax"
-    )
+    c.update(image_layout=layout, text_layout=layout, image_positions="learned")
     if "bias" not in arrays and siglip:
         raise UserError("its picture's tower is SigLIP's, but it has no logit_bias")
     c.loss = "sigmoid" if "bias" in arrays else "softmax"
@@ -449,11 +446,8 @@ def _size(foreign: Foreign, tower: str, report: Report) -> dict[str, Any]:
     heads = int(stated or (width // head_width if head_width else 0) or _WIDE.get(width, width // 64) or 1)
     if not stated and not head_width:
         report.notes.append(f"heads of the {tower} tower: taken as {heads}, the file does not tell")
-    ratio = hidden / width
-    while int(width * ratio) < hidden:  # as the model counts it
-        ratio = float(np.nextafter(ratio, np.inf))
     depth = formats.blocks(arrays, f"{tower}.blocks.{{n}}")
-    return {"width": width, "depth": depth, "heads": heads, "mlp_ratio": ratio}
+    return {"width": width, "depth": depth, "heads": heads, "mlp_ratio": formats.mlp_ratio(width, hidden)}
 
 
 def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
@@ -549,7 +543,7 @@ def architecture(config: ConfigDict) -> dict[str, Any]:
 
 def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """A folder that ``CLIPModel.from_pretrained``, or ``SiglipModel``'s, takes; without a tokenizer."""
-    content, d = architecture(config), config.data
+    content = architecture(config)
     vocabulary = len(arrays["text.words"])
     if content["model_type"] == "siglip":
         report.notes.append("padding is id 1 of the words that are written")
@@ -560,18 +554,8 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
     }
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save(path / "model.safetensors", _write(TRANSFORMERS, config, arrays), {"format": "pt"})
-    pixels = {
-        "image_processor_type": "SiglipImageProcessor" if content["model_type"] == "siglip" else "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"height": d.image_size, "width": d.image_size},
-        "do_center_crop": False,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(d.image_mean),
-        "image_std": list(d.image_std),
-    }
+    kind = "SiglipImageProcessor" if content["model_type"] == "siglip" else "CLIPImageProcessor"
+    pixels = {**formats.image_processor(kind, config), "do_center_crop": False}
     for name, text in (("config", content), ("preprocessor_config", pixels)):
         (path / f"{name}.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     report.notes.append("the tokenizer is not written: copy tokenizer.json beside it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from m3ae_jax.models.fields import SIZES
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ERF, TANH = "gelu", "gelu_tanh"
+ACTIVATIONS = {"gelu": ERF, "gelu_new": TANH, "gelu_pytorch_tanh": TANH}
+"""What transformers calls the activations that both know."""
 
 
 @dataclasses.dataclass
@@ -122,6 +125,43 @@ def single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.float32) if x.dtype.itemsize == 2 else x for name, x in arrays.items()}
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file beside the weights.
+
+    Raises:
+        UserError: it cannot be read, or is no object.
+    """
+    with reading(path, "JSON file"):
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def image_processor(kind: str, config: ConfigDict) -> dict[str, Any]:
+    """What transformers' image processor of a kind takes to give pictures as this model is given them."""
+    d = config.data
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"height": d.image_size, "width": d.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(d.image_mean),
+        "image_std": list(d.image_std),
+    }
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """Of a layer `hidden` wide, as the model counts it."""
+    ratio = hidden / width
+    while int(width * ratio) < hidden:
+        ratio = float(np.nextafter(ratio, np.inf))
+    return ratio
+
+
 def blocks(arrays: Mapping[str, np.ndarray], pattern: str) -> int:
     """How many blocks there are: names that begin with `pattern`, in which ``{n}`` is the number."""
     expression = re.compile(re.escape(pattern).replace(r"\{n\}", r"(\d+)"))
@@ -161,11 +201,8 @@ def set_sizes(config: ConfigDict, arrays: Mapping[str, np.ndarray], names: Names
     fc1 = need(arrays, names.kernel("fc1"))
     width, hidden = fc1.shape if names.kinds is FLAX else fc1.shape[::-1]
     size, heads = next(((size, h) for size, (w, _, h) in SIZES.items() if w == width), (config.model.size, 0))
-    ratio = hidden / width
-    while int(width * ratio) < hidden:  # as the model counts it
-        ratio = float(np.nextafter(ratio, np.inf))
     depth = blocks(arrays, names.blocks["encoder"])
-    config.model.update(size=size, width=width, depth=depth, heads=heads, mlp_ratio=ratio)
+    config.model.update(size=size, width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio(width, hidden))
     projection = arrays.get(names.kernel("projection"))
     if projection is not None:
         width = projection.shape[1 if names.kinds is FLAX else 0]

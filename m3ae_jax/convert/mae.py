@@ -42,9 +42,7 @@ _CLASSIFIER = ((r"(head|fc_norm|head_drop)\..*", "of its classifier"),)
 
 def read(path: Path) -> Foreign:
     """A ``.pth`` or a ``.safetensors`` file."""
-    if path.suffix == ".safetensors":
-        return Foreign.of_torch(safetensors.load(path)[0])
-    return Foreign.of_torch(*torch_file.load(path))
+    return Foreign.of_torch(*torch_file.load_either(path))
 
 
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:

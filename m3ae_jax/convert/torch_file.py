@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from m3ae_jax.convert import unpickle
+from m3ae_jax.convert import safetensors, unpickle
 from m3ae_jax.convert.formats import reading
 from m3ae_jax.convert.unpickle import Global, Made
 from m3ae_jax.errors import UserError
@@ -31,6 +31,15 @@ _STORAGES: dict[str, Any] = {
     "torch.BoolStorage": "?",
 }
 _USUAL = ("model", "state_dict", "module")  # of a training program's file
+
+
+def load_either(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """As `load`; a file that ends in ``.safetensors`` is read as such.
+
+    Raises:
+        UserError: as there.
+    """
+    return (safetensors.load(path)[0], {}) if path.suffix == ".safetensors" else load(path)
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:

@@ -17,11 +17,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3ae_jax.convert import formats, safetensors, torch_file
-from m3ae_jax.convert.formats import ERF, IMAGENET_MEAN, IMAGENET_STD, TANH, Arithmetic, Foreign, Format, need
+from m3ae_jax.convert.formats import (
+    ACTIVATIONS,
+    ERF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Arithmetic,
+    Foreign,
+    Format,
+    need,
+)
 from m3ae_jax.convert.keymap import QKV, Names, Report
 from m3ae_jax.errors import UserError
 
-ACTIVATIONS = {"gelu": ERF, "gelu_new": TANH, "gelu_pytorch_tanh": TANH}
 _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^(embeddings|encoder|layers|layernorm)\.", r"vit.\1."),  # of the encoder saved alone
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -60,14 +68,6 @@ def _spell(name: str) -> str:
     return name
 
 
-def _json(path: Path) -> dict[str, Any]:
-    with formats.reading(path, "JSON file"):
-        content = json.loads(path.read_bytes())
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
 def read(path: Path) -> Foreign:
     """A folder."""
     if not (path / "config.json").is_file():
@@ -75,17 +75,17 @@ def read(path: Path) -> Foreign:
             f"{path} is a folder without config.json: transformers' ViTMAE, CLIP, SigLIP, BERT and open_clip's "
             "models are read from a folder; of others name the file"
         )
-    facts = _json(path / "config.json")
+    facts = formats.json_object(path / "config.json")
     if facts.get("model_type") != "vit_mae":
         raise UserError(
             f"{path}/config.json is of a {facts.get('model_type')!r}; read are 'vit_mae', 'clip', 'siglip', 'bert'"
         )
     preprocessor = path / "preprocessor_config.json"
-    facts |= {f"pixel_{k}": v for k, v in _json(preprocessor).items()} if preprocessor.is_file() else {}
+    facts |= {f"pixel_{k}": v for k, v in formats.json_object(preprocessor).items()} if preprocessor.is_file() else {}
     whole, torch = path / "model.safetensors", path / "pytorch_model.bin"
     if not whole.is_file() and not torch.is_file():
         raise UserError(f"{path} has neither model.safetensors nor pytorch_model.bin")
-    arrays = safetensors.load(whole)[0] if whole.is_file() else torch_file.load(torch)[0]
+    arrays, _ = torch_file.load_either(whole if whole.is_file() else torch)
     foreign = Foreign.of_torch(arrays, facts)
     return dataclasses.replace(foreign, arrays={_spell(name): value for name, value in foreign.arrays.items()})
 
@@ -167,17 +167,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
     kind = {"architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae"}
     content = {**kind, **architecture(config), "torch_dtype": "float32"}
     (path / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": d.image_size, "width": d.image_size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(d.image_mean),
-        "image_std": list(d.image_std),
-    }
+    pixels = formats.image_processor("ViTImageProcessor", config)
     (path / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
     if (tuple(d.image_mean), tuple(d.image_std)) != (IMAGENET_MEAN, IMAGENET_STD):
         report.notes.append("pixels: this model's mean and deviation are in preprocessor_config.json")
