@@ -465,6 +465,9 @@ def _write_shards(job: Job, source: Source, manifest: _Manifest, todo: list[int]
             stop.set()
             pool.shutdown(cancel_futures=True)
             progress.close()
+            for future, number in running.items():  # whole when another failed: the next start goes on from them
+                if not future.cancelled() and future.exception() is None:
+                    manifest.finish(number, future.result())
 
 
 def _write_shard(

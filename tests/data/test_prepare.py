@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 array_record_module = pytest.importorskip("array_record.python.array_record_module")
 
+import m3ae_jax.data.prepare as prepare_module  # noqa: E402
 from m3ae_jax.data import images  # noqa: E402
 from m3ae_jax.data.prepare import Job, Progress, Summary, _summary_lines, picture, prepare  # noqa: E402
 from m3ae_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
@@ -575,6 +577,32 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert sorted(contents(job.output)) == ["train.array_record-00000-of-00004", "train.manifest.json"]
     assert prepare(job).reused == 1
     assert pairs_of(read_back(job)) == [*small(4), *pairs]
+
+
+def test_a_file_that_is_whole_when_another_fails_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both may end before anyone looks, and the failure may be seen first."""
+
+    def failures_first(running: Iterable[Future[Any]], *_: object) -> tuple[list[Future[Any]], set[Future[Any]]]:
+        done, rest = wait(running)
+        return sorted(done, key=lambda future: future.exception() is None), rest
+
+    monkeypatch.setattr(prepare_module, "wait", failures_first)
+    write_shard = prepare_module._write_shard
+
+    def fails_at_the_second(job: Job, source: Source, path: Path, *rest: Any) -> Any:
+        if "00001-of" in path.name:
+            raise OSError(28, "No space left on device")
+        return write_shard(job, source, path, *rest)
+
+    job = job_of(tmp_path, small(12), shard_examples=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "_write_shard", fails_at_the_second)
+        assert one_line(job) == f"output={job.output!r} cannot be written (No space left on device)"
+    assert sorted(manifest(job)["shards"]) == ["0", "2"]
+    assert prepare(job).reused == 2
+    assert pairs_of(read_back(job)) == small(12)
 
 
 def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
