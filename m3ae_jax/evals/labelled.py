@@ -42,10 +42,13 @@ class LabelledScenes(ScenesSource):
     def __init__(self, split: str, options: SceneOptions, label: str) -> None:
         super().__init__(split, options)
         self._label = label
+        colors, shapes = (
+            tuple(n for n in of if n in used) for of, used in ((COLORS, options.colors), (SHAPES, options.shapes))
+        )
         self.classes = {
-            "shape": SHAPES,
-            "color": tuple(COLORS),
-            "color_shape": tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES),
+            "shape": shapes,
+            "color": colors,
+            "color_shape": tuple(f"{color} {shape}" for color in colors for shape in shapes),
             "count": tuple(str(n + 1) for n in range(MAX_OBJECTS)),
         }[label]
 
@@ -205,7 +208,10 @@ def _open_scenes(config: ConfigDict, split: str, field: str) -> LabelledScenes:
             f"eval.label='count': all scenes have {amount(options.max_objects, 'object')}, which makes one class "
             f"(data.scenes.min_objects and max_objects are equal); other labels are {others}"
         )
-    return called(LabelledScenes(split, options, label), field)
+    source: LabelledScenes = called(LabelledScenes(split, options, label), field)
+    if len(source.classes) == 1:
+        raise UserError(f"eval.label={label!r}: data.scenes has one alone, {source.classes[0]}")
+    return source
 
 
 def common_classes(train: tuple[str, ...], test: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -60,7 +60,6 @@ MAX_OBJECTS = 6
 MAX_WORDS = 16
 
 _VERSION = 1  # part of the fingerprint: raise it with every change that alters a scene
-_TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
 _RADIUS = {"small": (0.14, 0.17), "large": (0.23, 0.28)}  # picture sides; disjoint, so the size word is true
 _MENTIONABLE = 0.3  # an object that is hidden more than this leaves unmentioned where another can be named
 _OVERLAP = 0.06  # share of the rear object that must be covered before "in front of" is said
@@ -99,18 +98,63 @@ class SceneOptions(FieldGroup):
     """Small coloured strokes behind the objects that no caption mentions."""
     num_examples: int = setting(2**31, low=1, high=2**32)
     """Examples of a split, an epoch; more than any run draws."""
+    colors: tuple[str, ...] = setting(tuple(COLORS), choices=tuple(COLORS))
+    """Of the objects. Fewer colours, shapes and so on make easier scenes, for smaller models and shorter training."""
+    shapes: tuple[str, ...] = setting(SHAPES, choices=SHAPES)
+    """Of the objects."""
+    sizes: tuple[str, ...] = setting(SIZES, choices=SIZES)
+    """Of the objects."""
+    textures: tuple[str, ...] = setting(TEXTURES, choices=TEXTURES)
+    """Of the objects."""
+    backgrounds: tuple[str, ...] = setting(BACKGROUNDS, choices=BACKGROUNDS)
+    """Behind them."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         for name, field in declared(SceneOptions).items():
             value, low, high = getattr(self, name), field.low or 0, field.high
-            if not isinstance(value, int) or not low <= value <= high:
+            if field.choices:
+                _check_names(f"scenes.{name}", tuple(value), field.choices)
+                object.__setattr__(self, name, tuple(value))  # a list in JSON
+            elif not isinstance(value, int) or not low <= value <= high:
                 raise UserError(f"scenes.{name}={value!r} is not an integer in {low}..{high}")
         if self.min_objects > self.max_objects:
             raise UserError(
                 f"scenes.min_objects={self.min_objects} is above scenes.max_objects={self.max_objects}; "
                 f"allowed are 1 <= min_objects <= max_objects <= {MAX_OBJECTS}"
             )
+        if not self.pairs(novel=False):
+            raise UserError(f"scenes.colors={self.colors}, scenes.shapes={self.shapes}: no training picture has these")
+
+    def pairs(self, novel: bool) -> tuple[tuple[str, str], ...]:
+        """The pairs of colour and shape that objects have: those of ``val_novel`` alone, or those of every split."""
+        return _pairs(self.colors, self.shapes, novel)
+
+    def identity(self) -> tuple[Any, ...]:
+        """What a fingerprint is made of; names that are all there are add nothing, as before they could be chosen."""
+        fields = declared(SceneOptions).items()
+        numbers = tuple(getattr(self, name) for name, field in fields if not field.choices)
+        fewer = [
+            (name, getattr(self, name))
+            for name, field in fields
+            if field.choices and getattr(self, name) != field.default
+        ]
+        return (numbers, *fewer)
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs(colors: tuple[str, ...], shapes: tuple[str, ...], novel: bool) -> tuple[tuple[str, str], ...]:
+    """In the order of `HELD_OUT`, or of `COLORS` and `SHAPES`."""
+    pairs = HELD_OUT if novel else tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
+    return tuple((c, s) for c, s in pairs if c in colors and s in shapes)
+
+
+def _check_names(name: str, value: tuple[str, ...], choices: tuple[str, ...]) -> None:
+    for one in value:
+        if one not in choices:
+            raise UserError(one_of(name, one, choices))
+    if not value or len(set(value)) < len(value):
+        raise UserError(f"{name}={value} must name one of {', '.join(choices)} at least, and none twice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,13 +296,18 @@ class ScenesSource:
         """
         if split not in SPLITS:
             raise UserError(one_of("scenes.split", split, SPLITS))
+        if split == "val_novel" and not options.pairs(novel=True):
+            raise UserError(
+                f"scenes.colors={options.colors}, scenes.shapes={options.shapes}: val_novel draws pairs that training "
+                "does not, and of these there is none"
+            )
         self.split = split
         self.options = options
 
     @property
     def fingerprint(self) -> str:
         """A short hex string that changes with the split, the options and the generator's version."""
-        identity = (_VERSION, self.split, dataclasses.astuple(self.options))
+        identity = (_VERSION, self.split, *self.options.identity())
         return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -292,7 +341,7 @@ class ScenesSource:
         # The seed comes last: it alone may be longer than one 32-bit word.
         draws = _Draws([SPLITS.index(self.split), index, options.seed])
         layout = _draw_layout(draws, options, novel=self.split == "val_novel")
-        background = draws.choice(BACKGROUNDS)
+        background = draws.choice(options.backgrounds)
         caption, mentions = _compose_caption(draws, layout, background)
         canvas = _draw_background(draws, background, options.image_size)
         _draw_clutter(draws, canvas, options.clutter)
@@ -535,9 +584,8 @@ def _draw_layout(draws: _Draws, options: SceneOptions, novel: bool) -> _Layout:
     """Draws objects and places them; where one is mostly hidden it places anew, a few times."""
     count = options.min_objects + draws.integer(options.max_objects - options.min_objects + 1)
     novel_index = draws.integer(count) if novel else None
-    objects = [
-        _draw_object(draws, HELD_OUT if i == novel_index else _TRAIN_PAIRS, crowded=count > 3) for i in range(count)
-    ]
+    pairs = {is_novel: options.pairs(is_novel) for is_novel in {False, novel}}
+    objects = [_draw_object(draws, options, pairs[i == novel_index], crowded=count > 3) for i in range(count)]
     best: _Layout | None = None
     for _ in range(4):
         placed = _place(draws, objects)
@@ -550,10 +598,13 @@ def _draw_layout(draws: _Draws, options: SceneOptions, novel: bool) -> _Layout:
     return best
 
 
-def _draw_object(draws: _Draws, pairs: Sequence[tuple[str, str]], crowded: bool) -> _Placed:
+def _draw_object(draws: _Draws, options: SceneOptions, pairs: Sequence[tuple[str, str]], crowded: bool) -> _Placed:
     color, shape = draws.choice(pairs)
     size = "large" if draws.chance(0.25 if crowded else 0.5) else "small"
-    texture = "plain" if draws.chance(0.5) else draws.choice(TEXTURES[1:])
+    size = size if size in options.sizes else options.sizes[0]
+    marked = [texture for texture in TEXTURES[1:] if texture in options.textures]
+    plain = draws.chance(0.5) if "plain" in options.textures else False
+    texture = "plain" if plain or not marked else draws.choice(marked)
     turn = _DRAWN[shape].turn
     return _Placed(
         shape,

@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,47 @@ class TestSource:
     def test_mean_colors(self, split: str, mean: tuple[float, float, float]) -> None:
         images = np.stack([scene.image for scene in drawn(split, SceneOptions(clutter=2), 20)])
         np.testing.assert_allclose(images.mean(axis=(0, 1, 2)), mean, atol=0.1)
+
+
+EASIER = SceneOptions(
+    colors=("green", "pink", "red"),
+    shapes=("ring", "circle"),
+    sizes=("large",),
+    textures=("dotted",),
+    backgrounds=("plain",),
+)
+
+
+class TestEasierScenes:
+    @pytest.mark.parametrize("split", ["train", "val_novel"])
+    def test_hold_what_is_named_alone(self, split: str) -> None:
+        shown = drawn(split, EASIER, 200)
+        objects = [o for scene in shown for o in scene.objects]
+        for attribute in ("color", "shape", "size", "texture"):
+            assert {getattr(o, attribute) for o in objects} == set(getattr(EASIER, f"{attribute}s")), attribute
+        assert {scene.background for scene in shown} == {"plain"}
+        words = {word for scene in shown for word in scene.caption.split()}
+        assert not words & ({*scenes.COLORS, *scenes.SHAPES, "small", "striped"} - {*EASIER.colors, *EASIER.shapes})
+
+    def test_are_another_data_set_but_where_all_is_named(self) -> None:
+        everything = SceneOptions(colors=tuple(scenes.COLORS), shapes=list(scenes.SHAPES))  # type: ignore[arg-type]
+        assert everything == SceneOptions()
+        fingerprints = {ScenesSource("train", of).fingerprint for of in (everything, SceneOptions(), EASIER)}
+        assert len(fingerprints) == 2
+
+    @pytest.mark.parametrize(
+        ("split", "options", "message"),
+        [
+            ("train", {"shapes": ("circel",)}, "scenes.shapes='circel'.*did you mean 'circle'"),
+            ("train", {"textures": ()}, r"scenes.textures=\(\) must name one of plain"),
+            ("train", {"colors": ("red", "red")}, "none twice"),
+            ("train", {"colors": ("green",), "shapes": ("circle",)}, "no training picture has these"),
+            ("val_novel", {"colors": ("green",), "shapes": ("ring",)}, "of these there is none"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_refused(self, split: str, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            ScenesSource(split, SceneOptions(**options))
 
 
 class TestHeldOut:
