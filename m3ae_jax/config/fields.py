@@ -30,6 +30,7 @@ class Setting:
         program: it changes how a step is computed, and neither its numbers (up to rounding, and to which numbers
             dropout draws) nor the parameters.
         loss: it changes the loss alone, not what the parameters mean.
+        weights: it names weights that a run starts from.
         aliases: names by which it may be looked for.
         hint: what else may have been meant by a value that is none of the choices.
     """
@@ -42,6 +43,7 @@ class Setting:
     identifies: bool = True
     program: bool = False
     loss: bool = False
+    weights: bool = False
     aliases: tuple[str, ...] = ()
     hint: str = ""
 

@@ -22,7 +22,7 @@ class RunFields(FieldGroup):
     """Parts of a batch that are computed one after the other; the loss is the whole batch's."""
     duration: str = setting("100 epochs", duration=True, aliases=("epochs", "steps", "num_epochs", "num_steps"))
     """Length of the training."""
-    init_from: str = setting("", identifies=False, aliases=("init", "checkpoint_path", "pretrained"))
+    init_from: str = setting("", identifies=False, weights=True, aliases=("init", "checkpoint_path", "pretrained"))
     """A run's folder or checkpoint whose weights the run starts from."""
     log_every: str = setting("50 steps", duration=True, identifies=False)
     """Time between log lines."""

@@ -195,10 +195,24 @@ def identifies(name: str, objective: str = "m3ae") -> bool:
     Raises:
         LookupError: there is no such field.
     """
+    field = _setting_of(name, objective)
+    return field.identifies and not field.program and not name.startswith(_FREE)
+
+
+def names_weights(name: str, objective: str = "m3ae") -> bool:
+    """Whether a field of this name says which weights a run starts from.
+
+    Raises:
+        LookupError: there is no such field.
+    """
+    return _setting_of(name, objective).weights
+
+
+def _setting_of(name: str, objective: str) -> Setting:
     path, _, last = name.rpartition(".")
     if last not in (settings := declared(class_of(path, objective))):
         raise LookupError(f"no field {name} is declared")
-    return settings[last].identifies and not settings[last].program and not name.startswith(_FREE)
+    return settings[last]
 
 
 def join(path: str, name: str) -> str:

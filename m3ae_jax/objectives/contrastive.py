@@ -66,10 +66,10 @@ class Fields(FieldGroup):
     """The captions' tower likewise: plain; clip: tokens see those before them alone, a learned one at the end sees all;
     siglip: the same without that order, and padding is read; bert: LayerNorm after each residual. Positions are learned
     but for plain."""
-    image_from: str = setting("", identifies=False)
+    image_from: str = setting("", identifies=False, weights=True)
     """A run of m3ae, or converted weights (MAE's, timm's): the pictures' tower starts from its encoder. `init_from` is
     for runs of the same objective."""
-    text_from: str = setting("", identifies=False)
+    text_from: str = setting("", identifies=False, weights=True)
     """Likewise of the captions' tower: a run of m3ae, or converted weights (BERT's, with text_layout=bert)."""
     positives: str = setting("picture", choices=("picture", "picture_or_caption"), loss=True)
     """What is right besides a row's own partner: the captions of equal pictures; or those, and the pictures of equal

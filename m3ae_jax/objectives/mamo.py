@@ -79,10 +79,10 @@ class Fields(FieldGroup):
     """Of the patches in their tower: sincos (fixed), or learned, as ViTs of other projects have them."""
     text_layout: str = setting("plain", choices=("plain", "bert"))
     """bert: the captions' tower is made as BERT, with LayerNorm after each residual, for its weights."""
-    image_from: str = setting("", identifies=False)
+    image_from: str = setting("", identifies=False, weights=True)
     """A run of m3ae, or converted weights (MAE's, timm's): the pictures' tower starts from its encoder. `init_from` is
     for runs of the same objective."""
-    text_from: str = setting("", identifies=False)
+    text_from: str = setting("", identifies=False, weights=True)
     """Likewise of the captions' tower: a run of m3ae, or converted weights (BERT's, with text_layout=bert); of more
     layers than `text_depth` the first are taken."""
     embedding_width: int = setting(256, low=1, aliases=("embed_dim", "projection_dim"))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.atomic import write_text
 from m3ae_jax.config import apply_overrides, default, difference, resolve
-from m3ae_jax.config.schema import identifies
+from m3ae_jax.config.schema import identifies, names_weights
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import stored
 from m3ae_jax.evals.named import data_of
@@ -24,9 +24,13 @@ from m3ae_jax.sweep.runner import Job, python_command
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a resolved config that identify a run and are not as by default; the seed left out."""
+    """The fields of a resolved config that its results depend on and are not as by default; the seed left out.
+
+    Those that identify a run, and the weights that it starts from: another path counts as other weights.
+    """
     changed = difference(resolve(default(config.objective)), config)
-    named = {name: new for name, _, new in changed if identifies(name, config.objective) and name != "seed"}
+    own = config.objective
+    named = {n: new for n, _, new in changed if (identifies(n, own) or names_weights(n, own)) and n != "seed"}
     content: dict[str, Any] = json.loads(json.dumps({"objective": config.objective, **named}))
     return content
 

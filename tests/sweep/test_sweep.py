@@ -124,7 +124,7 @@ def test_a_run_of_the_record_is_done_and_each_that_gets_done_is_added(tmp_path):
     elsewhere = sweep(tmp_path / "elsewhere")
     assert [job.is_done() for job in elsewhere.jobs()] == [True, False]
     assert elsewhere.results().done[0].scalars == result.scalars
-    for changes in ({"duration": "3 steps"}, {"model.width": 64}, {"seed": 7}):
+    for changes in ({"duration": "3 steps"}, {"model.width": 64}, {"seed": 7}, {"init_from": "runs/other"}):
         assert not any(job.is_done() for job in sweep(tmp_path / "other", **changes).jobs()), changes
     other = Result("probe", {"probe/trained/image/cls/accuracy": 0.7}, "")
     other.save(tmp_path / "elsewhere" / here.runs[1].name / "evals", 2, Data(data))
