@@ -35,6 +35,7 @@ from m3ae_jax.train.step import TrainState
 RECALL_AT = (1, 5, 10)
 _DIRECTIONS = ("image_to_text", "text_to_image")
 _WORDS_HIDDEN = 0.5
+_BY_WORDS = ("words", "words_gain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,9 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     scores.append(("chance", nothing, nothing.T, pairs.right))
     few = pairs.first(setup.config.eval.scored_pairs)
     if few.right.size and isinstance(objective, Restores):
-        for name, score in _by_words(setup, state, data, few).items():
-            scores.append((name, score, score.T, few.right))
+        for who, of_who in params.items():
+            for name, score in _by_words(setup, of_who, data, few).items():
+                scores.append((name if who == "trained" else f"{who}_{name}", score, score.T, few.right))
         nothing = np.zeros(few.right.shape)
         scores.append(("words_chance", nothing, nothing.T, few.right))
     columns = [(direction, f"recall@{k}") for direction in _DIRECTIONS for k in RECALL_AT]
@@ -151,7 +153,7 @@ def _clauses(scalars: Mapping[str, float], names: Sequence[str], pairs: Pairs, f
     """Of the verdict: recall at 1 by features and by words, in both directions."""
     compare = (
         ("features", ("trained",), ("untrained", "chance"), pairs),
-        ("words", ("words", "words_gain"), ("words_chance",), few),
+        ("words", _BY_WORDS, ("words_chance", *(f"untrained_{name}" for name in _BY_WORDS)), few),
     )
     for side, direction in enumerate(_DIRECTIONS):
         subject = f"{direction.replace('_', ' ')}, recall@1"
@@ -223,8 +225,8 @@ def matching_logits(
     return logits
 
 
-def _by_words(setup: Setup, state: TrainState, data: dict[str, Any], pairs: Pairs) -> dict[str, np.ndarray]:
-    """``words`` and ``words_gain``, `[P, C]` each, of what `read_pairs` gave."""
+def _by_words(setup: Setup, params: Params, data: dict[str, Any], pairs: Pairs) -> dict[str, np.ndarray]:
+    """The scores `_BY_WORDS`, `[P, C]` each, of what `read_pairs` gave."""
     image, text = names_of(setup)
     score = scorer(setup)
     pictures = jax.tree.map(lambda x: x[pairs.pictures], data["groups"][image])
@@ -235,7 +237,7 @@ def _by_words(setup: Setup, state: TrainState, data: dict[str, Any], pairs: Pair
         p, c = np.array(rows).T
         groups = {text: jax.tree.map(lambda x: x[c], captions)}
         groups |= {} if alone else {image: jax.tree.map(lambda x: x[p], pictures)}
-        sums = fetch(score(state.params, put_whole_batch({"groups": groups}, setup.mesh))[text])
+        sums = fetch(score(params, put_whole_batch({"groups": groups}, setup.mesh))[text])
         each: np.ndarray = sums["loss"] / np.maximum(sums["count"], 1.0)
         return each
 
@@ -246,4 +248,4 @@ def _by_words(setup: Setup, state: TrainState, data: dict[str, Any], pairs: Pair
     shape = pairs.right.shape
     with_picture = losses_of(list(np.ndindex(*shape)), alone=False).reshape(shape)
     without = losses_of([(0, c) for c in range(shape[1])], alone=True)
-    return {"words": -with_picture, "words_gain": without - with_picture}
+    return dict(zip(_BY_WORDS, (-with_picture, without - with_picture), strict=True))

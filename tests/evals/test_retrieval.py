@@ -65,3 +65,13 @@ def test_the_first_pairs_are_pairs():
 
 def test_equal_rows_have_one_number():
     assert identities(np.array([[1, 2], [0, 2], [1, 2]])).tolist() == [0, 1, 0]
+
+
+def test_words_are_compared_with_the_words_of_an_untrained_model():
+    values = {"trained/cls": 0.2, "untrained/cls": 0.1, "chance": 0.02, "words": 0.8, "words_gain": 0.9}
+    values |= {"words_chance": 0.05, "untrained_words": 0.06, "untrained_words_gain": 0.3}
+    scalars = {f"{name}/{d}/recall@1": v for name, v in values.items() for d in ("image_to_text", "text_to_image")}
+    pairs = Pairs(np.eye(50, dtype=bool), np.arange(50), np.arange(50))
+    features, words = list(retrieval._clauses(scalars, list(values), pairs, pairs))[:2]
+    assert "trained, cls 0.200" in features and "untrained, cls (0.100)" in features and "words" not in features
+    assert "words gain 0.900" in words and "to untrained words gain (0.300)" in words
