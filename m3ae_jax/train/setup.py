@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -198,6 +198,8 @@ class Setup:
         meta = load_meta(load.path)
         for line in positions.computed_anew(meta.get("modalities", ()), self._modalities()):
             log.info("init_from=%s: %s", load.path, line)
+        for line in _meant_otherwise(meta, self.config, pictures=not load.into.endswith("/text")):
+            log.warning("init_from=%s: its weights were trained with %s", load.path, line)
         theirs, ours = meta.get("tokenizer"), self.tokenizer.fingerprint if self.tokenizer else ""
         if theirs and ours and theirs != ours:
             log.warning("init_from=%s: it has another tokenizer: its embeddings are of other words", load.path)
@@ -330,6 +332,17 @@ def prepare(config: ConfigDict, workdir: Path | None = None) -> Setup:
         learning_rate=learning_rate,
         optimizer=optimizer(config, learning_rate),
     )
+
+
+def _meant_otherwise(meta: Mapping[str, Any], config: ConfigDict, *, pictures: bool) -> Iterator[str]:
+    """The fields that change what weights of the same shapes compute, where a checkpoint's differ from these."""
+    stored, names = meta.get("config") or {}, ("model.heads", "model.activation", "model.layer_norm_epsilon")
+    for name in (*names, *(("data.image_mean", "data.image_std") if pictures else ())):
+        group, _, field = name.partition(".")
+        theirs, ours = stored.get(group, {}).get(field), config[group][field]
+        theirs, ours = (tuple(value) if isinstance(value, list | tuple) else value for value in (theirs, ours))
+        if theirs not in (None, ours):
+            yield f"{name}={theirs}, which here is {ours}"
 
 
 def _tokenizer(config: ConfigDict, run: Path | None) -> Tokenizer:

@@ -107,14 +107,19 @@ def test_towers_of_different_sizes_are_pooled_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("objective", ["contrastive", "mamo"])
-def test_the_pictures_tower_starts_from_an_m3ae_run(objective: str, tmp_path: Path) -> None:
+def test_the_pictures_tower_starts_from_an_m3ae_run(
+    objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = setup_of("m3ae", **{"m3ae.decoder_width": 16, "m3ae.decoder_heads": 2, "m3ae.decoder_depth": 1, "seed": 5})
     before = source.init_state()
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(before, {"config": source.config.to_dict(), "modalities": source.modalities()}, {})
     checkpoints.close()
-    setup = setup_of(objective, **{f"{objective}.image_from": str(tmp_path)})
-    state, fresh = fetch(setup.fresh_state()), fetch(setup.init_state())
+    setup = setup_of(objective, **{f"{objective}.image_from": str(tmp_path), "model.activation": "gelu"})
+    with caplog.at_level("WARNING", "m3ae_jax"):
+        state, fresh = fetch(setup.fresh_state()), fetch(setup.init_state())
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "m3ae_jax"]
+    assert warning.endswith("its weights were trained with model.activation=gelu_tanh, which here is gelu")
     encoder = fetch(before.params["encoder"])
     np.testing.assert_array_equal(state.params["image"]["cls_token"], encoder["cls_token"])
     for a, b in zip(*(jax.tree.leaves(tree["transformer"]) for tree in (state.params["image"], encoder)), strict=True):
