@@ -8,7 +8,6 @@ at. A word is the mean of its tokens where it looks, and their sum where it is l
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from m3ae_jax.report.pictures import Attended, attention_sheet
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
-_WEIGHTS = 2**28  # numbers that the attention weights of a batch, of all layers and heads, may be
+_WEIGHTS = 2**28  # numbers that the attention weights of a batch, of all heads, may be
 _WORDS = 2  # a pair, of which it is drawn where they look
 _NOTE = (
     "Attention of layer {layer} of {depth}, mean of its heads. The marked patch is the one that the caption's words "
@@ -114,7 +113,7 @@ def read(setup: Setup, state: TrainState) -> Pairs:
     options, objective = setup.config.eval.attention, setup.objective
     assert isinstance(objective, Attends)
     tokens = 1 + sum(m.tokens for view in objective.view((image, text)) for m in view.modalities)
-    fitting = max(1, _WEIGHTS // (math.prod(objective.attention_maps) * tokens**2))
+    fitting = max(1, _WEIGHTS // (objective.attention_maps[1] * tokens**2))
     size = min(fitting, setup.config.eval.batch_size)
     attend = shared(setup, "attention", lambda: setup.jit(lambda p, part: objective.attention(p, part, options.layer)))
     pairs = read_pairs(setup, options.examples, size, lambda part: attend(state.params, part))

@@ -1,7 +1,7 @@
 """The light decoder: it restores the target tokens from the encoded visible ones.
 
 It reads the encoded tokens followed by mask tokens at the targets' places, or the mask tokens alone, each of which
-attends to the encoded ones (``options.cross``). The heads run on target slots alone.
+attends to the encoded ones (``options.attends`` is ``context``). The heads run on target slots alone.
 
 Legend: ``B`` batch, ``V`` visible and ``K`` target slots, ``D`` encoder width, ``E`` decoder width.
 """
@@ -75,9 +75,15 @@ class Decoder(nn.Module):
             parts.append(part + masks_of[m].place(visible[m]["position"]))
         masks = [masks_of[m](target[m]["position"]) for m in present]
         shown, hidden = ([tokens[m]["valid"] for m in present] for tokens in (visible, target))
-        if self.options.cross:
+        if self.options.attends == "context":
             memory, x = (jnp.concatenate(several, axis=1) for several in (parts, masks))
-            x = self.transformer(x, with_cls(shown), context=memory, deterministic=deterministic)
+            x = self.transformer(
+                x,
+                jnp.concatenate(hidden, axis=1),
+                context=memory,
+                context_valid=with_cls(shown),
+                deterministic=deterministic,
+            )
         else:
             x = jnp.concatenate([*parts, *masks], axis=1)
             x = self.transformer(x, with_cls(shown + hidden), deterministic=deterministic)[:, context.shape[1] :]

@@ -17,7 +17,15 @@ import numpy as np
 
 from m3ae_jax.data.tokens import Modality
 from m3ae_jax.models.embeddings import Embedding, Tokens, vector
-from m3ae_jax.models.transformer import ACTIVATIONS, Attention, Transformer, TransformerOptions, dense, layer_norm
+from m3ae_jax.models.transformer import (
+    ACTIVATIONS,
+    Attention,
+    Tap,
+    Transformer,
+    TransformerOptions,
+    dense,
+    layer_norm,
+)
 
 TokenSets = Mapping[str, Tokens]
 """``{modality: token set}``."""
@@ -30,10 +38,12 @@ class Encoded:
     Attributes:
         pooled: of the whole example: ``{"cls": [B, D]}``, or nothing.
         tokens: of each token, ``{group: [B, V, D]}``.
+        attention: what a tap has looked at, `[B, H, N or 1, N] float32` of CLS and the tokens; None: there was none.
     """
 
     pooled: dict[str, jax.Array]
     tokens: dict[str, jax.Array]
+    attention: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Pool(nn.Module):
         """Maps `[B, N, D]` to `[B, D]`; `valid` is `[B, N] bool`."""
         o = self.options
         query = jnp.broadcast_to(vector(self, "query", o.width)[0], (x.shape[0], o.width)).astype(x.dtype)
-        pooled = Attention(o, name="attention")(query, x.reshape(-1, o.width), valid, True)
+        pooled, _ = Attention(o, name="attention")(query, x.reshape(-1, o.width), valid, True)
         hidden = layer_norm(o.epsilon, o.dtype, "norm_mlp")(pooled)
         hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(hidden)
         return pooled + dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(ACTIVATIONS[o.activation](hidden))
@@ -113,12 +123,13 @@ class Encoder(nn.Module):
     layout: Layout = Layout()
 
     @nn.compact
-    def __call__(self, visible: TokenSets, *, deterministic: bool = True) -> Encoded:
+    def __call__(self, visible: TokenSets, *, deterministic: bool = True, tap: Tap | None = None) -> Encoded:
         """Encodes the visible tokens of one or more modalities.
 
         Args:
             visible: token sets; `value` is `[B, V, features] float32` or `[B, V] int32`.
             deterministic: False needs a ``dropout`` RNG if any rate is positive.
+            tap: of whose layer the attention is looked at.
         """
         o, layout = self.options, self.layout
         o = dataclasses.replace(o, causal=layout.causal, post_norm=layout.post_norm)
@@ -159,13 +170,13 @@ class Encoder(nn.Module):
         joined, real = jnp.concatenate(x, axis=1), jnp.concatenate(valid, axis=1)
         if layout.norm:
             joined = layer_norm(o.epsilon, o.dtype, "embedding_norm")(joined)
-        y = Transformer(o, name="transformer")(joined, real, deterministic=deterministic)
+        y, attention = Transformer(o, name="transformer").tapped(joined, real, tap, deterministic=deterministic)
         if layout.summary == "attention":
-            summary = Pool(dataclasses.replace(o, cross=True), name="pool")(y, real)
+            summary = Pool(o, name="pool")(y, real)
         else:
             summary = y[:, -1 if layout.summary == "last" else 0]
         tokens = cut(y[:, before : y.shape[1] - layout.trailing], parts)
-        return Encoded({"cls": summary}, {m.name: part for m, part in zip(present, tokens, strict=True)})
+        return Encoded({"cls": summary}, {m.name: part for m, part in zip(present, tokens, strict=True)}, attention)
 
 
 def with_cls(valid: Sequence[jax.Array]) -> jax.Array:

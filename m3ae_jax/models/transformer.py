@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,9 @@ REMAT: dict[str, Any] = {
 }
 
 
+_LOOKED_AT = {"self": ("self",), "context": ("context",), "both": ("self", "context")}
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerOptions:
     """Shape and regularisation of one stack.
@@ -58,7 +62,8 @@ class TransformerOptions:
         attention_head_groups: see `attention.attend`.
         activation: of the MLPs, a key of `ACTIVATIONS`.
         epsilon: of the LayerNorms.
-        cross: the tokens attend to a context, not to each other.
+        attends: to what tokens attend: to each other (``self``); to a context (``context``); or to each other and then,
+            where there is one, to a context (``both``).
         causal: a token attends to itself and those before it alone.
         post_norm: LayerNorm after each residual, as in BERT, instead of before each branch and once at the end.
         dtype: of the matrix products; parameters are float32.
@@ -77,7 +82,7 @@ class TransformerOptions:
     attention_head_groups: int = 1
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
-    cross: bool = False
+    attends: str = "self"
     causal: bool = False
     post_norm: bool = False
     dtype: Any = jnp.float32
@@ -195,17 +200,52 @@ def heads_product(
     )
 
 
-class Attention(nn.Module):
-    """Multi-head attention, of tokens to each other or to a context, in which padding is never a key.
+@flax.struct.dataclass
+class Tap:
+    """Attention weights that are looked at, of one layer; and may be moved, for gradients with respect to them.
 
-    The weights are sown as ``intermediates/attention`` (`[B, H, N, M] float32`) when that collection is mutable.
+    Attributes:
+        layer: from 0; negative from the end.
+        of: ``self`` or ``context``, what the layer attends to there.
+        query: the row that is looked at; None: all of them.
+        delta: `[B, H, N, M] float32`, added to the weights after the softmax; None: nothing. The gradient of a score
+            with respect to it, at 0, is that with respect to the weights.
     """
+
+    layer: int = flax.struct.field(pytree_node=False, default=-1)
+    of: str = flax.struct.field(pytree_node=False, default="self")
+    query: int | None = flax.struct.field(pytree_node=False, default=None)
+    delta: jax.Array | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention, of tokens to each other or to a context, in which padding is never a key."""
 
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None, valid: jax.Array, deterministic: bool) -> jax.Array:
-        """Maps `[B N, D]` to `[B N, D]`; `context` is `[B M, D]`, or None: `x`; `valid` of its tokens `[B, M] bool`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        valid: jax.Array,
+        deterministic: bool,
+        tap: Tap | None = None,
+        tapped: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends.
+
+        Args:
+            x: `[B N, D]`.
+            context: `[B M, D]`, or None: `x`.
+            valid: `[B, M] bool`, of the context's tokens.
+            deterministic: without dropout.
+            tap: its `query` and `delta`.
+            tapped: a bool scalar: whether this is the tap's layer; the weights of another are not moved. None: it is.
+
+        Returns:
+            `[B N, D]`; with a tap its weights `[B, H, N or 1, M] float32`.
+        """
         o = self.options
         head_dim = o.width // o.heads
         batch = valid.shape[0]
@@ -223,39 +263,64 @@ class Attention(nn.Module):
             query, key, value = project(x, 3, "qkv")
         else:
             [query], [key, value] = project(x, 1, "query"), project(context, 2, "key_value")
-        if self.is_mutable_collection("intermediates"):  # the caller wants the maps
-            self.sow("intermediates", "attention", attention.weights(query, key, valid, o.causal))
         draws = o.attention_dropout > 0.0 and not deterministic
-        mixed = attention.attend(
-            query,
-            key,
-            value,
-            valid,
-            causal=o.causal,
-            kernel=o.attention,
-            head_groups=o.attention_head_groups,
-            dropout=o.attention_dropout,
-            rng=self.make_rng("dropout") if draws else None,
-        )
+        rng = self.make_rng("dropout") if draws else None
+        causal = o.causal and context is None
+        weights = None if tap is None else attention.weights(query, key, valid, causal)
+        if tap is not None and weights is not None and tap.delta is not None:
+            weights = weights + (tap.delta if tapped is None else jnp.where(tapped, tap.delta, 0.0))
+            mixed = attention.mix(weights, value, o.attention_dropout, rng)
+        else:
+            mixed = attention.attend(
+                query,
+                key,
+                value,
+                valid,
+                causal=causal,
+                kernel=o.attention,
+                head_groups=o.attention_head_groups,
+                dropout=o.attention_dropout,
+                rng=rng,
+            )
         mixed = jnp.swapaxes(mixed, 1, 2)
         out = heads_product((o.width,), (-2, -1), ("heads", "head_dim", "embed"), o.dtype, "out")
-        return out(mixed.reshape(-1, o.heads, head_dim))
+        if tap is not None and weights is not None and tap.query is not None:
+            weights = weights[:, :, tap.query, None]
+        return out(mixed.reshape(-1, o.heads, head_dim)), weights
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a LayerNorm and a residual; a context has been normalised before."""
+    """Attention (to the tokens, a context, or both) and MLP, each with a LayerNorm and a residual.
+
+    A context has been normalised before.
+    """
 
     options: TransformerOptions
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, drop_path: jax.Array, context: jax.Array | None, valid: jax.Array, deterministic: bool
-    ) -> tuple[jax.Array, None]:
-        """Maps `[B N, D]`; `drop_path` is this layer's rate (a scalar). Returns a scan's (carry, None).
+        self,
+        carry: tuple[jax.Array, jax.Array | None],
+        of_layer: tuple[jax.Array, jax.Array],
+        context: jax.Array | None,
+        valid: jax.Array,
+        context_valid: jax.Array | None,
+        tap: Tap | None,
+        deterministic: bool,
+    ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+        """One layer, as a scan's (carry, None).
 
-        `context` and `valid` are as of `Attention`.
+        Args:
+            carry: `[B N, D]`, and what the tap has seen, if there is one.
+            of_layer: its rate of drop path and its number, scalars.
+            context: `[B M, D]`, or None.
+            valid: `[B, N] bool`, of the tokens.
+            context_valid: `[B, M] bool`, of the context's.
+            tap: of which layer the weights are looked at; `layer` from 0.
+            deterministic: without dropout.
         """
         o = self.options
+        (x, seen), (drop_path, number) = carry, of_layer
         x = constrain(x, "batch", None)
 
         def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
@@ -269,16 +334,37 @@ class Block(nn.Module):
         def sublayer(x: jax.Array, norm: nn.LayerNorm, branch: Callable[[jax.Array], jax.Array]) -> jax.Array:
             return norm(residual(x, branch(x))) if o.post_norm else residual(x, branch(norm(x)))
 
+        def attending(name: str, context: jax.Array | None, valid: jax.Array) -> Callable[[jax.Array], jax.Array]:
+            attend = Attention(o, name=name)
+
+            def branch(x: jax.Array) -> jax.Array:
+                nonlocal seen
+                if tap is None or tap.of != ("self" if context is None else "context"):
+                    return attend(x, context, valid, deterministic)[0]
+                here = number == tap.layer
+                mixed, weights = attend(x, context, valid, deterministic, tap, here)
+                assert seen is not None and weights is not None
+                seen = jnp.where(here, weights, seen)
+                return mixed
+
+            return branch
+
         def mlp(x: jax.Array) -> jax.Array:
             hidden = dense(int(o.width * o.mlp_ratio), ("embed", "mlp"), o.dtype, "mlp_in")(x)
             hidden = constrain(hidden, "batch", "mlp")
             hidden = drop(ACTIVATIONS[o.activation](hidden), o.dropout, self, deterministic)
             return dense(o.width, ("mlp", "embed"), o.dtype, "mlp_out")(hidden)
 
-        attend = Attention(o, name="attention")
-        norms = [layer_norm(o.epsilon, o.dtype, name) for name in ("norm_attention", "norm_mlp")]
-        x = sublayer(x, norms[0], lambda x: attend(x, context, valid, deterministic))
-        return sublayer(x, norms[1], mlp), None
+        norm = functools.partial(layer_norm, o.epsilon, o.dtype)
+        if o.attends == "context":
+            assert context is not None and context_valid is not None
+            x = sublayer(x, norm("norm_attention"), attending("attention", context, context_valid))
+        else:
+            x = sublayer(x, norm("norm_attention"), attending("attention", None, valid))
+        if o.attends == "both" and context is not None:
+            assert context_valid is not None
+            x = sublayer(x, norm("norm_cross_attention"), attending("cross_attention", context, context_valid))
+        return (sublayer(x, norm("norm_mlp"), mlp), seen), None
 
 
 class Transformer(nn.Module):
@@ -286,33 +372,68 @@ class Transformer(nn.Module):
 
     options: TransformerOptions
 
-    @nn.compact
     def __call__(
-        self, x: jax.Array, valid: jax.Array, *, context: jax.Array | None = None, deterministic: bool = True
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        *,
+        context: jax.Array | None = None,
+        context_valid: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> jax.Array:
-        """Runs the stack.
+        """Runs the stack; as `tapped`, without a tap."""
+        return self.tapped(x, valid, None, context=context, context_valid=context_valid, deterministic=deterministic)[0]
+
+    @nn.compact
+    def tapped(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        tap: Tap | None,
+        *,
+        context: jax.Array | None = None,
+        context_valid: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs the stack, and looks at the attention of one layer.
 
         Args:
             x: `[B, N, D]`.
-            valid: `[B, N] bool`, True where a token is real; with a context `[B, M] bool`, of its tokens.
-            context: with ``cross``, and only then: `[B, M, D]`, what each layer's attention reads.
+            valid: `[B, N] bool`, True where a token is real.
+            tap: what is looked at; None: nothing.
+            context: `[B, M, D]`, what each layer's attention reads where it `attends` to a context; it may be left out
+                where it attends to ``both``, but not when parameters are made.
+            context_valid: `[B, M] bool`, likewise.
             deterministic: False needs a ``dropout`` RNG if any rate is positive.
 
         Returns:
-            `[B, N, D]`.
+            `[B, N, D]`, and the tap's weights `[B, H, N or 1, N or M] float32`.
         """
         o = self.options
-        if (context is not None) != o.cross:
-            raise ValueError(f"a stack with cross={o.cross} {'needs a' if o.cross else 'takes no'} context")
+        needs = o.attends == "context" or (o.attends == "both" and self.is_initializing())
+        if (context is None) != (context_valid is None):
+            raise ValueError("a context comes with its context_valid")
+        if (context is None and needs) or (context is not None and o.attends == "self"):
+            raise ValueError(f"a stack that attends to {o.attends} {'needs a' if needs else 'takes no'} context")
+        seen = None
+        if tap is not None:
+            if tap.of not in _LOOKED_AT[o.attends] or (tap.of == "context" and context is None):
+                raise ValueError(f"a tap of {tap.of}: the stack attends to {o.attends}")
+            if not -o.depth <= tap.layer < o.depth:
+                raise ValueError(f"a tap of layer {tap.layer}: the stack has {o.depth}")
+            tap = dataclasses.replace(tap, layer=tap.layer % o.depth)
+            keys = valid if tap.of == "self" or context_valid is None else context_valid
+            rows = x.shape[1] if tap.query is None else 1
+            seen = jnp.zeros((x.shape[0], o.heads, rows, keys.shape[1]), jnp.float32)
         block = Block
         if o.remat != "none":
             # In a loop nothing can be shared between the passes, so preventing it would only cost.
-            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=o.unroll, static_argnums=(5,))
+            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=o.unroll, static_argnums=(7,))
         stack = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=o.depth,
             unroll=o.depth if o.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -320,8 +441,10 @@ class Transformer(nn.Module):
         rates = jnp.asarray(np.linspace(0.0, o.drop_path, o.depth), jnp.float32)
         flat_context = None if context is None else context.astype(o.dtype).reshape(-1, o.width)
         start = x.astype(o.dtype).reshape(-1, o.width)
-        flat, _ = stack(o, name="blocks")(start, rates, flat_context, valid, deterministic)
-        return (flat if o.post_norm else layer_norm(o.epsilon, o.dtype, "norm")(flat)).reshape(x.shape)
+        of_layer = (rates, jnp.arange(o.depth))
+        of_all = (flat_context, valid, context_valid, tap, deterministic)
+        (flat, seen), _ = stack(o, name="blocks")((start, seen), of_layer, *of_all)
+        return (flat if o.post_norm else layer_norm(o.epsilon, o.dtype, "norm")(flat)).reshape(x.shape), seen
 
 
 class OutputHead(nn.Module):

@@ -233,8 +233,7 @@ class Attends(Protocol):
         Args:
             params: parameters.
             part: whose visible tokens are encoded.
-            layer: of the encoder, from 0; negative from the end. All layers' weights exist at a time,
-                `[layers, B, H, N, N] float32` of N tokens and CLS.
+            layer: of the encoder, from 0; negative from the end.
 
         Returns:
             ``{query: {key: [B, V, W] float32}}``, both ``cls`` (one slot) or a group. Over all keys a row sums to 1;

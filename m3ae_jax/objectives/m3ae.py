@@ -21,7 +21,7 @@ from m3ae_jax.errors import UserError
 from m3ae_jax.models.decoder import Decoder
 from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder, Layout
 from m3ae_jax.models.fields import check_stack
-from m3ae_jax.models.transformer import stack_options
+from m3ae_jax.models.transformer import Tap, stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
 from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, LossOutput, Objective, Params, Part, Restored, Terms
 from m3ae_jax.objectives.batch import modality_groups, row_total, summed, zeros_part
@@ -104,7 +104,7 @@ class M3AE(Objective):
             width=o.decoder_width,
             depth=o.decoder_depth,
             heads=o.decoder_heads,
-            cross=o.decoder_attention == "cross",
+            attends="context" if o.decoder_attention == "cross" else "self",
         )
         self._decoder = Decoder(options, modalities, o.use_type_embedding, o.output_head_depth)
         self.attention_maps = (config.model.depth, config.model.heads)
@@ -149,12 +149,11 @@ class M3AE(Objective):
     def attention(self, params: Params, part: Part, layer: int = -1) -> dict[str, dict[str, jax.Array]]:
         """See `objectives.base.Attends`; these are the weights whatever ``compute.attention`` computes with."""
         visible = self._visible(part)
-        _, sown = self._encoder.apply({"params": params["encoder"]}, visible, mutable=["intermediates"])
-        (maps,) = sown["intermediates"]["transformer"]["blocks"]["attention"]["attention"]
+        encoded: Any = self._encoder.apply({"params": params["encoder"]}, visible, tap=Tap(layer))
         names = ["cls", *(m for m in self._modalities if m in visible)]
         ends = np.cumsum([1, *(visible[m]["valid"].shape[1] for m in names[1:])])
         place = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
-        weights = jnp.mean(maps[layer], axis=1)
+        weights = jnp.mean(encoded.attention, axis=1)
         return {query: {key: weights[:, place[query], place[key]] for key in names} for query in names}
 
     def prior(self, train: Iterable[Part], validation: Iterable[Part]) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The transformer, and encoder and decoder on it: what must not change the numbers, and what must."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +18,7 @@ from m3ae_jax.models import transformer
 from m3ae_jax.models.decoder import Decoder
 from m3ae_jax.models.encoder import Encoder
 from m3ae_jax.models.fields import SIZES
-from m3ae_jax.models.transformer import OutputHead, Transformer, TransformerOptions
+from m3ae_jax.models.transformer import OutputHead, Tap, Transformer, TransformerOptions
 from m3ae_jax.objectives.m3ae import M3AE
 
 LOGICAL_AXES = {"layers", "embed", "heads", "head_dim", "mlp", "vocab", "patch"}
@@ -30,7 +32,7 @@ RATES = ("dropout", "attention_dropout", "drop_path")
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Of `OPTIONS`; random, so that no bias and no residual branch is idle."""
-    return randomised(Transformer(OPTIONS), X, VALID)
+    return randomised(Transformer(OPTIONS).init, X, VALID)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def fresh() -> Any:
     return nn.unbox(jax.jit(Transformer(OPTIONS).init)(jax.random.key(0), X, VALID)["params"])["blocks"]
 
 
-def randomised(module: nn.Module, *inputs: Any) -> Any:
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+def randomised(init: Callable[..., Any], *inputs: Any) -> Any:
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), *inputs)["params"])
     generator = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * generator.normal(size=x.shape), jnp.float32), shapes)
 
@@ -166,12 +168,103 @@ def test_padding_gets_no_gradient(params: Any) -> None:
 # --- attention and the head ---------------------------------------------------------------------------------
 
 
-def test_attention_maps_on_request(params: Any) -> None:
-    _, state = Transformer(OPTIONS).apply({"params": params}, X, VALID, mutable=["intermediates"])
-    (maps,) = state["intermediates"]["blocks"]["attention"]["attention"]
-    assert maps.shape == (3, BATCH, 2, TOKENS, TOKENS)
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("changes", [{}, {"unroll": True, "remat": "full"}, {"attention_head_groups": 2}])
+def test_a_tap_shows_the_attention_of_its_layer(params: Any, plain: Any, layer: int, changes: dict[str, Any]) -> None:
+    model = Transformer(dataclasses.replace(OPTIONS, **changes))
+
+    def run(tap: Tap) -> Any:
+        return model.apply({"params": params}, X, VALID, tap, method="tapped")
+
+    y, maps = run(Tap(layer))
+    assert maps.shape == (BATCH, 2, TOKENS, TOKENS)
+    np.testing.assert_allclose(y, plain, atol=1e-5)
     np.testing.assert_allclose(maps.sum(-1), 1.0, atol=1e-5)
-    assert not np.any(np.moveaxis(maps, -1, 2)[:, ~VALID])  # as keys
+    assert not np.any(np.moveaxis(maps, -1, 1)[~VALID])  # as keys
+    np.testing.assert_array_equal(run(Tap(layer, query=2))[1], maps[:, :, 2:3])
+    assert np.abs(maps - run(Tap(1))[1]).max() > 1e-3
+    # Alone, the first layer is that of a stack of one.
+    if layer == 0:
+        one = jax.tree.map(lambda x: x[:1], params["blocks"])
+        alone = Transformer(dataclasses.replace(OPTIONS, depth=1))
+        both = alone.apply({"params": params | {"blocks": one}}, X, VALID, Tap(), method="tapped")
+        np.testing.assert_allclose(both[1], maps, atol=1e-6)
+
+
+CONTEXT = np.random.default_rng(2).normal(size=(BATCH, 5, OPTIONS.width)).astype(np.float32)
+CONTEXT_VALID = np.arange(5) < np.array([[5], [2], [4], [1]])
+BOTH = dataclasses.replace(OPTIONS, attends="both")
+WITH = {"context": CONTEXT, "context_valid": CONTEXT_VALID}
+
+
+@pytest.fixture(scope="module")
+def both_params() -> Any:
+    """Of `BOTH`."""
+    return randomised(functools.partial(Transformer(BOTH).init, **WITH), X, VALID)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_stack_that_attends_to_both_runs_without_a_context_as_one_that_attends_to_itself(
+    both_params: Any, post_norm: bool
+) -> None:
+    own = {name: leaf for name, leaf in both_params["blocks"].items() if "cross" not in name}
+    params = {**both_params, "blocks": own}
+    alone, both = (dataclasses.replace(of, post_norm=post_norm) for of in (OPTIONS, BOTH))
+    np.testing.assert_array_equal(
+        Transformer(both).apply({"params": both_params}, X, VALID),
+        Transformer(alone).apply({"params": params}, X, VALID),
+    )
+
+
+def test_what_a_context_says_is_read_and_its_padding_is_not(both_params: Any) -> None:
+    model = Transformer(BOTH)
+
+    def run(context: np.ndarray) -> Any:
+        return model.apply({"params": both_params}, X, VALID, context=context, context_valid=CONTEXT_VALID)
+
+    y = run(CONTEXT)
+    assert np.abs(y - model.apply({"params": both_params}, X, VALID)).max() > 1e-2
+    noise = np.where(CONTEXT_VALID[..., None], CONTEXT, 9.0).astype(np.float32)
+    np.testing.assert_allclose(run(noise)[VALID], y[VALID], atol=1e-5)
+    assert np.abs(run(CONTEXT[:, ::-1] * 1.5) - y).max() > 1e-2
+
+
+@pytest.mark.parametrize(("of", "layer"), [("self", 1), ("context", 0), ("context", -1)])
+def test_the_gradient_by_a_taps_delta_is_that_by_the_weights(both_params: Any, of: str, layer: int) -> None:
+    model = Transformer(BOTH)
+
+    def run(delta: Any) -> Any:
+        return model.apply({"params": both_params}, X, VALID, Tap(layer, of, delta=delta), method="tapped", **WITH)
+
+    def score(delta: Any) -> Any:
+        return jnp.sum(jnp.sin(run(delta)[0][:, 0]))
+
+    shape = run(None)[1].shape
+    zero = jnp.zeros(shape)
+    np.testing.assert_allclose(run(zero)[0], run(None)[0], atol=1e-5)
+    gradient = jax.jit(jax.grad(score))(zero)
+    generator = np.random.default_rng(3)
+    for _ in range(3):
+        direction = jnp.asarray(generator.normal(size=shape), jnp.float32)
+        step = 1e-2
+        numeric = (score(step * direction) - score(-step * direction)) / (2 * step)
+        np.testing.assert_allclose(jnp.sum(gradient * direction), numeric, rtol=2e-2, atol=2e-2)
+    assert float(jnp.abs(jax.grad(lambda d: jnp.sum(run(d)[0] * 0.0))(zero)).max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "tap", "message"),
+    [
+        (OPTIONS, WITH, None, "takes no context"),
+        (dataclasses.replace(OPTIONS, attends="context"), {}, None, "needs a context"),
+        (BOTH, {"context": CONTEXT}, None, "comes with its context_valid"),
+        (OPTIONS, {}, Tap(of="context"), "a tap of context"),
+        (OPTIONS, {}, Tap(3), "the stack has 3"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(options: Any, given: Any, tap: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Transformer(options).init(jax.random.key(0), X, VALID, tap, method="tapped", **given)
 
 
 def test_bfloat16_keeps_float32_parameters() -> None:
@@ -255,7 +348,7 @@ VISIBLE, TARGET = token_sets(4, 3, seed=2), token_sets(6, 4, seed=3)
 def restore() -> Any:
     """The compiled autoencoder: (visible, target) to what it restores."""
     model = Autoencoder()
-    params = randomised(model, VISIBLE, TARGET)
+    params = randomised(model.init, VISIBLE, TARGET)
     return jax.jit(lambda visible, target: model.apply({"params": params}, visible, target))
 
 

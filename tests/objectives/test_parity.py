@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from m3ae_jax import config as configs
 from m3ae_jax.data.images import patchify
 from m3ae_jax.models.encoder import Encoded
+from m3ae_jax.models.transformer import Tap
 from m3ae_jax.objectives.base import LossOutput, Part
 from m3ae_jax.objectives.batch import mean, total_loss
 from m3ae_jax.objectives.m3ae import M3AE
@@ -371,13 +372,13 @@ def encode_with_maps(case: Case, batch: Part) -> tuple[Encoded, jax.Array]:
     """The features as `Objective.encode` gives them, and the attention maps `[layers, B, H, N, N]`."""
     visible = {name: group["visible"] for name, group in batch["groups"].items()}
 
-    @jax.jit
-    def run(params: Any) -> tuple[Encoded, Any]:
-        return case.objective._encoder.apply({"params": params["encoder"]}, visible, mutable=["intermediates"])
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(params: Any, layer: int) -> Encoded:
+        encoded: Encoded = case.objective._encoder.apply({"params": params["encoder"]}, visible, tap=Tap(layer))
+        return encoded
 
-    encoded, state = run(case.params)
-    (maps,) = state["intermediates"]["transformer"]["blocks"]["attention"]["attention"]
-    return encoded, maps
+    of_layers = [run(case.params, layer) for layer in range(case.sizes["cfg"]["depth"])]
+    return of_layers[0], jnp.stack([encoded.attention for encoded in of_layers])
 
 
 def real_tokens(case: Case, modalities: tuple[str, ...]) -> np.ndarray:
