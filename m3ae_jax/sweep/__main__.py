@@ -36,7 +36,7 @@ _EVAL = flags.DEFINE_list("eval", ["probe"], "Evaluations of each run, in place 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; by default runs/sweep_<config name>.")
 _EQUAL_FLOPS = flags.DEFINE_list("equal_flops", [], "Axes whose runs train for as many FLOPs as the first of them.")
 _COMPARE = flags.DEFINE_string("compare", "", "The axis whose values are compared with its first; by default the last.")
-_FIGURES = flags.DEFINE_list("figures", [], "Scalars of the evaluations to show.")
+_FIGURES = flags.DEFINE_list("figures", [], "Scalars of the evaluations to show; of A|B each run's first.")
 _TITLE = flags.DEFINE_string("title", "", "Of the plot.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at the same time, sharing this machine's cores.", lower_bound=1)
 _RECORD = flags.DEFINE_string("record", "", "A JSON file of results: runs in it are done, each done one is added.")

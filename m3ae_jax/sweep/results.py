@@ -83,7 +83,8 @@ class Results:
     Args:
         axes: of the grid.
         done: the results that are there.
-        figures: names of the scalars that are shown; none: those of trained encoders' pictures, or the first ones.
+        figures: names of the scalars that are shown; none: those of trained encoders' pictures, or the first ones. Of
+            several with ``|`` between them each run shows the first that it has.
         compare: the axis whose values are compared with its first; "": the last.
 
     Raises:
@@ -98,8 +99,9 @@ class Results:
             raise UserError(one_of("--compare", compare, names))
         known = list(dict.fromkeys(name for result in done for name in result.scalars))
         for figure in figures if done else ():
-            if figure not in known:
-                raise UserError(one_of("--figures", figure, known))
+            for name in figure.split("|"):
+                if name not in known:
+                    raise UserError(one_of("--figures", name, known))
         self.figures = list(figures) or _chosen(known)
         self._values = {axis.name: [value_text(value) for value in axis.values] for axis in axes}
         self.points = list(dict.fromkeys(tuple(result.run.values.items()) for result in done))
@@ -107,7 +109,8 @@ class Results:
 
     def summary(self, point: Point, figure: str) -> Summary:
         """Summarises a metric of a point over its seeds."""
-        return Summary.of({o.run.seed: o.scalars[figure] for o in self._at(point) if figure in o.scalars})
+        found = {o.run.seed: [o.scalars[n] for n in figure.split("|") if n in o.scalars] for o in self._at(point)}
+        return Summary.of({seed: values[0] for seed, values in found.items() if values})
 
     def difference(self, point: Point, figure: str) -> Summary | None:
         """The difference from the point with the compared axis' first value, paired by seed; None for that itself."""
@@ -123,21 +126,28 @@ class Results:
 
     def baselines(self, figure: str) -> list[str]:
         """The baselines of a trained encoder's metric: an untrained encoder, raw pixels and the majority class."""
-        if TRAINED not in figure:
-            return []
-        evaluation, _, rest = figure.partition(TRAINED)
-        rest, without, _ = rest.partition(f"/{WITHOUT}")
-        metric = rest.rpartition("/")[2]
-        names = [f"{evaluation}{UNTRAINED}{rest}", f"{evaluation}/pixels/{metric}", f"{evaluation}/majority"]
-        names = [name + without for name in names]
-        return [name for name in names if any(name in result.scalars for result in self.done)]
+        known = {name for result in self.done for name in result.scalars}
+        of_each = []
+        for one in figure.split("|"):
+            if TRAINED not in one:
+                return []
+            evaluation, _, rest = one.partition(TRAINED)
+            rest, without, _ = rest.partition(f"/{WITHOUT}")
+            metric = rest.rpartition("/")[2]
+            names = [f"{evaluation}{UNTRAINED}{rest}", f"{evaluation}/pixels/{metric}", f"{evaluation}/majority"]
+            of_each.append([name + without for name in names])
+        alike = [
+            "|".join(dict.fromkeys(name for name in names if name in known)) for names in zip(*of_each, strict=True)
+        ]
+        return [names for names in alike if names]
 
     def table(self) -> str:
         """A Markdown table: a row for each point, and for each metric its baselines and the paired difference."""
         lines = []
         for figure in self.figures:
             others = self.baselines(figure)
-            head = [*self._values, "seeds", "steps", "TFLOPs", figure, *(_short(name, figure) for name in others)]
+            shown = figure.replace("|", " or ")
+            head = [*self._values, "seeds", "steps", "TFLOPs", shown, *(_short(name, figure) for name in others)]
             head += [f"difference from the first {self.compared}, paired", ""]
             lines += ["", _row(head), "|---" * len(head) + "|"]
             for point in self.points:
@@ -215,7 +225,7 @@ class Results:
         axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set_title("mean over seeds (dots) and its 95 % interval", fontsize=9)
         axes.set_xlabel(self.compared, parse_math=False)
-        axes.set_ylabel(figure.replace("/", ", "), parse_math=False)
+        axes.set_ylabel(figure.replace("/", ", ").replace("|", "\nor "), parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
 

@@ -81,6 +81,22 @@ def test_files(tmp_path):
     assert np.asarray(Image.open(tmp_path / "results.png").convert("L")).std() > 5
 
 
+def test_of_figures_that_not_all_have_each_run_shows_its_first(tmp_path):
+    better = "probe/trained/image/matched"
+    runs = all_done()
+    for one in runs:
+        if one.run.values["modalities"] == "image,text":
+            one.scalars.update({better: one.scalars[FIGURE] + 0.2, "probe/untrained/image/matched": 0.3})
+    results = Results([SIZE, DATA], runs, [f"{better}|{FIGURE}"], "")
+    lines = results.table().splitlines()
+    assert f"| {better} or {FIGURE} | untrained |" in lines[0] and len({line.count("|") for line in lines}) == 1
+    assert "| 0.433 ± " in lines[2] and "| 0.200 ± 0.000 |" in lines[2]
+    assert "| 0.735 ± " in lines[3] and "| 0.300 ± 0.000 |" in lines[3] and "| +0.302 ± " in lines[3]
+    results.save(tmp_path, {}, "of two")
+    with pytest.raises(UserError, match="--figures='matchd'"):
+        Results([SIZE, DATA], runs, [f"{FIGURE}|matchd"], "")
+
+
 def test_one_point_and_one_seed_are_drawn(tmp_path):
     one = RunResult(Run({}, 1, ()), Budget(1, 1, 1.0), {"knn/k=1": 0.5})
     results = Results([], [one], [], "")
