@@ -3,8 +3,8 @@ r"""A small MAMO, or another objective, on built-in scenes whose captions name t
     python -m m3ae_jax.main --config=configs/binding.py [--config.objective=contrastive]
 
 The scenes have three shapes on plain backgrounds: with all of them 100,000 examples do not suffice.
-Hardware: two CPU cores, 9 to 14 minutes on one of them (contrastive: 4). Result: recall@1 of three seeds among captions
-and twins 0.042 after re-ranking, contrastive 0.023 (docs/binding.md, with expected losses).
+Hardware: two CPU cores, 11 to 15 minutes on one of them (contrastive: 4). Result: recall@1 of three seeds among
+captions and twins 0.042 after re-ranking, contrastive 0.023 (docs/binding.md, with expected losses).
 """
 
 from ml_collections import ConfigDict

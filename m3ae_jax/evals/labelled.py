@@ -18,7 +18,7 @@ from m3ae_jax.config.schema import source_fields
 from m3ae_jax.data.order import Order, fold_seed
 from m3ae_jax.data.sources import open_source
 from m3ae_jax.data.sources.base import Record, Source, called, where_of
-from m3ae_jax.data.sources.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, SceneOptions, ScenesSource, encode_bmp
+from m3ae_jax.data.sources.scenes import MAX_OBJECTS, Scene, SceneOptions, ScenesSource, encode_bmp
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import amount
 from m3ae_jax.evals.fields import LABELS, EvalFields
@@ -42,13 +42,10 @@ class LabelledScenes(ScenesSource):
     def __init__(self, split: str, options: SceneOptions, label: str) -> None:
         super().__init__(split, options)
         self._label = label
-        colors, shapes = (
-            tuple(n for n in of if n in used) for of, used in ((COLORS, options.colors), (SHAPES, options.shapes))
-        )
         self.classes = {
-            "shape": shapes,
-            "color": colors,
-            "color_shape": tuple(f"{color} {shape}" for color in colors for shape in shapes),
+            "shape": options.shapes,
+            "color": options.colors,
+            "color_shape": tuple(f"{color} {shape}" for color in options.colors for shape in options.shapes),
             "count": tuple(str(n + 1) for n in range(MAX_OBJECTS)),
         }[label]
 

@@ -28,10 +28,10 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 
     Those that identify a run, and the weights that it starts from: another path counts as other weights.
     """
-    changed = difference(resolve(default(config.objective)), config)
-    own = config.objective
-    named = {n: new for n, _, new in changed if (identifies(n, own) or names_weights(n, own)) and n != "seed"}
-    content: dict[str, Any] = json.loads(json.dumps({"objective": config.objective, **named}))
+    objective = config.objective
+    changed = {name: new for name, _, new in difference(resolve(default(objective)), config) if name != "seed"}
+    named = {n: new for n, new in changed.items() if identifies(n, objective) or names_weights(n, objective)}
+    content: dict[str, Any] = json.loads(json.dumps({"objective": objective, **named}))
     return content
 
 

@@ -115,7 +115,8 @@ class SceneOptions(FieldGroup):
             value, low, high = getattr(self, name), field.low or 0, field.high
             if field.choices:
                 _check_names(f"scenes.{name}", tuple(value), field.choices)
-                object.__setattr__(self, name, tuple(value))  # a list in JSON
+                # In the order of all, which the draws and the fingerprint depend on.
+                object.__setattr__(self, name, tuple(one for one in field.choices if one in value))
             elif not isinstance(value, int) or not low <= value <= high:
                 raise UserError(f"scenes.{name}={value!r} is not an integer in {low}..{high}")
         if self.min_objects > self.max_objects:
@@ -584,8 +585,7 @@ def _draw_layout(draws: _Draws, options: SceneOptions, novel: bool) -> _Layout:
     """Draws objects and places them; where one is mostly hidden it places anew, a few times."""
     count = options.min_objects + draws.integer(options.max_objects - options.min_objects + 1)
     novel_index = draws.integer(count) if novel else None
-    pairs = {is_novel: options.pairs(is_novel) for is_novel in {False, novel}}
-    objects = [_draw_object(draws, options, pairs[i == novel_index], crowded=count > 3) for i in range(count)]
+    objects = [_draw_object(draws, options, i == novel_index, crowded=count > 3) for i in range(count)]
     best: _Layout | None = None
     for _ in range(4):
         placed = _place(draws, objects)
@@ -598,12 +598,12 @@ def _draw_layout(draws: _Draws, options: SceneOptions, novel: bool) -> _Layout:
     return best
 
 
-def _draw_object(draws: _Draws, options: SceneOptions, pairs: Sequence[tuple[str, str]], crowded: bool) -> _Placed:
-    color, shape = draws.choice(pairs)
+def _draw_object(draws: _Draws, options: SceneOptions, novel: bool, crowded: bool) -> _Placed:
+    color, shape = draws.choice(options.pairs(novel))
     size = "large" if draws.chance(0.25 if crowded else 0.5) else "small"
     size = size if size in options.sizes else options.sizes[0]
-    marked = [texture for texture in TEXTURES[1:] if texture in options.textures]
-    plain = draws.chance(0.5) if "plain" in options.textures else False
+    marked = [texture for texture in options.textures if texture != "plain"]
+    plain = "plain" in options.textures and draws.chance(0.5)
     texture = "plain" if plain or not marked else draws.choice(marked)
     turn = _DRAWN[shape].turn
     return _Placed(

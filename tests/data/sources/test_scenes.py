@@ -137,6 +137,7 @@ class TestEasierScenes:
     def test_are_another_data_set_but_where_all_is_named(self) -> None:
         everything = SceneOptions(colors=tuple(scenes.COLORS), shapes=list(scenes.SHAPES))  # type: ignore[arg-type]
         assert everything == SceneOptions()
+        assert SceneOptions(backgrounds=("shaded", "plain")) == SceneOptions(backgrounds=("plain", "shaded"))
         fingerprints = {ScenesSource("train", of).fingerprint for of in (everything, SceneOptions(), EASIER)}
         assert len(fingerprints) == 2
 
