@@ -199,6 +199,8 @@ def _main(argv: list[str]) -> None:
     output = local(args.output, "--output")
     check_output(output)  # before anything that takes long
     model = inference.load(args.workdir, tokenizer=args.tokenizer, objective=args.objective)
+    if isinstance(model, inference.VisualTokenizer):
+        raise UserError(f"--workdir={args.workdir!r} is a visual tokenizer: it gives ids, no features")
     source = _open(args, model)
     inputs = _inputs(args.input, model, source)
     report = report_of(source)

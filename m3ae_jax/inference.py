@@ -30,7 +30,7 @@ from m3ae_jax.data.run_tokenizer import of_run
 from m3ae_jax.data.text import Tokenizer, encode_batch
 from m3ae_jax.data.tokens import Group, group_of, patch_grid
 from m3ae_jax.errors import UserError, one_of
-from m3ae_jax.objectives.base import Encodes, Restores, build, pool
+from m3ae_jax.objectives.base import Encodes, Restores, Tokenizes, build, model_params, pool
 
 BATCH_SIZES = (1, 8, 64)
 """What a model is compiled for; other numbers of examples are cut and filled up to these."""
@@ -123,12 +123,18 @@ def read(checkpoint: str, *, objective: str = "") -> Stored:
                     "objective= so"
                 )
             vocabulary, tokenizer = meta_lib.vocabulary(meta, place), meta_lib.field(meta, "tokenizer", str, place)
-            if "text" in config.data.modalities and not vocabulary:
+            model = build(config, vocabulary)
+            if not vocabulary and any(m.name == "text" for group in model.groups for m in group.modalities):
                 raise UserError(
                     f"checkpoint {place} was trained on texts, and its table of modalities has no vocabulary"
                 )
-            params = checkpoints.params(step)
-    wanted = nn.unbox(jax.eval_shape(build(config, vocabulary).init, jax.random.key(0)))
+            params = checkpoints.params(step, model.model_extra)
+
+    def fresh(rng: jax.Array) -> Any:
+        boxed = model.init(rng)
+        return model_params(model, boxed, model.init_extra(boxed, rng) if model.model_extra else {})
+
+    wanted = nn.unbox(jax.eval_shape(fresh, jax.random.key(0)))
     if differences := differences_of(params, wanted):
         raise UserError(f"checkpoint {place} holds other parameters than its config: {manifest.summary(differences)}")
     return Stored(config, params, step, tokenizer, vocabulary, folder.parent)
@@ -147,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load(checkpoint: str, *, tokenizer: str = "", objective: str = "") -> Model:
-    """Loads a trained model.
+    """Loads a trained model; of a visual tokenizer a `VisualTokenizer`.
 
     Args:
         checkpoint: a run's folder, or one checkpoint in it, as ``runs/tiny/checkpoints/1000``.
@@ -157,7 +163,8 @@ def load(checkpoint: str, *, tokenizer: str = "", objective: str = "") -> Model:
     Raises:
         UserError: no whole checkpoint there, or the tokenizer is another one.
     """
-    return Model(read(checkpoint, objective=objective), tokenizer)
+    model = Model(read(checkpoint, objective=objective), tokenizer)
+    return VisualTokenizer.of(model) if isinstance(model.objective, Tokenizes) else model
 
 
 class Model:
@@ -172,18 +179,19 @@ class Model:
         modalities: what it was trained on, of ``image`` and ``text``.
         step: of training.
         batch_sizes: what it is compiled for, ascending.
+        objective: by which it was trained.
     """
 
     def __init__(self, stored: Stored, tokenizer: str = "") -> None:
         self.config, self.step = stored.config, stored.step
         self._stored = dataclasses.replace(stored, params={})  # those on the device are enough
         self.config.compute.update(attention="xla", remat="none")  # for one device, and no gradient
-        self._objective = build(self.config, stored.vocabulary)
+        self.objective: Any = build(self.config, stored.vocabulary)
         self._params = jax.device_put(stored.params, jax.devices()[0])
         self._given_tokenizer = tokenizer
         self._compiled: dict[str, Any] = {}
         self.batch_sizes = list(BATCH_SIZES)
-        views = {m: self._objective.view((m,)) for m in self.config.data.modalities}  # none of what it does not know
+        views = {m: self.objective.view((m,)) for m in self.config.data.modalities}  # none of what it does not know
         self._views = {m: group_of(groups, m) for m, groups in views.items() if groups}
         self.modalities = tuple(self._views)
 
@@ -318,9 +326,9 @@ class Model:
 
     def _able(self, name: str, protocol: Any) -> Any:
         """A method of the objective."""
-        if not isinstance(self._objective, protocol):
+        if not isinstance(self.objective, protocol):
             raise UserError(f"this model was trained by {self.config.objective!r}, which cannot {name}")
-        return getattr(self._objective, name)
+        return getattr(self.objective, name)
 
     def _compile(self, name: str, function: Any) -> Any:
         """What runs a function of parameters and a part, traced once a name."""
@@ -329,10 +337,10 @@ class Model:
     def _hidden(self, modality: str, ratio: float | None) -> Group:
         """The view of a modality of which a share is hidden; None: as much as in training."""
         if ratio is None:
-            return group_of(self._objective.groups, modality)
+            return group_of(self.objective.groups, modality)
         if not isinstance(ratio, (int, float, np.number)) or not 0.0 <= ratio <= 1.0:
             raise UserError(f"{modality}_mask_ratio={ratio!r} is not a number between 0 and 1")
-        return group_of(self._objective.view((modality,), {modality: float(ratio)}), modality)
+        return group_of(self.objective.view((modality,), {modality: float(ratio)}), modality)
 
     def _tokens(self, images: Pictures | None, texts: Texts | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Of each modality given: values `[N, K, ...]` and which are real, `[N, K] bool`."""
@@ -368,6 +376,75 @@ class Model:
             result = jax.device_get(function(self._params, {"groups": padded}))
             results.append(jax.tree.map(lambda x, count=count: _exact(x)[:count], result))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+
+
+class VisualTokenizer(Model):
+    """A model that turns pictures into ids of a visual vocabulary, and ids into pictures.
+
+    Pictures are given as everywhere, uint8 of any size; what the model reads of them is its own affair.
+    """
+
+    @classmethod
+    def of(cls, model: Model) -> VisualTokenizer:
+        """The same model, which then has these methods."""
+        tokenizer = cls.__new__(cls)
+        vars(tokenizer).update(vars(model))
+        return tokenizer
+
+    @property
+    def codes(self) -> int:
+        """How many ids there are."""
+        codes: int = self.objective.codes
+        return codes
+
+    def encode(self, images: Pictures) -> np.ndarray:  # type: ignore[override]
+        """Ids of pictures.
+
+        Args:
+            images: as of `Model.encode`.
+
+        Returns:
+            `[N, h, w] int32`, one a patch.
+
+        Raises:
+            UserError: one is no picture.
+        """
+        value, real = self._tokens(images, None)["image"]
+        position = np.broadcast_to(np.arange(value.shape[1], dtype=np.int32), value.shape[:2])
+        ids: np.ndarray = self._run(
+            self._compile("ids", lambda params, part: self.objective.ids(params, part["groups"])),
+            {"value": value, "position": position, "valid": real},
+        )
+        return ids.reshape(-1, *patch_grid(self.config))
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """Pictures of ids.
+
+        Args:
+            ids: `[N, h, w]` whole numbers, or `[h, w]` of one picture.
+
+        Returns:
+            `[N, S, S, 3] uint8`.
+
+        Raises:
+            UserError: they have another shape, or are no ids of this vocabulary.
+        """
+        grid, given = patch_grid(self.config), np.asarray(ids)
+        if given.shape[-2:] != grid or given.ndim not in (2, 3) or not np.issubdtype(given.dtype, np.integer):
+            raise UserError(
+                f"ids must be whole numbers of shape [N, {grid[0]}, {grid[1]}]: here are {given.dtype} of shape "
+                f"{list(given.shape)}"
+            )
+        flat = given.reshape(-1, grid[0] * grid[1])
+        if flat.size and not 0 <= flat.min() <= flat.max() < self.codes:
+            raise UserError(f"ids are from 0 to {self.codes - 1}: here are {flat.min()} to {flat.max()}")
+        position = np.broadcast_to(np.arange(flat.shape[1], dtype=np.int32), flat.shape)
+
+        def paint(params: Any, part: Any) -> Any:
+            return self.objective.pixels(params, part["groups"]["ids"], part["groups"]["position"])
+
+        patches = self._run(self._compile("pixels", paint), {"ids": flat.astype(np.int32), "position": position})
+        return image_lib.unpatchify(patches, self.config.data.patch_size, grid)
 
 
 def _exact(x: np.ndarray) -> np.ndarray:

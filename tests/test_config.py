@@ -370,8 +370,11 @@ def test_item_8_a_config_is_found_by_name_in_any_folder(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nosuch", r"there are base, binding, claims, .*, one_gpu, own_run\.py, scenes, small, tiny\)$"),
-        ("tinny", r"tiny\); did you mean tiny\?$"),
+        (
+            "nosuch",
+            r"there are base, binding, claims, .*, one_gpu, own_run\.py, scenes, small, tiny, visual_tokenizer\)$",
+        ),
+        ("tinny", r"visual_tokenizer\); did you mean tiny\?$"),
         ("tiny.py", r"did you mean tiny\?$"),
         ("configs/tinny.py", r"did you mean tiny\?$"),
         ("elsewhere/tiny.py", r"did you mean tiny\?$"),

@@ -36,14 +36,16 @@ def load_into(
         tree: parameters, or other state, on its devices.
         path: a run's folder, or one checkpoint in it.
         into: which branch of `tree` is filled, as ``encoder``; empty: all.
-        source: which branch of the checkpoint's parameters is taken; empty: all.
+        source: which branch of the checkpoint's parameters is taken; empty: all; ``extra/NAME``: that of what is
+            beside them.
         complete: refuse a checkpoint that lacks a leaf; else the leaf stays as it is.
         fit: what of another shape can be taken nevertheless, as learned positions.
 
     Raises:
         UserError: no checkpoint there, nothing in it fits, or a leaf is missing where all are needed.
     """
-    stored = _branch(_by_path(load_params(path)), source)
+    beside = source.removeprefix("extra/") if source.startswith("extra/") else ""
+    stored = _branch(_by_path(load_params(path, (beside,) if beside else ())), beside or source)
     wanted = _branch(_by_path(tree), into)
     shared = [name for name in wanted if name in stored]
     taken = {name: stored[name] for name in shared if stored[name].shape == wanted[name].shape}

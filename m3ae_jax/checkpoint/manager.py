@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,27 +250,35 @@ class Checkpoints:
         self._check(step)
         return meta_lib.read(self._folder / str(step))
 
-    def params(self, step: int) -> dict[str, Any]:
+    def params(self, step: int, extra: Iterable[str] = ()) -> dict[str, Any]:
         """The parameters alone of a step, as nested dicts of NumPy arrays in host memory.
 
+        Args:
+            step: whose.
+            extra: branches of the state beside the parameters, which are put among them under their names.
+
         Raises:
-            UserError: the checkpoint is damaged, or a newer program made it.
+            UserError: the checkpoint is damaged or lacks a branch, or a newer program made it.
         """
         self._check(step)
         checkpoint = self._folder / str(step)
         meta_lib.refuse_newer(meta_lib.read(checkpoint), f"checkpoint {checkpoint}")
         with _reading(checkpoint):
             tree = _stored(checkpoint)
-            wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), {k: tree[k] for k in ("params", "step")}
-            )
+            beside = tree["extra"] if isinstance(tree.get("extra"), dict) else {}
+            if missing := [name for name in extra if name not in beside]:
+                raise UserError(f"checkpoint {checkpoint} has no {', '.join(missing)} beside its parameters")
+            branches = {"params": tree["params"], "step": tree["step"], "extra": {name: beside[name] for name in extra}}
+            # An empty node has no shape: orbax says so by a leaf without one.
+            branches = {name: branch for name, branch in branches.items() if jax.tree.leaves(branch)}
+            wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), branches)
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
             with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
                 restored = handler.restore(checkpoint / "state", args=args)
         _check_step(checkpoint, restored["step"])
-        params: dict[str, Any] = restored["params"]
-        return params
+        params: dict[str, Any] = restored.get("params", {})
+        return {**params, **restored.get("extra", {})}
 
     def check_place(self) -> None:
         """Refuses to go on where the folder was deleted, or now belongs to another run.
@@ -623,11 +631,15 @@ def _place(path: str) -> tuple[Path, int | None]:
     )
 
 
-def load_params(path: str) -> dict[str, Any]:
+def load_params(path: str, extra: Iterable[str] = ()) -> dict[str, Any]:
     """The parameters alone of a checkpoint, as nested dicts of NumPy arrays in host memory.
 
     Of a run's folder it takes the newest checkpoint and no other, even if that is damaged. All processes call it
     together.
+
+    Args:
+        path: of a run, or of one checkpoint in it.
+        extra: as of `Checkpoints.params`.
 
     Raises:
         UserError: no checkpoint there, or it is damaged.
@@ -638,7 +650,7 @@ def load_params(path: str) -> dict[str, Any]:
     _warn_without_manifests(folder)
     if named is None:
         _tell_unfinished(folder, newest)
-    return Checkpoints(folder, keep=1, read_only=True).params(newest if named is None else named)
+    return Checkpoints(folder, keep=1, read_only=True).params(newest if named is None else named, extra)
 
 
 def _stored(checkpoint: Path) -> Any:

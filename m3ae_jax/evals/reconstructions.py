@@ -15,7 +15,7 @@ from m3ae_jax.data.images import patchify, unpatchify
 from m3ae_jax.data.text import Tokenizer, read_pieces
 from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.evals.restored import restorer
-from m3ae_jax.objectives.base import Restored, Restores
+from m3ae_jax.objectives.base import Restored, Restores, model_params
 from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch, put_whole_batch
 from m3ae_jax.report.pictures import OWN_STATISTICS, Reconstruction, Word, hatched, reconstruction_sheet
 from m3ae_jax.train.setup import Setup
@@ -49,7 +49,8 @@ class Reconstructions:
             with contextlib.closing(iter(self._setup.eval_batches(source, count))) as parts:
                 self._on_device = put_batch(next(parts), self._setup.mesh)
             self._part = fetch(self._on_device)  # the rows of all processes
-        restored = fetch(self._restore(state.params, self._on_device))
+        params = model_params(self._setup.objective, state.params, state.extra)
+        restored = fetch(self._restore(params, self._on_device))
         if jax.process_index() > 0:
             return None
         valid = np.flatnonzero(self._part["example"]["valid"]).tolist()
@@ -76,10 +77,11 @@ def replayed_sheet(
     if not isinstance(setup.objective, Restores):
         return None
     restore, unit = restorer(setup), batch_parts(setup.mesh)
+    params = model_params(setup.objective, state.params, state.extra)
     examples, note = [], ""
     for part, row in rows:  # one at a time, on every device, as parts have different shapes
         one = jax.tree.map(lambda x, row=row: np.repeat(np.asarray(x)[row : row + 1], unit, axis=0), part)
-        restored = fetch(restore(state.params, put_whole_batch(one, setup.mesh)))
+        restored = fetch(restore(params, put_whole_batch(one, setup.mesh)))
         examples.append(row_of(setup, one, restored, 0))
         note = note_of(restored)
     return reconstruction_sheet(examples, title, note), [_caption(example.words) for example in examples]

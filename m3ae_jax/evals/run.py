@@ -39,7 +39,7 @@ from m3ae_jax.evals.tsne import check_tsne
 from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.evals.verdict import sentence
 from m3ae_jax.metrics.writers import ROWS, MetricWriter, read_rows
-from m3ae_jax.objectives.base import Attends, Embeds, Encodes, Restores
+from m3ae_jax.objectives.base import Attends, Embeds, Encodes, Restores, Tokenizes, model_params
 from m3ae_jax.report import card
 from m3ae_jax.report.pictures import curves
 from m3ae_jax.report.run import build_run
@@ -84,6 +84,7 @@ EVALUATIONS: dict[str, Needs] = {
     "masked_prediction": Needs((Restores,), paired=True),
     "retrieval": Needs((Encodes,), paired=True),
     "binding": Needs((Embeds,), paired=True, data=SCENES[:1], check=check_scenes),
+    "codebook": Needs((Tokenizes,)),
     "attention": Needs((Attends,), paired=True, check_setup=check_layer),
     "mask_ratios": Needs((Restores,)),
     "knn": Needs((Encodes,), ("train", "test")),
@@ -151,6 +152,8 @@ def _check_pairs(config: ConfigDict) -> None:
 
 def run(name: str, setup: Setup, state: TrainState) -> Result:
     """Runs one evaluation on a state's parameters."""
+    if Restores in EVALUATIONS[name].objective:
+        state = dataclasses.replace(state, params=model_params(setup.objective, state.params, state.extra))
     evaluation: Any = importlib.import_module(f"m3ae_jax.evals.{name}")
     result: Result = evaluation.evaluate(setup, state)
     return result

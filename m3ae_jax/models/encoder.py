@@ -52,7 +52,7 @@ class Layout:
 
     Attributes:
         summary: what stands for the whole: a learned token that is the ``first`` or the ``last`` one; or what
-            ``attention`` with a learned query takes from all tokens after the blocks.
+            ``attention`` with a learned query takes from all tokens after the blocks; or ``nothing`` does.
         other: there is another learned token, at the other end.
         padding: it is read as if it were the token of the summary.
         norm: the embedded tokens go through a LayerNorm before the blocks.
@@ -150,7 +150,12 @@ class Encoder(nn.Module):
         ]
         parts = [embed(visible[m.name]) for embed, m in zip(embeddings, present, strict=True)]
         valid = [visible[m.name]["valid"] for m in present]
-        ends = {"first": ("cls_token", "other_token"), "last": ("other_token", "cls_token"), "attention": ("", "")}
+        ends = {
+            "first": ("cls_token", "other_token"),
+            "last": ("other_token", "cls_token"),
+            "attention": ("", ""),
+            "nothing": ("", ""),
+        }
         leading, trailing = ends[layout.summary]
         x, one = list(parts), jnp.ones((parts[0].shape[0], 1), bool)
         if layout.padding:
@@ -171,12 +176,13 @@ class Encoder(nn.Module):
         if layout.norm:
             joined = layer_norm(o.epsilon, o.dtype, "embedding_norm")(joined)
         y, attention = Transformer(o, name="transformer").tapped(joined, real, tap, deterministic=deterministic)
+        pooled = {}
         if layout.summary == "attention":
-            summary = Pool(o, name="pool")(y, real)
-        else:
-            summary = y[:, -1 if layout.summary == "last" else 0]
+            pooled["cls"] = Pool(o, name="pool")(y, real)
+        elif layout.summary != "nothing":
+            pooled["cls"] = y[:, -1 if layout.summary == "last" else 0]
         tokens = cut(y[:, before : y.shape[1] - layout.trailing], parts)
-        return Encoded({"cls": summary}, {m.name: part for m, part in zip(present, tokens, strict=True)}, attention)
+        return Encoded(pooled, {m.name: part for m, part in zip(present, tokens, strict=True)}, attention)
 
 
 def with_cls(valid: Sequence[jax.Array]) -> jax.Array:

@@ -68,7 +68,7 @@ class Load:
     Attributes:
         path: a run's folder, or one checkpoint in it.
         into: where in the state: ``params``, ``params/encoder``, ``extra/tokenizer``, ...
-        source: which of the checkpoint's parameters, as ``encoder``; empty: all.
+        source: which of the checkpoint's parameters, as ``encoder``; empty: all; ``extra/NAME``: what is beside them.
         complete: refuse a checkpoint that lacks a leaf; else it keeps its fresh value, and that is logged.
     """
 
@@ -90,6 +90,8 @@ class Objective(Protocol):
             batch is then not cut into micro-batches, unless `chunked`.
         chunked: whether the loss cuts a batch into ``config.micro_batches`` by itself.
         alarms: least and greatest value of some metrics; a run warns when one leaves them.
+        model_extra: branches of `extra` that belong to the model besides its parameters, as a codebook; the protocols'
+            methods get them among the parameters, under these names (`model_params`).
         stacks: paths of the parameters of its layer stacks, as ``encoder/blocks``, in the order of the forward pass.
     """
 
@@ -98,6 +100,7 @@ class Objective(Protocol):
     couples_examples: bool = False
     chunked: bool = False
     alarms: Mapping[str, tuple[float, float]] = types.MappingProxyType({})
+    model_extra: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
 
     def init(self, rng: jax.Array) -> Boxed:
@@ -141,6 +144,11 @@ class Objective(Protocol):
             hidden: mask ratio of a modality; 0 where it is not named.
         """
         raise NotImplementedError
+
+
+def model_params(objective: Objective, params: Params, extra: Any) -> Params:
+    """What the protocols below take as parameters: `params`, and what of `extra` belongs to the model."""
+    return {**params, **{name: extra[name] for name in objective.model_extra}}
 
 
 @flax.struct.dataclass
@@ -215,6 +223,23 @@ class Restores(Protocol):
 
     def restore(self, params: Params, part: Part) -> dict[str, Restored]:
         """Of each group that has targets; deterministic."""
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """Turns pictures into ids of a visual vocabulary, one a patch, and back.
+
+    Attributes:
+        codes: how many ids there are.
+    """
+
+    codes: int
+
+    def ids(self, params: Params, tokens: Mapping[str, Any]) -> jax.Array:
+        """Ids `[B, K] int32` of a token set of uint8 patches, which are all of a picture, in any order."""
+
+    def pixels(self, params: Params, ids: jax.Array, position: jax.Array) -> jax.Array:
+        """Patches `[B, K, P] uint8` of all ids of a picture, at their positions `[B, K]`."""
 
 
 @runtime_checkable

@@ -1,11 +1,14 @@
 """M3AE (arXiv 2205.14204): restore hidden patches and words from the visible ones.
 
-With pictures alone this is MAE, with text alone masked language modelling. Legend: ``B`` batch, ``K`` target
-slots, ``P`` numbers in a patch.
+With pictures alone this is MAE, with text alone masked language modelling. Of patches the pixels are restored, or their
+ids in a visual vocabulary (as BEiT, arXiv 2106.08254). Legend: ``B`` batch, ``K`` target slots, ``P`` numbers in a
+patch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,12 +22,24 @@ from m3ae_jax.data.order import hidden_count
 from m3ae_jax.data.tokens import Group, modality_table
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.decoder import Decoder
-from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder, Layout
+from m3ae_jax.models.encoder import LAYOUTS, Encoded, Encoder, Layout, cut
 from m3ae_jax.models.fields import check_stack
 from m3ae_jax.models.transformer import Tap, stack_options
 from m3ae_jax.models.vocabulary import cross_entropy
-from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, LossOutput, Objective, Params, Part, Restored, Terms
-from m3ae_jax.objectives.batch import modality_groups, row_total, summed, zeros_part
+from m3ae_jax.objectives.base import (
+    NOTHING_HIDDEN,
+    Boxed,
+    Load,
+    LossOutput,
+    Objective,
+    Params,
+    Part,
+    Restored,
+    Terms,
+    model_params,
+)
+from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed, zeros_part
+from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
 from m3ae_jax.objectives.parts.pixels import (
     denormalize_pixels,
     normalize_patches,
@@ -61,6 +76,12 @@ class Fields(FieldGroup):
     """In the encoder: sincos (fixed), or learned, as ViTs of other projects have them."""
     layout: str = setting("plain", choices=("plain", "bert"))
     """The encoder's: bert is BERT's, of text alone: LayerNorm after each residual, and learned positions."""
+    image_target: str = setting("pixels", choices=("pixels", "ids"))
+    """What is restored of a hidden patch: pixels; or its id in the vocabulary of a visual tokenizer (nats a patch)."""
+    image_tokenizer: str = setting("", identifies=False, weights=True)
+    """Of ids: a run of visual_tokenizer; its patches must be as large as these. Needed at the start alone."""
+    image_tokenizer_model: str = setting("")
+    """What it is; filled in from its run."""
     image_weight: float = setting(1.0, low=0.0, loss=True)
     """Factor of the pictures' loss."""
     text_weight: float = setting(0.5, low=0.0, loss=True)
@@ -73,7 +94,14 @@ class Fields(FieldGroup):
     @staticmethod
     def check(config: ConfigDict, path: str) -> None:
         """Refuses a decoder that cannot be computed."""
-        check_stack(config, "m3ae.decoder_", config.m3ae.decoder_width, config.m3ae.decoder_heads)
+        o = config.m3ae
+        check_stack(config, "m3ae.decoder_", o.decoder_width, o.decoder_heads)
+        if o.image_target == "ids" and (o.normalize_patches or "image" not in config.data.modalities):
+            raise UserError(
+                "m3ae.image_target='ids' restores ids of pictures: set data.modalities and "
+                "m3ae.normalize_patches=False so"
+            )
+        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", o.image_target == "ids")
         if config.m3ae.layout == "bert" and tuple(config.data.modalities) != ("text",):
             raise UserError(
                 f"m3ae.layout='bert' needs data.modalities=('text',), not {tuple(config.data.modalities)!r}; as the "
@@ -106,6 +134,15 @@ class M3AE(Objective):
             heads=o.decoder_heads,
             attends="context" if o.decoder_attention == "cross" else "self",
         )
+        self._tokenizer: Frozen | None = None
+        if o.image_target == "ids":
+            field = "m3ae.image_tokenizer"
+            self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config)
+            self.model_extra = ("tokenizer",)
+            codes = self._tokenizer.objective.codes
+            ids = dataclasses.replace(self._modalities["image"], features=0, vocabulary=codes)
+            modalities = tuple(ids if m.name == "image" else m for m in modalities)
+        self._restored = {m.name: m for m in modalities}
         self._decoder = Decoder(options, modalities, o.use_type_embedding, o.output_head_depth)
         self.attention_maps = (config.model.depth, config.model.heads)
 
@@ -118,18 +155,26 @@ class M3AE(Objective):
         of_decoder = self._decoder.init(decoder, encoded, visible, target)
         return {"encoder": of_encoder["params"], "decoder": of_decoder["params"]}
 
+    def init_extra(self, params: Boxed, rng: jax.Array) -> Boxed:
+        """See `Objective.init_extra`: the ``tokenizer``, if there is one."""
+        return {"tokenizer": self._tokenizer.init(rng)} if self._tokenizer else {}
+
+    def loads(self) -> tuple[Load, ...]:
+        """See `Objective.loads`."""
+        return self._tokenizer.loads("extra/tokenizer") if self._tokenizer else ()
+
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
         return modality_groups(self._modalities, inputs, hidden)
 
     def loss(self, params: Params, extra: Any, part: Part, rng: jax.Array | None, step: jax.Array) -> LossOutput:
-        """Terms ``image_loss`` (squared error per pixel value) and ``text_loss`` (nats per token)."""
-        part = self._restored_share(part, rng)
+        """Terms ``image_loss`` (squared error a pixel value, or nats a patch) and ``text_loss`` (nats a token)."""
+        part = self._restored_share(self._with_ids(model_params(self, params, extra), part), rng)
         losses: Terms = {}
         metrics: Terms = {}
         for name, restored in self._token_losses(params, part, rng).items():
             valid = part["groups"][name]["target"]["valid"]
-            average = "example" if restored.correct is None else self._config.m3ae.text_average
+            average = self._config.m3ae.text_average if name == "text" else "example"
             losses[f"{name}_loss"] = row_total(restored.loss, valid, average)
             if restored.correct is not None:
                 metrics[f"{name}_accuracy"] = summed(row_total(restored.correct, valid, "token"))
@@ -137,7 +182,15 @@ class M3AE(Objective):
 
     def restore(self, params: Params, part: Part) -> dict[str, Restored]:
         """See `objectives.base.Restores`."""
-        return self._token_losses(params, part, None)
+        part = self._with_ids(params, part)
+        restored = self._token_losses(params, part, None)
+        if self._tokenizer and "image" in restored:
+            # What an id looks like depends on the others: those that are visible stand beside.
+            sets, guess = part["groups"]["image"], restored["image"]
+            whole = clean({**sets, "target": {**sets["target"], "ids": guess.value}})
+            pixels = self._tokenizer.objective.pixels(params["tokenizer"], whole["ids"], whole["position"])
+            restored["image"] = Restored(pixels[:, pixels.shape[1] - guess.value.shape[1] :], guess.loss)
+        return restored
 
     def encode(self, params: Params, part: Part, rng: jax.Array | None = None) -> Encoded:
         """See `objectives.base.Encodes`; pooled is ``cls``."""
@@ -157,9 +210,18 @@ class M3AE(Objective):
         return {query: {key: weights[:, place[query], place[key]] for key in names} for query in names}
 
     def prior(self, train: Iterable[Part], validation: Iterable[Part]) -> dict[str, float]:
-        """See `objectives.base.Prior`: unigram frequencies of the words, the mean patch at each position."""
-        values, average = jax.jit(self._values), self._config.m3ae.text_average
-        return statistics_loss(self._modalities, values, average, train, validation)
+        """See `objectives.base.Prior`: unigram frequencies of the words, the mean patch at each position.
+
+        Of ids of pictures, whose tokenizer is not at hand here, a code as probable as another.
+        """
+        average, ids = self._config.m3ae.text_average, self._tokenizer is not None
+
+        def values(part: Part) -> dict[str, jax.Array]:
+            groups = {name: group for name, group in part["groups"].items() if not (ids and name == "image")}
+            return self._values({**part, "groups": groups})
+
+        found = statistics_loss(self._modalities, jax.jit(values), average, train, validation)
+        return {"image_loss": math.log(self._restored["image"].vocabulary), **found} if ids else found
 
     def predict(
         self, params: Params, part: Part, rng: jax.Array | None = None, features_of: tuple[str, ...] = ()
@@ -186,12 +248,13 @@ class M3AE(Objective):
 
     def _token_losses(self, params: Params, part: Part, rng: jax.Array | None) -> dict[str, Restored]:
         """Loss and restored value of each target token."""
-        predicted = self.predict(params, part, rng, features_of=("text",))
+        ids = tuple(name for name, m in self._restored.items() if m.vocabulary)
+        predicted = self.predict(params, part, rng, features_of=ids)
         values = self._values(part)
         restored = {}
         for name, prediction in predicted.items():
-            if name == "text":
-                head = params["decoder"]["text_output"]["output"]
+            if name in ids:
+                head = params["decoder"][f"{name}_output"]["output"]
                 blocks = self._config.compute.vocabulary_blocks
                 words = cross_entropy(prediction, head["kernel"], head["bias"], values[name], blocks)
                 restored[name] = Restored(words.best, words.loss, words.best == values[name])
@@ -202,13 +265,27 @@ class M3AE(Objective):
         return restored
 
     def _values(self, part: Part) -> dict[str, jax.Array]:
-        """What is to be restored: `image`: `[B, K, P] float32` in the loss's pixel space; `text`: `[B, K] int32`."""
+        """What is to be restored: `image`: `[B, K, P] float32` in the loss's pixel space; ids: `[B, K] int32`."""
         values = {name: group["target"]["value"] for name, group in part["groups"].items()}
-        if "image" in values:
+        if "image" in values and self._tokenizer:
+            values["image"] = part["groups"]["image"]["target"]["ids"]
+        elif "image" in values:
             values["image"] = normalize_pixels(values["image"], self._config)
             if self._config.m3ae.normalize_patches:
                 values["image"] = normalize_patches(values["image"])
         return values
+
+    def _with_ids(self, params: Params, part: Part) -> Part:
+        """The part with the ``ids`` of all patches, `[B, K] int32` of each set, if they are what is restored."""
+        if not self._tokenizer or "image" not in part["groups"]:
+            return part
+        sets = part["groups"]["image"]
+        ids = self._tokenizer.objective.ids(jax.lax.stop_gradient(params["tokenizer"]), clean(sets))
+        of_set = dict(
+            zip(("visible", "target"), cut(ids, [sets["visible"]["valid"], sets["target"]["valid"]]), strict=True)
+        )
+        image = {name: {**tokens, "ids": of_set[name]} for name, tokens in sets.items()}
+        return {**part, "groups": {**part["groups"], "image": image}}
 
     def _pixels(self, part: Part, prediction: jax.Array) -> jax.Array:
         """`[B, K, P] uint8` of predicted patches."""

@@ -231,12 +231,12 @@ def step_gradient(
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:
     """`[B, ...]` as `[parts, B / parts, ...]`; every parts-th row, so that each device cuts its own rows."""
-    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def _join(x: jax.Array) -> jax.Array:
     """Undoes `_cut`."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def norms(name: str, tree: Any) -> dict[str, jax.Array]:

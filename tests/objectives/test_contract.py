@@ -29,7 +29,7 @@ from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState, train_step
 
 TOY = "tests.objectives.toy:Toy"
-OBJECTIVES = ("m3ae", "contrastive", "mamo", TOY)
+OBJECTIVES = ("m3ae", "contrastive", "mamo", "visual_tokenizer", TOY)
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3ae_jax.objectives.parts.quantize import FSQ, CosineVQ, usage
+from m3ae_jax.objectives.parts.quantize import FSQ, VQ, usage
 
 LATENTS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7, 4)), jnp.float32)
+
+
+def every(ids: jax.Array) -> jax.Array:
+    return jnp.ones(ids.shape, bool)
 
 
 @settings(deadline=None, max_examples=20)
@@ -42,7 +46,7 @@ def test_fsq_rounds_to_the_nearest_level_of_the_bounded_number() -> None:
 
 def test_the_gradient_goes_straight_through() -> None:
     weights = jnp.asarray(np.random.default_rng(2).normal(size=LATENTS.shape), jnp.float32)
-    vq = CosineVQ(8, 4)
+    vq = VQ(8, 4)
     state = vq.init(jax.random.key(0))
     np.testing.assert_allclose(jax.grad(lambda z: jnp.sum(vq(state, z).value * weights))(LATENTS), weights)
     # FSQ's is that of the bound, as if nothing was rounded.
@@ -53,7 +57,7 @@ def test_the_gradient_goes_straight_through() -> None:
 
 
 def test_the_codebook_has_no_gradient_and_the_latent_is_drawn_to_its_code() -> None:
-    vq = CosineVQ(8, 4)
+    vq = VQ(8, 4)
     state = vq.init(jax.random.key(0))
 
     def loss(state: dict[str, jax.Array], latents: jax.Array) -> jax.Array:
@@ -69,12 +73,12 @@ def test_the_codebook_has_no_gradient_and_the_latent_is_drawn_to_its_code() -> N
 
 
 def test_a_code_follows_the_mean_direction_of_what_it_stands_for() -> None:
-    vq = CosineVQ(3, 2, decay=0.9, restart=0.0)
+    vq = VQ(3, 2, decay=0.9, restart=0.0)
     state = {"codes": jnp.asarray([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), "hits": jnp.asarray([1.0, 2.0, 3.0])}
     latents = jnp.asarray([[[4.0, 1.0], [2.0, -1.0], [0.1, 3.0]]])
     ids = vq(state, latents).ids
     np.testing.assert_array_equal(ids, [[0, 0, 1]])
-    after = vq.update(state, vq.sums(latents, ids), latents, jax.random.key(0))
+    after = vq.update(state, vq.sums(latents, ids, every(ids)), latents, every(ids), jax.random.key(0))
     directions = np.asarray(latents[0]) / np.linalg.norm(latents[0], axis=-1, keepdims=True)
     mean = directions[:2].sum(0) / np.linalg.norm(directions[:2].sum(0))
     expected = 0.9 * np.array([1.0, 0.0]) + 0.1 * mean
@@ -84,10 +88,10 @@ def test_a_code_follows_the_mean_direction_of_what_it_stands_for() -> None:
 
 
 def test_sums_of_parts_add_up_to_those_of_the_batch() -> None:
-    vq = CosineVQ(5, 4)
+    vq = VQ(5, 4)
     ids = vq(vq.init(jax.random.key(1)), LATENTS).ids
-    whole = vq.sums(LATENTS, ids)
-    parts = [vq.sums(LATENTS[i : i + 1], ids[i : i + 1]) for i in range(3)]
+    whole = vq.sums(LATENTS, ids, every(ids))
+    parts = [vq.sums(LATENTS[i : i + 1], ids[i : i + 1], every(ids[i : i + 1])) for i in range(3)]
     for name, value in whole.items():
         np.testing.assert_allclose(value, sum(part[name] for part in parts), atol=1e-5)
 
@@ -95,7 +99,7 @@ def test_sums_of_parts_add_up_to_those_of_the_batch() -> None:
 def test_dead_codes_alone_are_replaced_and_the_usage_rises() -> None:
     """All latents lie around four directions, none near the codes that are drawn first."""
     generator = np.random.default_rng(3)
-    vq = CosineVQ(16, 8)
+    vq = VQ(16, 8)
     state = vq.init(jax.random.key(2))
     centres = generator.normal(size=(16, 8))
     shares = []
@@ -103,14 +107,50 @@ def test_dead_codes_alone_are_replaced_and_the_usage_rises() -> None:
         chosen = centres[generator.integers(0, 16, (8, 16))]
         latents = jnp.asarray(chosen + 0.05 * generator.normal(size=chosen.shape), jnp.float32)
         ids = vq(state, latents).ids
-        sums = vq.sums(latents, ids)
+        sums = vq.sums(latents, ids, every(ids))
         shares.append(float(usage(sums["hits"])["share"]))
-        before, state = state, vq.update(state, sums, latents, jax.random.key(step))
+        before, state = state, vq.update(state, sums, latents, every(ids), jax.random.key(step))
         threshold = 8 * 16 / 16 / 32
         alive = np.asarray(state["hits"]) >= threshold
         near = np.sum(np.asarray(before["codes"]) * np.asarray(state["codes"]), axis=-1)
         assert np.all(near[alive] > 0.9)
     assert shares[-1] > shares[0] and shares[-1] > 0.6
+
+
+def test_without_cosine_it_is_k_means_with_moving_means() -> None:
+    """The nearest by distance; a code is the mean of what it stood for, each latent weighed by its age."""
+    vq = VQ(2, 2, cosine=False, decay=0.5, restart=0.0)
+    state = {"codes": jnp.asarray([[0.0, 0.0], [10.0, 0.0]]), "hits": jnp.zeros(2)}
+    batches = [[[1.0, 0.0], [3.0, 0.0], [9.0, 2.0]], [[2.0, 2.0], [12.0, 0.0], [12.0, 4.0]]]
+    total, count = np.zeros((2, 2)), np.zeros(2)
+    for batch in batches:
+        latents = jnp.asarray([batch])
+        ids = vq(state, latents).ids
+        distance = ((np.asarray(batch)[:, None] - np.asarray(state["codes"])) ** 2).sum(-1)
+        np.testing.assert_array_equal(ids[0], distance.argmin(-1))
+        one_hot = np.eye(2)[np.asarray(ids[0])]
+        total, count = 0.5 * total + 0.5 * one_hot.T @ np.asarray(batch), 0.5 * count + 0.5 * one_hot.sum(0)
+        state = vq.update(state, vq.sums(latents, ids, every(ids)), latents, every(ids), jax.random.key(0))
+        np.testing.assert_allclose(state["codes"], total / count[:, None], rtol=1e-5)
+        np.testing.assert_allclose(state["hits"], count)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_padding_moves_no_code_and_becomes_none(cosine: bool) -> None:
+    vq = VQ(4, 4, cosine)
+    state = vq.init(jax.random.key(0))
+    valid = jnp.arange(7)[None] < jnp.asarray([[7], [3], [0]])
+    moved = []
+    for fill in (0.0, 1e3):
+        latents = jnp.where(valid[..., None], LATENTS, fill)
+        sums = vq.sums(latents, vq(state, latents).ids, valid)
+        assert float(sums["hits"].sum()) == 10
+        moved.append(vq.update(state, sums, latents, valid, jax.random.key(1)))
+    for name in state:
+        np.testing.assert_array_equal(moved[0][name], moved[1][name])
+    nothing = jnp.zeros_like(valid)
+    after = vq.update(state, vq.sums(LATENTS, vq(state, LATENTS).ids, nothing), LATENTS, nothing, jax.random.key(1))
+    np.testing.assert_array_equal(after["codes"], state["codes"])
 
 
 @pytest.mark.parametrize(

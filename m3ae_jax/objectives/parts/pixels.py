@@ -41,11 +41,21 @@ def normalize_unit(patches: jax.Array, config: ConfigDict) -> jax.Array:
     return (patches - mean) / std
 
 
+def unit_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
+    """Inverse of `normalize_unit`."""
+    size = patches.shape[-1]
+    return patches * _channels(config.data.image_std, size) + _channels(config.data.image_mean, size)
+
+
 def denormalize_pixels(patches: jax.Array, config: ConfigDict) -> jax.Array:
     """Inverse of `normalize_pixels`, to `[..., P] uint8`."""
-    size = patches.shape[-1]
-    pixels = patches * _channels(config.data.image_std, size) + _channels(config.data.image_mean, size)
-    return jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+    return jnp.round(jnp.clip(unit_pixels(patches, config), 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def psnr(painted: jax.Array, value: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio of pictures in dB, `[B] float32`; both `[B, N, P]`, 8-bit numbers."""
+    error = jnp.square(painted.astype(jnp.float32) - value.astype(jnp.float32))
+    return 10.0 * jnp.log10(255.0**2 / jnp.maximum(jnp.mean(error, axis=(1, 2)), 1e-4))
 
 
 def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:

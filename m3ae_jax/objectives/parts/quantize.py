@@ -55,16 +55,19 @@ class Quantizer(Protocol):
     def vectors(self, state: State, ids: jax.Array) -> jax.Array:
         """The vectors `[..., d] float32` of ids `[...]`."""
 
-    def sums(self, latents: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
-        """What `update` needs added over all examples."""
+    def sums(self, latents: jax.Array, ids: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        """What `update` needs added over all examples; `valid` is `[B, N] bool`."""
 
-    def update(self, state: State, sums: dict[str, jax.Array], latents: jax.Array, rng: jax.Array) -> State:
+    def update(
+        self, state: State, sums: dict[str, jax.Array], latents: jax.Array, valid: jax.Array, rng: jax.Array
+    ) -> State:
         """The next codebook.
 
         Args:
             state: before.
             sums: of all examples.
             latents: `[B, N, d]` of all examples, of which new codes are made.
+            valid: `[B, N] bool`.
             rng: of the draw.
         """
 
@@ -113,11 +116,13 @@ class FSQ:
         digits = ids[..., None] // self._basis % levels
         return (digits - levels // 2).astype(jnp.float32) / (levels // 2).astype(np.float32)
 
-    def sums(self, latents: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+    def sums(self, latents: jax.Array, ids: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
         """See `Quantizer`."""
         return {}
 
-    def update(self, state: State, sums: dict[str, jax.Array], latents: jax.Array, rng: jax.Array) -> State:
+    def update(
+        self, state: State, sums: dict[str, jax.Array], latents: jax.Array, valid: jax.Array, rng: jax.Array
+    ) -> State:
         """See `Quantizer`."""
         return state
 
@@ -127,33 +132,41 @@ class FSQ:
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineVQ:
-    """A codebook of unit vectors, the nearest by cosine, moved to the mean of what it stands for (4M's).
+class VQ:
+    """A codebook, of which the nearest code is taken, and which is moved to the mean of what it stands for.
 
-    Its state: ``codes`` `[K, d] float32`, unit vectors, and ``hits`` `[K] float32`, the moving mean of how often each
-    was the nearest in a step. A code with fewer than 1 / `restart` of the even share is replaced by a latent of the
-    batch; as the hits begin at 0, the first steps take the codebook from the data.
+    With `cosine` codes are unit vectors and nearest by direction (4M's); without it this is k-means with moving means
+    (arXiv 1711.00937, appendix A.1).
+
+    Its state: ``codes`` `[K, d] float32`, and ``hits`` `[K] float32`, the moving mean of how often each was the nearest
+    in a step. A code with fewer than 1 / `restart` of the even share is replaced by a latent of the batch; as the hits
+    begin at 0, the first steps take the codebook from the data.
 
     Attributes:
         codes: K.
         width: d.
+        cosine: see above.
         decay: of the moving means.
         restart: see above; 0: no code is replaced.
     """
 
     codes: int
     width: int
+    cosine: bool = True
     decay: float = 0.99
     restart: float = 32.0
 
     def init(self, rng: jax.Array) -> State:
         """See `Quantizer`."""
-        return {"codes": unit(jax.random.normal(rng, (self.codes, self.width))), "hits": jnp.zeros(self.codes)}
+        return {"codes": self._placed(jax.random.normal(rng, (self.codes, self.width))), "hits": jnp.zeros(self.codes)}
 
     def __call__(self, state: State, latents: jax.Array) -> Quantized:
         """See `Quantizer`; the loss is the mean squared distance to the code, which stays where it is."""
         latents, codes = latents.astype(jnp.float32), jax.lax.stop_gradient(state["codes"])
-        ids = jnp.argmax(jnp.einsum("bnd,kd->bnk", unit(latents), codes), axis=-1).astype(jnp.int32)
+        closeness = jnp.einsum("bnd,kd->bnk", jax.lax.stop_gradient(self._placed(latents)), codes)
+        if not self.cosine:
+            closeness -= 0.5 * jnp.sum(jnp.square(codes), axis=-1)
+        ids = jnp.argmax(closeness, axis=-1).astype(jnp.int32)
         nearest = codes[ids]
         value = latents + jax.lax.stop_gradient(nearest - latents)
         return Quantized(ids, value, jnp.mean(jnp.square(nearest - latents), axis=-1))
@@ -163,26 +176,36 @@ class CosineVQ:
         codes: jax.Array = state["codes"]
         return codes[ids]
 
-    def sums(self, latents: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
-        """See `Quantizer`: of each code the sum of its latents' directions, and how many they are."""
-        flat, numbers = unit(latents.astype(jnp.float32)).reshape(-1, self.width), ids.reshape(-1)
+    def sums(self, latents: jax.Array, ids: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        """See `Quantizer`: of each code the sum of its latents, and how many they are."""
+        weight = valid.reshape(-1).astype(jnp.float32)
+        flat, numbers = self._placed(latents.astype(jnp.float32)).reshape(-1, self.width), ids.reshape(-1)
         return {
-            "total": jax.ops.segment_sum(flat, numbers, self.codes),
-            "hits": jax.ops.segment_sum(jnp.ones(numbers.shape), numbers, self.codes),
+            "total": jax.ops.segment_sum(flat * weight[:, None], numbers, self.codes),
+            "hits": jax.ops.segment_sum(weight, numbers, self.codes),
         }
 
-    def update(self, state: State, sums: dict[str, jax.Array], latents: jax.Array, rng: jax.Array) -> State:
+    def update(
+        self, state: State, sums: dict[str, jax.Array], latents: jax.Array, valid: jax.Array, rng: jax.Array
+    ) -> State:
         """See `Quantizer`."""
-        hit = sums["hits"][:, None] > 0
-        moved = self.decay * state["codes"] + (1 - self.decay) * unit(sums["total"])
-        codes = jnp.where(hit, unit(moved), state["codes"])
+        count = sums["hits"][:, None]
         hits = self.decay * state["hits"] + (1 - self.decay) * sums["hits"]
+        mean = self._placed(sums["total"] / jnp.maximum(count, 1.0))
+        # Of k-means each latent weighs the same; of directions each step (4M's code).
+        rate = 1 - self.decay if self.cosine else (1 - self.decay) * count / jnp.maximum(hits[:, None], 1e-9)
+        codes = jnp.where(count > 0, self._placed(state["codes"] + rate * (mean - state["codes"])), state["codes"])
         if self.restart:
-            flat = latents.astype(jnp.float32).reshape(-1, self.width)
-            drawn = unit(flat[jax.random.randint(rng, (self.codes,), 0, len(flat))])
-            dead = hits < len(flat) / self.codes / self.restart
-            codes = jnp.where(dead[:, None], drawn, codes)
+            flat, real = latents.astype(jnp.float32).reshape(-1, self.width), valid.reshape(-1)
+            number = jnp.sum(real)
+            drawn = jnp.floor(jax.random.uniform(rng, (self.codes,)) * number).astype(jnp.int32)
+            fresh = self._placed(flat[jnp.argsort(~real, stable=True)[drawn]])
+            dead = (hits < number / self.codes / self.restart) & (number > 0)
+            codes = jnp.where(dead[:, None], fresh, codes)
         return {"codes": codes, "hits": hits}
+
+    def _placed(self, vectors: jax.Array) -> jax.Array:
+        return unit(vectors) if self.cosine else vectors
 
 
 def usage(hits: jax.Array) -> dict[str, jax.Array]:

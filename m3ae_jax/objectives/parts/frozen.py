@@ -1,0 +1,142 @@
+"""A trained model of another run that stands still beside an objective: a visual tokenizer, a judge of pictures.
+
+Its weights are in ``extra``, so they go with every checkpoint; what it is stands in the run's own config, as text, so
+that the run needs the other one no more once it has begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+import m3ae_jax.config as config_lib
+from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import Boxed, Load, build
+
+_GROUPS = ("model.", "data.image_", "data.patch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A model that stands still.
+
+    Attributes:
+        objective: by which it was trained.
+        config: of it, as it is used here.
+        path: of its run; empty once it is part of this one.
+        branches: of its parameters that are needed; none: all, and those of `Objective.model_extra`.
+    """
+
+    objective: Any
+    config: ConfigDict
+    path: str
+    branches: tuple[str, ...] = ()
+
+    def init(self, rng: jax.Array) -> Boxed:
+        """What `loads` fills."""
+        params = self.objective.init(rng)
+        if self.branches:
+            return {name: params[name] for name in self.branches}
+        extra = self.objective.init_extra(params, rng) if self.objective.model_extra else {}
+        return {**params, **{name: extra[name] for name in self.objective.model_extra}}
+
+    def loads(self, into: str) -> tuple[Load, ...]:
+        """Of each branch, into a branch of the state."""
+        if not self.path:
+            return ()
+        abstract = nn.unbox(jax.eval_shape(self.init, jax.random.key(0)))
+        of_extra = set(self.objective.model_extra)
+        return tuple(
+            Load(self.path, f"{into}/{name}", f"extra/{name}" if name in of_extra else name, complete=True)
+            for name, branch in abstract.items()
+            if jax.tree.leaves(branch)
+        )
+
+
+def described(field: str, path: str, objective: str) -> str:
+    """What a run's model is, as JSON text of the fields that make it.
+
+    Args:
+        field: of the config that names the run, for the message.
+        path: of the run, or a checkpoint in it.
+        objective: which it must have been trained by.
+
+    Raises:
+        UserError: there is no run, or it is another objective's.
+    """
+    run = next((p for p in (Path(path), *Path(path).parents[:2]) if (p / "config.json").is_file()), None)
+    if run is None:
+        raise UserError(f"{field}={path!r} holds no run: there is no config.json in it")
+    config = config_lib.load(str(run / "config.json"))
+    if config.objective != objective:
+        raise UserError(f"{field}={path!r} is a run of {config.objective!r}, not of {objective!r}")
+    groups = (*_GROUPS, f"{objective}.")
+    changed = config_lib.difference(config_lib.default(objective), config_lib.resolve(config))
+    settings = config_lib.fields(config)
+    kept = {
+        name: value
+        for name, _, value in changed
+        if name.startswith(groups) and not (settings[name].loss or settings[name].weights)
+    }
+    return json.dumps({"objective": objective, **kept}, sort_keys=True)
+
+
+def built(field: str, description: str, path: str, config: ConfigDict, *, branches: tuple[str, ...] = ()) -> Frozen:
+    """The model that `described` describes.
+
+    Args:
+        field: as of `described`.
+        description: its result.
+        path: of the run; empty: its weights are in this run's state.
+        config: of the run that uses it; it is computed as this says.
+        branches: see `Frozen`.
+
+    Raises:
+        UserError: its pictures are cut otherwise, or have another size, which k-means does not mind.
+    """
+    fields: dict[str, Any] = json.loads(description)
+    its = config_lib.default(fields.pop("objective"))
+    config_lib.apply_overrides(its, [(name, _text(value)) for name, value in fields.items()])
+    any_size = its.get("visual_tokenizer", {}).get("quantizer") == "kmeans"
+    for name in ("patch_size", *(() if any_size else ("image_size",))):
+        if its.data[name] != config.data[name]:
+            raise UserError(f"data.{name}={config.data[name]}: {field} was trained with {its.data[name]}")
+    its.data.image_size, its.data.modalities = config.data.image_size, ("image",)
+    its.compute = config.compute
+    its = config_lib.resolve(its)
+    return Frozen(build(its, 0), its, path, branches)
+
+
+def _text(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, list) else str(value)
+
+
+def fill_in(config: ConfigDict, path: str, run: str, description: str, objective: str, needed: bool) -> None:
+    """Fills in the description of a run that a group of fields names; for `FieldGroup.check`.
+
+    Args:
+        config: the whole.
+        path: of the group.
+        run: its field that names the run.
+        description: its field for what `described` says.
+        objective: by which the run must have been trained.
+        needed: whether the group's objective uses it.
+
+    Raises:
+        UserError: it is needed and not named, or named and not needed.
+    """
+    group: Any = config[path]
+    if not needed:
+        if group[run]:
+            raise UserError(f"{path}.{run}={group[run]!r} is not used")
+        return
+    if group[run] and not (group[description] and not Path(group[run]).exists()):
+        group[description] = described(f"{path}.{run}", group[run], objective)
+    if not group[description]:
+        raise UserError(f"{path}.{run} is empty: name a run of {objective!r}")
