@@ -30,7 +30,7 @@ from m3ae_jax.data.run_tokenizer import of_run
 from m3ae_jax.data.text import Tokenizer, encode_batch
 from m3ae_jax.data.tokens import Group, group_of, patch_grid
 from m3ae_jax.errors import UserError, one_of
-from m3ae_jax.objectives.base import Encodes, Restores, Tokenizes, build, model_params, pool
+from m3ae_jax.objectives.base import Embeds, Encodes, Matches, Restores, Tokenizes, build, model_params, pool
 
 BATCH_SIZES = (1, 8, 64)
 """What a model is compiled for; other numbers of examples are cut and filled up to these."""
@@ -260,6 +260,48 @@ class Model:
         features = {m: encoded[self._views[m].name] for m in values if tokens}
         real = values["text"][1] if "text" in values else None
         return Features(whole["cls"], whole[pooling], features.get("image"), features.get("text"), real)
+
+    def embed(self, images: Pictures | None = None, texts: Texts | None = None) -> dict[str, np.ndarray]:
+        """Where pictures and texts lie in the space in which those that belong together are close.
+
+        Args:
+            images: as of `encode`; their number may be another than that of the texts.
+            texts: likewise.
+
+        Returns:
+            ``image`` and ``text``, as far as given, `[N, d] float32` of length 1: a product of two is their cosine.
+
+        Raises:
+            UserError: as `encode`, or the model does not embed.
+        """
+        embed = self._compile("embed", self._able("embed", Embeds))
+        if images is None and texts is None:
+            self._tokens(None, None)  # refuses that
+        given: dict[str, Any] = {"image": (images, None), "text": (None, texts)}
+        found: dict[str, np.ndarray] = {}
+        for m, pair in given.items():
+            if any(one is not None for one in pair):
+                tokens = self._tokens(*pair)[m]
+                found |= self._run(embed, {self._views[m].name: _masked(self._views[m], tokens)})
+        return found
+
+    def match(self, images: Pictures, texts: Texts) -> np.ndarray:
+        """Whether pictures and texts belong together, by a look at both.
+
+        Args:
+            images: as of `encode`, N of them.
+            texts: N of them.
+
+        Returns:
+            Logits `[N] float32`, the higher the better they fit.
+
+        Raises:
+            UserError: as `encode`, or the model does not match.
+        """
+        match = self._compile("match", self._able("match", Matches))
+        values = self._tokens(images, texts)
+        logits: np.ndarray = self._run(match, {self._views[m].name: _masked(self._views[m], values[m]) for m in values})
+        return logits
 
     def reconstruct(
         self,

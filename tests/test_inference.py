@@ -198,6 +198,49 @@ def test_item_9_loading_is_quiet(run: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def make_other(folder: Path, objective: str) -> inference.Model:
+    """A model of two towers, with freshly drawn parameters."""
+    import flax.linen as nn
+    import jax
+
+    c = config_lib.default(objective)
+    c.model.update(width=16, depth=1, heads=2)
+    c.data.update(image_size=32, patch_size=8, max_text_tokens=8, tokenizer="scenes")
+    c = config_lib.resolve(c)
+    words = load_tokenizer("scenes").vocab_size
+    params = jax.device_get(nn.unbox(jax.jit(build(c, words).init)(jax.random.key(0))))
+    write_run(Converted("safetensors", c, params, Report(), Foreign({}), words), folder)
+    return m3ae_jax.load(str(folder))
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "mamo"])
+def test_pictures_and_texts_are_compared(objective: str, tmp_path: Path) -> None:
+    model = make_other(tmp_path / "run", objective)
+    of = model.embed(pictures(2), TEXTS)
+    assert of["image"].shape[0] == 2 and of["text"].shape[0] == 3 and of["image"].shape[1] == of["text"].shape[1]
+    for name, x in of.items():
+        np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-5)
+        alone = model.embed(**{f"{name}s": pictures(2) if name == "image" else TEXTS})
+        assert set(alone) == {name}
+        np.testing.assert_allclose(alone[name], x, atol=1e-6)
+    with pytest.raises(UserError, match="neither images nor texts"):
+        model.embed()
+    if objective == "contrastive":
+        with pytest.raises(UserError, match="by 'contrastive', which cannot match"):
+            model.match(pictures(2), TEXTS[:2])
+        return
+    logits = model.match(pictures(3), TEXTS)
+    assert logits.shape == (3,) and logits.dtype == np.float32
+    np.testing.assert_allclose(model.match(pictures(3)[1], TEXTS[1]), logits[1:2], atol=1e-5)
+    with pytest.raises(UserError, match="equal numbers"):
+        model.match(pictures(2), TEXTS)
+
+
+def test_a_model_that_compares_nothing_says_so(model: inference.Model) -> None:
+    with pytest.raises(UserError, match="by 'm3ae', which cannot embed"):
+        model.embed(pictures(1))
+
+
 def test_reconstructions(model: inference.Model) -> None:
     images = pictures(3)
     found = model.reconstruct(images, TEXTS, image_mask_ratio=0.5, text_mask_ratio=0.5, seed=1)

@@ -9,4 +9,4 @@ from m3ae_jax.config.checks import resolve
 from m3ae_jax.config.durations import DURATION_UNITS, parse_duration, parse_profile, steps
 from m3ae_jax.config.files import allowing_named_code, check_named_code, from_json, load, to_json
 from m3ae_jax.config.overrides import apply_overrides, split_overrides
-from m3ae_jax.config.schema import default, difference, fields, identifies, memory_lean, source_fields
+from m3ae_jax.config.schema import default, difference, fields, identifies, memory_lean, same_objective, source_fields

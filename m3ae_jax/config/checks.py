@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.config.durations import parse_duration
 from m3ae_jax.config.fields import Setting
-from m3ae_jax.config.schema import class_of, fields, groups, join
+from m3ae_jax.config.schema import class_of, fields, groups, join, objective_groups
 from m3ae_jax.errors import UserError, one_of
 
 
@@ -25,7 +25,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             if setting := settings.get(join(path, name)):
                 group[name] = typed(join(path, name), setting, group[name])
                 _check(join(path, name), setting, group[name])
-    for path in paths:
+    own = objective_groups(config)
+    for path in [*(path for path in paths if path not in own), *own]:  # the objective's builds on what the others say
         class_of(path, config.objective).check(config, path)
     return config
 
@@ -59,4 +60,7 @@ def _check(name: str, setting: Setting, value: Any) -> None:
             raise UserError(f"{name}={value!r}: must be more than 0")
     elif setting.low is not None and not all(setting.low <= item <= setting.high for item in items):
         numbers = ": numbers" if items is value else " is not"
-        raise UserError(f"{name}={value!r}{numbers} between {setting.low} and {setting.high}")
+        bounds = (
+            f"from {setting.low} on" if setting.high == Setting.high else f"between {setting.low} and {setting.high}"
+        )
+        raise UserError(f"{name}={value!r}{numbers} {bounds}")

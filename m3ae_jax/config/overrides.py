@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import Setting
-from m3ae_jax.config.schema import fields, set_objective
+from m3ae_jax.config.schema import OBJECTIVES, fields, set_objective
 from m3ae_jax.errors import UserError
 
 Overrides = list[tuple[str, str]]
@@ -78,6 +78,8 @@ def _no_such_field(path: str, settings: Mapping[str, Setting]) -> str:
     siblings = [name for name in settings if name.rpartition(".")[0] == group]
     beside = ", ".join(siblings or sorted({name.split(".")[0] for name in settings}))
     near = nearest(path, settings)
+    if (first := path.partition(".")[0]) in OBJECTIVES and first not in {name.partition(".")[0] for name in settings}:
+        return f"--config.{path}: there are such fields with --config.objective={first} alone"
     return f"--config.{path}: no such field; did you mean --config.{near}? Beside it are: {beside}"
 
 

@@ -190,6 +190,16 @@ def difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
     return [(name, before.get(name), value) for name, value in leaves(b).items() if before.get(name) != value]
 
 
+def same_objective(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """As `difference`; of another objective that alone, and not the fields of its group, which all differ."""
+    changes = difference(a, b)
+    if a.objective == b.objective:
+        return changes
+    own = tuple(f"{name}." for name in objective_groups(b))
+    ordered = sorted(changes, key=lambda change: change[0] != "objective")
+    return [change for change in ordered if not change[0].startswith(own)]
+
+
 def identifies(name: str, objective: str = "m3ae") -> bool:
     """Whether a run whose field of this name differs is another run.
 

@@ -73,7 +73,7 @@ def read(path: Path) -> Foreign:
             "only 'bert' is read"
         )
     arrays = formats.single(arrays)
-    return Foreign(_spelled({name.removeprefix(prefix): x for name, x in arrays.items()}), facts)
+    return Foreign(_spelled(formats.renamed(arrays, lambda name: name.removeprefix(prefix))), facts)
 
 
 def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,13 +83,7 @@ def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         UserError: a parameter is there by both names.
     """
 
-    def today(name: str) -> str:
-        return re.sub(r"\.LayerNorm\.(gamma|beta)$", lambda m: _OLD[m[0]], name)
-
-    for name in arrays:
-        if today(name) != name and today(name) in arrays:
-            raise UserError(f"the file has both {name} and {today(name)}, names of one parameter: which one is right?")
-    return {today(name): value for name, value in arrays.items()}
+    return formats.renamed(arrays, lambda name: re.sub(r"\.LayerNorm\.(gamma|beta)$", lambda m: _OLD[m[0]], name))
 
 
 def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:

@@ -153,7 +153,7 @@ def respelled(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.nd
     """Arrays by the names of a table's right side; what it does not name stays as it is."""
     # The longest first, as one name may begin another.
     rules = [(_pattern(name), table[name]) for name in sorted(table, key=len, reverse=True)]
-    return {_spell(name, rules): value for name, value in arrays.items()}
+    return formats.renamed(arrays, lambda name: _spell(name, rules))
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -242,13 +242,24 @@ def ids_of(facts: Mapping[str, Any], words: int) -> dict[str, int]:
     return {name: int(i or 0) for name, i in ids.items()}
 
 
-def unfold(arrays: dict[str, np.ndarray]) -> None:
+def written_ids(config: ConfigDict, words: int) -> dict[str, int]:
+    """As `ids_of`, of a run: where its text's learned tokens are written to, which is where they came from."""
+    first, last = config.contrastive.text_ids
+    usual = ids_of({}, words)
+    return {
+        "start": usual["start"] if first < 0 else first,
+        "end": usual["end"] if last < 0 else last,
+        "padding": usual["padding"] if first < 0 else first,
+    }
+
+
+def unfold(arrays: dict[str, np.ndarray], ids: Mapping[str, int]) -> None:
     """The inverse of `fold`, but for the first rows of positions, which are part of their tokens now."""
     words, table = arrays.pop("text.words").copy(), arrays.pop("text.positions")
     if _is_siglip(arrays):
-        words[1] = arrays.pop("text.cls")[0, 0]
+        words[ids["padding"]] = arrays.pop("text.cls")[0, 0]
     else:
-        words[-2], words[-1] = arrays.pop("text.other")[0, 0], arrays.pop("text.cls")[0, 0]
+        words[ids["start"]], words[ids["end"]] = arrays.pop("text.other")[0, 0], arrays.pop("text.cls")[0, 0]
         table = np.concatenate([np.zeros_like(table[:1]), table])
     arrays["raw.text.words"], arrays["raw.text.table"] = words, table
     table = arrays.pop("image.positions")
@@ -398,6 +409,9 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     config.model.activation, config.model.layer_norm_epsilon = arithmetic(facts)
     layout = "siglip" if siglip else "clip"
     c.update(image_layout=layout, text_layout=layout, image_positions="learned")
+    ids = facts["ids"]
+    if ids != ids_of({"siglip": siglip}, len(arrays["text.words"])):
+        c.text_ids = (ids["padding"], ids["padding"]) if siglip else (ids["start"], ids["end"])
     if "bias" not in arrays and siglip:
         raise UserError("its picture's tower is SigLIP's, but it has no logit_bias")
     c.loss = "sigmoid" if "bias" in arrays else "softmax"
@@ -472,7 +486,7 @@ def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, r
 
 def _write(theirs: Table, config: ConfigDict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     arrays = dict(arrays)
-    unfold(arrays)
+    unfold(arrays, written_ids(config, len(arrays["text.words"])))
     open_clip = theirs is not TRANSFORMERS
     _join_three(arrays, lambda stem: (open_clip and ".blocks." in stem) or (not open_clip and stem.endswith(".pool")))
     if theirs is _OPEN_CLIP:
@@ -545,12 +559,13 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
     """A folder that ``CLIPModel.from_pretrained``, or ``SiglipModel``'s, takes; without a tokenizer."""
     content = architecture(config)
     vocabulary = len(arrays["text.words"])
-    if content["model_type"] == "siglip":
-        report.notes.append("padding is id 1 of the words that are written")
-    ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    ids, siglip = written_ids(config, vocabulary), content["model_type"] == "siglip"
+    if config.contrastive.text_ids[0] < 0:
+        report.notes.append(f"{_said(ids, siglip)} in the table of words that is written, as usual")
+    of_tokens = {"bos_token_id": ids["start"], "eos_token_id": ids["end"], "pad_token_id": ids["end"]}
     content["text_config"] |= {
         "vocab_size": vocabulary,
-        **({"pad_token_id": 1} if content["model_type"] == "siglip" else ids),
+        **({"pad_token_id": ids["padding"]} if siglip else of_tokens),
     }
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save(path / "model.safetensors", _write(TRANSFORMERS, config, arrays), {"format": "pt"})
@@ -564,6 +579,12 @@ def write(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report:
 def write_open_clip(path: Path, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report) -> None:
     """One ``.safetensors`` file that ``open_clip.create_model(NAME, pretrained=FILE)`` takes."""
     siglip = _check(config, "open_clip")
+    words = len(arrays["text.words"])
+    if not siglip and written_ids(config, words) != ids_of({}, words):
+        raise UserError(
+            f"--to=open_clip: {_said(written_ids(config, words), siglip)}, and open_clip takes the last word as the "
+            "end; use --to=clip"
+        )
     safetensors.save(path, _write(_OPEN_CLIP_SIGLIP if siglip else _OPEN_CLIP, config, arrays), {"format": "pt"})
     if config.model.activation == QUICK:
         report.notes.append("make the model with force_quick_gelu=True")

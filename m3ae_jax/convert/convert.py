@@ -141,6 +141,9 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
         raise UserError(f"{path} is a folder, and --format={name} takes a file: {kind.about}")
     foreign = kind.read(path)
     report.notes += foreign.notes
+    for file_name, array in foreign.arrays.items():
+        if not np.all(np.isfinite(np.asarray(array, np.float32))):
+            raise UserError(f"{path}: {file_name} holds numbers that are not finite")
     config = config_lib.default(kind.objective or own.objective_of(foreign, path))
     autoencoder = config.objective == "m3ae"
     config.model.heads = 0

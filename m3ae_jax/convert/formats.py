@@ -120,6 +120,21 @@ def unwrapped(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
     return bare, prefix
 
 
+def renamed(arrays: Mapping[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """Arrays by other names.
+
+    Raises:
+        UserError: two of them would have the same one.
+    """
+    of: dict[str, str] = {}
+    for name in arrays:
+        ours = rename(name)
+        if ours in of:
+            raise UserError(f"the file has both {of[ours]} and {name}, names of one parameter: which one is right?")
+        of[ours] = name
+    return {ours: arrays[name] for ours, name in of.items()}
+
+
 def single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of half precision in float32, so that what is added here is added as exactly as there."""
     return {name: np.asarray(x, np.float32) if x.dtype.itemsize == 2 else x for name, x in arrays.items()}

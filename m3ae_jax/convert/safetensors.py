@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         length = int.from_bytes(data[:8].tobytes(), "little")
         if len(data) < 8 or length > min(_MOST_HEADER, len(data) - 8):
             raise ValueError("its header is longer than the file")
-        header = json.loads(data[8 : 8 + length].tobytes())
+        header = json.loads(data[8 : 8 + length].tobytes(), object_pairs_hook=_once)
         body = data[8 + length :]
         metadata = header.pop("__metadata__", {})
         arrays = {}
@@ -48,6 +48,13 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise ValueError(f"the place of {name!r} does not fit its shape")
             arrays[name] = np.frombuffer(body[start:end].tobytes(), dtype).reshape(shape)
         return arrays, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

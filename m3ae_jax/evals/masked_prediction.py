@@ -36,6 +36,8 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     scalars: dict[str, float] = {}
     rows, improvements = [], {}
     for modality in ("text", "image"):
+        if (modality, RATIOS[0], CONDITIONS[0]) not in sums:  # not every objective restores both
+            continue
         for ratio in RATIOS:
             figures = _figures({c: sums[modality, ratio, c] for c in CONDITIONS})
             scalars |= {f"{modality}/{ratio}/{name}": value for name, value in figures.items()}
@@ -76,7 +78,10 @@ def restore(setup: Setup, state: TrainState) -> Sums:
                     "none": {target: hidden},
                 }
                 for condition in CONDITIONS:
-                    sums = fetch(score(state.params, {"groups": groups[condition]})[target])
+                    scores = score(state.params, {"groups": groups[condition]})
+                    if target not in scores:
+                        continue
+                    sums = fetch(scores[target])
                     total, count = (sums[k][counted].astype(np.float64) for k in (_FIGURE[modality], "count"))
                     of_batch[modality, ratio, condition] = total, count
         batches.append(of_batch)

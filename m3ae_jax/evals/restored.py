@@ -105,13 +105,13 @@ def read_pairs(setup: Setup, examples: int, size: int, compute: Callable[[Part],
         compute: of a batch on the mesh, of which it has ``groups`` alone: a pytree of `[B, ...]` arrays.
 
     Returns:
-        In host memory ``groups``, ``position`` (as `tokens.EXAMPLE`) and ``computed``.
+        In host memory ``groups``, ``position`` and ``caption_id`` (as `tokens.EXAMPLE`), and ``computed``.
     """
     image, text = names_of(setup)
     batches = []
     for part in clean_batches(setup, build_source(setup.config, "val"), examples, size):
         groups = put_batch({name: part["groups"][name] for name in (image, text)}, setup.mesh)
-        example = put_batch({name: part["example"][name] for name in ("position", "valid")}, setup.mesh)
+        example = put_batch({name: part["example"][name] for name in ("position", "caption_id", "valid")}, setup.mesh)
         batch = fetch({"groups": groups, **example, "computed": compute({"groups": groups})})
         paired = batch.pop("valid") & batch["groups"][text]["visible"]["valid"].any(axis=1)
         batches.append(jax.tree.map(lambda x, paired=paired: x[paired], batch))

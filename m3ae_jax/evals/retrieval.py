@@ -114,7 +114,9 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
 
     data = read_pairs(setup, setup.config.eval.pairs, batch_size(setup), features)
     pixels, words = (data["groups"][name]["visible"] for name in names_of(setup))
-    captions = np.where(words["valid"], words["value"], -1)
+    # Captions that are cut may differ in what was cut off: they are different ones, which score alike.
+    cut = np.where(words["valid"].all(axis=1), data["caption_id"], 0)
+    captions = np.concatenate([np.where(words["valid"], words["value"], -1), cut[:, None]], axis=1)
     pairs = Pairs.of(identities(pixels["value"]), identities(captions))
     scalars = {"pictures": float(len(pairs.pictures)), "captions": float(len(pairs.captions))}
     # Of each name the score of captions for a picture, that of pictures for a caption, and what is right.

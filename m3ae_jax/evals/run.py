@@ -98,6 +98,15 @@ EVALUATIONS: dict[str, Needs] = {
 }
 
 
+_ABLE = {
+    Attends: "show its attention",
+    Embeds: "embed pictures and captions",
+    Encodes: "encode",
+    Restores: "restore what is hidden",
+    Tokenizes: "give ids of pictures",
+}
+
+
 def check(config: ConfigDict) -> None:
     """Refuses an evaluation that is unknown or cannot work; before a run begins, not at its end.
 
@@ -132,9 +141,14 @@ def check_objective(setup: Setup) -> None:
     for name in setup.config.evals:
         for protocol in EVALUATIONS[name].objective:
             if not isinstance(setup.objective, protocol):
+                able = [
+                    other
+                    for other, of in EVALUATIONS.items()
+                    if all(isinstance(setup.objective, p) for p in of.objective)
+                ]
                 raise UserError(
-                    f"evals=({name!r},): the objective {type(setup.objective).__name__} has no method for "
-                    f"{protocol.__name__}, which this evaluation needs"
+                    f"evals=({name!r},): the objective {setup.config.objective!r} does not {_ABLE[protocol]}, which "
+                    f"this evaluation needs; with it there are {', '.join(able) or 'none'}"
                 )
         EVALUATIONS[name].check_setup(setup)
 
@@ -328,8 +342,8 @@ def _check_fits(meta: dict[str, Any], setup: Setup, checkpoint: Path) -> None:
     before = config_lib.from_json(meta_lib.config_of(meta, checkpoint))
     changed = [
         f"{name}={new!r} (the checkpoint has {old!r})"
-        for name, old, new in config_lib.difference(before, setup.config)
-        if name in data or (name.startswith(groups) and not settings[name].loss)
+        for name, old, new in config_lib.same_objective(before, setup.config)
+        if name in data or name == "objective" or (name.startswith(groups) and not settings[name].loss)
     ]
     if meta_lib.field(meta, "tokenizer", str, checkpoint) != setup.identity()["tokenizer"]:
         own = held(checkpoint.parents[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
@@ -72,13 +74,19 @@ def check_stack(config: ConfigDict, prefix: str, width: int, heads: int) -> None
     Raises:
         UserError: as said.
     """
+    group, _, last = prefix.rpartition(".")
+    own: Any = config[group] if group in config else {}
+    # What is 0 is as the encoder's.
+    width_at, heads_at = (f"{prefix if own.get(f'{last}{name}', 1) else 'model.'}{name}" for name in ("width", "heads"))
     if heads < 1 or width % heads:
-        raise UserError(f"{prefix}width={width} is not divisible by {prefix}heads={heads}")
+        raise UserError(f"{width_at}={width} is not divisible by {heads_at}={heads}")
     if width % 4:
-        raise UserError(f"{prefix}width={width} is not divisible by 4, as the 2-D sin-cos positions need")
+        raise UserError(f"{width_at}={width} is not divisible by 4, as the 2-D sin-cos positions need")
     groups = config.compute.attention_head_groups
     if heads % groups:
-        raise UserError(f"{prefix}heads={heads} is not divisible by compute.attention_head_groups={groups}")
+        raise UserError(
+            f"{heads_at}={heads} is not divisible by compute.attention_head_groups={groups}; 1 always works"
+        )
 
 
 class ComputeFields(FieldGroup):

@@ -71,6 +71,9 @@ class Fields(FieldGroup):
     for runs of the same objective."""
     text_from: str = setting("", identifies=False, weights=True)
     """Likewise of the captions' tower: a run of m3ae, or converted weights (BERT's, with text_layout=bert)."""
+    text_ids: tuple[int, ...] = setting((-1, -1), low=-1, identifies=False)
+    """Of converted weights: the ids that the captions' learned tokens had there, start and end (siglip: padding,
+    twice); -1: the last two words, and 1. They are written back to these."""
     positives: str = setting("picture", choices=("picture", "picture_or_caption"), loss=True)
     """What is right besides a row's own partner: the captions of equal pictures; or those, and the pictures of equal
     captions too."""
@@ -86,8 +89,12 @@ class Fields(FieldGroup):
         """Refuses towers that cannot be computed, and data without pictures or captions."""
         c = config.contrastive
         check_both("contrastive", config)
+        if config.batch_size == 1:
+            raise UserError("batch_size=1: contrastive compares the rows of a batch, of which it needs two at least")
         width, _, heads = encoder_size(config)
         check_stack(config, "contrastive.text_", c.text_width or width, c.text_heads or heads)
+        if len(c.text_ids) != 2:
+            raise UserError(f"contrastive.text_ids={tuple(c.text_ids)!r}: two numbers are wanted")
         low, high = check_range("contrastive.temperature_range", c.temperature_range)
         if c.temperature and not low <= c.temperature <= high:
             raise UserError(

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from m3ae_jax.checkpoint import meta as meta_lib
 from m3ae_jax.config.files import from_json
-from m3ae_jax.config.schema import difference, identifies, leaves
+from m3ae_jax.config.schema import identifies, leaves, same_objective
 from m3ae_jax.data.order import order_version
 from m3ae_jax.errors import UserError
 
@@ -65,7 +65,7 @@ class Identity:
         """
         meta_lib.refuse_newer(meta, where)
         stored = from_json(meta_lib.config_of(meta, where))
-        changes = [change for change in difference(stored, self.config) if self._identifies(change[0])]
+        changes = [change for change in same_objective(stored, self.config) if self._identifies(change[0])]
         changes += [(n, meta.get(n), now) for n, now in self.others.items() if len(meta) > 1 and meta.get(n) != now]
         lines = {name: f"{name}={new!r} (the run has {old!r})" for name, old, new in changes}
         refused = [name for name in lines if name == STATE or name not in self.allowed]

@@ -52,11 +52,14 @@ def parsed_rates(rates: tuple[str, ...]) -> dict[str, float]:
     Raises:
         UserError: one is not PATH=FACTOR, or its factor no number from 0 on.
     """
-    parsed = {}
+    parsed: dict[str, float] = {}
     for rate in rates:
         path, _, factor = rate.partition("=")
+        path = path.strip("/ ")
+        if path in parsed:
+            raise UserError(f"optimizer.rates: {path!r} is there twice")
         try:
-            parsed[path.strip("/ ")] = value = float(factor)
+            parsed[path] = value = float(factor)
         except ValueError:
             value = math.nan
         if not path or not 0 <= value < math.inf:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -46,7 +47,7 @@ from m3ae_jax.parallel.mesh import (
     mesh_rules,
 )
 from m3ae_jax.parallel.processes import check_equal, in_all
-from m3ae_jax.train.optimizer import optimizer, schedule
+from m3ae_jax.train.optimizer import optimizer, rate_factors, schedule
 from m3ae_jax.train.step import (
     TrainState,
     abstract_state,
@@ -317,6 +318,8 @@ def prepare(config: ConfigDict, workdir: Path | None = None) -> Setup:
     tokenizer = _tokenizer(config, workdir) if "text" in config.data.modalities else None
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
     check_micro_batches(objective, config.micro_batches)
+    if config.optimizer.rates:
+        rate_factors(nn.unbox(jax.eval_shape(objective.init, jax.random.key(0))), tuple(config.optimizer.rates))
     examples = train_data.epoch_examples
     total = max(1, steps("duration", config.duration, config.batch_size, examples))
     learning_rate = schedule(config, total, examples)

@@ -64,6 +64,55 @@ def test_what_is_written_computes_the_same_by_numpy_and_comes_back(layout: str, 
             np.testing.assert_array_equal(x, before, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("layout", "ids"), [("clip", {"bos_token_id": 3, "eos_token_id": 4}), ("siglip", {"pad_token_id": 0})]
+)
+def test_tokens_go_back_to_the_ids_that_they_came_from(layout: str, ids: dict[str, int], tmp_path: Path) -> None:
+    """And no word is overwritten: the tokenizer of the weights says these ids."""
+    convert.export_weights(run_of(layout, tmp_path / "run"), "clip", tmp_path / "usual")
+    content = json.loads((tmp_path / "usual" / "config.json").read_bytes())
+    text = content["text_config"] | ids
+    theirs = changed(tmp_path / "usual", "config.json", text_config=text)
+    before, _ = safetensors.load(theirs / "model.safetensors")
+    converted = convert.import_weights(theirs)
+    convert.write_run(converted, tmp_path / "again")
+    stored = inference.read(str(tmp_path / "again"))
+    convert.export_weights(stored, "clip", tmp_path / "back")
+    after, _ = safetensors.load(tmp_path / "back" / "model.safetensors")
+    words, back = (x["text_model.embeddings.token_embedding.weight"] for x in (before, after))
+    untouched = np.setdiff1d(np.arange(WORDS), list(ids.values()))
+    np.testing.assert_array_equal(words[untouched], back[untouched])
+    written = json.loads((tmp_path / "back" / "config.json").read_bytes())["text_config"]
+    assert {name: written[name] for name in ids} == ids
+    assert check.compare(convert.import_weights(tmp_path / "back")).close
+    if layout == "clip":
+        with pytest.raises(
+            UserError, match="--to=open_clip: the start, 3 and the end, 4, and open_clip takes the last"
+        ):
+            convert.export_weights(stored, "open_clip", tmp_path / "other.safetensors")
+
+
+def test_a_parameter_by_two_names_is_refused_and_one_that_is_not_finite(tmp_path: Path) -> None:
+    convert.export_weights(run_of("siglip", tmp_path / "run"), "clip", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    arrays, metadata = safetensors.load(file)
+    twice = arrays | {"text_projection.weight": arrays["text_model.head.weight"]}
+    safetensors.save(file, twice, metadata)
+    with pytest.raises(UserError, match=r"both text_model.head.weight and text_projection.weight, names of one"):
+        convert.import_weights(tmp_path / "theirs")
+    words = "text_model.embeddings.token_embedding.weight"
+    bad = arrays[words].copy()
+    bad[5, 0] = np.nan
+    safetensors.save(file, arrays | {words: bad}, metadata)
+    with pytest.raises(UserError, match="numbers that are not finite"):
+        convert.import_weights(tmp_path / "theirs")
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(UserError, match="'a' is there twice"):
+        safetensors.load(file)
+
+
 def test_the_comparison_sees_what_is_wrong(tmp_path: Path) -> None:
     stored = run_of("clip", tmp_path / "run")
     convert.export_weights(stored, "clip", tmp_path / "theirs")

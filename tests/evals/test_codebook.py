@@ -71,5 +71,5 @@ def test_it_is_refused_of_an_objective_without_ids() -> None:
     from m3ae_jax.evals.run import check_objective
 
     setup = setup_of("m3ae", evals="('codebook',)")
-    with pytest.raises(UserError, match="has no method for Tokenizes"):
+    with pytest.raises(UserError, match="does not give ids of pictures"):
         check_objective(setup)

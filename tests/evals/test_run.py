@@ -8,6 +8,7 @@ import pytest
 
 from m3ae_jax import config as config_lib
 from m3ae_jax.errors import UserError
+from m3ae_jax.evals import run
 from m3ae_jax.evals.run import EVALUATIONS, RunHooks, check_objective
 from m3ae_jax.objectives.base import Attends, Encodes, Prior, Restores
 from m3ae_jax.train import setup as run_setup
@@ -32,8 +33,8 @@ def test_an_evaluation_that_needs_more_is_refused_in_one_line(setup, tmp_path, n
     config = setup.config.copy_and_resolve_references()
     config.evals = (name,)
     asking = dataclasses.replace(setup, config=config)
-    missing = EVALUATIONS[name].objective[0].__name__
-    message = rf"evals=\('{name}',\): the objective Toy has no method for {missing}"
+    missing = run._ABLE[EVALUATIONS[name].objective[0]]
+    message = rf"evals=\('{name}',\): the objective '.*Toy' does not {missing}, .* with it there are none"
     for refuse in (check_objective, lambda setup: RunHooks(setup, tmp_path)):
         with pytest.raises(UserError, match=message) as error:
             refuse(asking)

@@ -182,6 +182,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
         ({"contrastive.text_layout": "clip", "contrastive.pooling": "mean"}, "text_layout='clip' has its own summary"),
         ({"contrastive.image_layout": "siglip"}, "embedding_width=256: with contrastive.image_layout='siglip'"),
         ({"contrastive.image_layout": "bert"}, "is not one of clip, plain, siglip"),
+        ({"batch_size": 1}, "batch_size=1: contrastive compares the rows of a batch"),
+        ({"data.modalities": "(image,audio)"}, "a non-empty choice of 'image' and 'text'"),
+        ({"model.width": 36, "model.heads": 5}, "model.width=36 is not divisible by model.heads=5"),
+        ({"contrastive.embedding_width": 0}, "contrastive.embedding_width=0 is not from 1 on"),
+        ({"mamo.queue": 4}, "--config.mamo.queue: there are such fields with --config.objective=mamo alone"),
     ):
         with pytest.raises(UserError, match=line):
             config_of("contrastive", **changes)

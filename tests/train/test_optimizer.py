@@ -83,6 +83,7 @@ def test_rates_of_parts_scale_the_update_and_a_frozen_part_stays_bit_for_bit():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
+        (("dense=0", "dense=1"), "optimizer.rates: 'dense' is there twice"),
         (("dens=0.5",), "optimizer.rates='dens' is not one of dense, scale; did you mean 'dense'"),
         (("dense/kernl=0",), "did you mean 'dense/kernel'"),
     ],
