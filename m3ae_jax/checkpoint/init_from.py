@@ -27,6 +27,7 @@ def load_into(
     *,
     complete: bool = False,
     fit: Fit = lambda name, stored, leaf: None,
+    field: str = "init_from",
 ) -> Any:
     """Replaces what fits in a pytree by a checkpoint's weights, leaf by leaf, keeping each leaf's sharding.
 
@@ -39,13 +40,15 @@ def load_into(
         source: which branch of the checkpoint's parameters is taken; empty: all; ``extra/NAME``: that of what is
             beside them.
         complete: refuse a checkpoint that lacks a leaf; else the leaf stays as it is.
+        field: of the config that names the checkpoint, for messages.
         fit: what of another shape can be taken nevertheless, as learned positions.
 
     Raises:
         UserError: no checkpoint there, nothing in it fits, or a leaf is missing where all are needed.
     """
     beside = source.removeprefix("extra/") if source.startswith("extra/") else ""
-    stored = _branch(_by_path(load_params(path, (beside,) if beside else ())), beside or source)
+    everything = _by_path(load_params(path, (beside,) if beside else ()))
+    stored = _branch(everything, beside or source)
     wanted = _branch(_by_path(tree), into)
     shared = [name for name in wanted if name in stored]
     taken = {name: stored[name] for name in shared if stored[name].shape == wanted[name].shape}
@@ -53,7 +56,10 @@ def load_into(
     fitted = {name: found for name, found in fits.items() if found is not None}
     whole = len(taken)
     taken |= {name: value for name, (value, _) in fitted.items()}
-    where = f"init_from={path}" + (f" ({into})" if into else "")
+    where = f"{field}={path}" + (f" ({into})" if into else "")
+    if not stored and everything:
+        branches = sorted({name.partition("/")[0] for name in everything})
+        raise UserError(f"{where}: its checkpoint has no {source!r}, it is of another objective: {', '.join(branches)}")
     if not taken:
         raise UserError(f"{where}: none of its {len(stored)} parameters has the name and shape of one here")
     shapes = [
@@ -62,6 +68,13 @@ def load_into(
         if name in stored and name not in taken
     ]
     missing = [name for name in wanted if name not in stored]
+    numbers = [sum(wanted[name].size for name in names) for names in (taken, wanted)]
+    if numbers[0] < numbers[1] / 2:
+        log.warning(
+            "%s: only %d of the %d parameters here are in it with the same shape, %.0f %% of the numbers; the others "
+            "are drawn anew",
+            where, len(taken), len(wanted), 100 * numbers[0] / numbers[1],
+        )  # fmt: skip
     if complete and (missing or shapes):
         raise UserError(f"{where} does not fit: {', '.join(missing + shapes)}")
     for kind, names in (

@@ -69,6 +69,7 @@ class Load:
         path: a run's folder, or one checkpoint in it.
         into: where in the state: ``params``, ``params/encoder``, ``extra/tokenizer``, ...
         source: which of the checkpoint's parameters, as ``encoder``; empty: all; ``extra/NAME``: what is beside them.
+        field: of the config that names it, for messages.
         complete: refuse a checkpoint that lacks a leaf; else it keeps its fresh value, and that is logged.
     """
 
@@ -76,6 +77,7 @@ class Load:
     into: str = "params"
     source: str = ""
     complete: bool = False
+    field: str = "init_from"
 
 
 class Objective(Protocol):

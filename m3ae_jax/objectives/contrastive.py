@@ -96,10 +96,9 @@ class Fields(FieldGroup):
         if len(c.text_ids) != 2:
             raise UserError(f"contrastive.text_ids={tuple(c.text_ids)!r}: two numbers are wanted")
         low, high = check_range("contrastive.temperature_range", c.temperature_range)
-        if c.temperature and not low <= c.temperature <= high:
-            raise UserError(
-                f"contrastive.temperature={c.temperature} is outside contrastive.temperature_range={low, high}"
-            )
+        start = first_temperature(c)
+        if not low <= start <= high:
+            raise UserError(f"contrastive.temperature={start} is outside contrastive.temperature_range={low, high}")
         layouts = {name: c[f"{name}_layout"] for name in BOTH}
         for name, layout in layouts.items():
             if c.pooling == "mean" and layout != "plain":
@@ -109,6 +108,11 @@ class Fields(FieldGroup):
                 f"contrastive.embedding_width={c.embedding_width}: with contrastive.image_layout='siglip' it is that "
                 f"of the pictures' tower, {width}"
             )
+
+
+def first_temperature(group: Any) -> float:
+    """The temperature at the start, by the fields; SigLIP starts at log t = log 10."""
+    return float(group.temperature or (0.1 if group.loss == "sigmoid" else 0.07))
 
 
 class Contrastive(Objective):
@@ -157,13 +161,11 @@ class Contrastive(Objective):
         sets = {name: clean(part["groups"][name]) for name in BOTH}
         params, _ = init_towers(rng, self._towers, self._projections, sets, self._config)
         sigmoid = o.loss == "sigmoid"
-        # SigLIP starts at log t = log 10.
-        temperature = o.temperature or (0.1 if sigmoid else 0.07)
-        return {**params, "contrast": temperature_parameters(temperature, o.bias if sigmoid else None)}
+        return {**params, "contrast": temperature_parameters(first_temperature(o), o.bias if sigmoid else None)}
 
     def loads(self) -> tuple[Load, ...]:
         """See `Objective.loads`."""
-        return loads_of(self._config.contrastive)
+        return loads_of(self._config, "contrastive")
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""

@@ -101,7 +101,7 @@ class Fields(FieldGroup):
     momentum: float = setting(0.995, low=0.0, high=1.0)
     """Of the teacher (assumed: ALBEF's)."""
     momentum_start: float = setting(0.995, low=0.0, high=1.0)
-    """Its momentum at the first step."""
+    """Its momentum at the first step of the ramp."""
     momentum_ramp: int = setting(0, low=0)
     """Steps in which it goes from `momentum_start` to `momentum`."""
     latent_target: str = setting("latents", choices=("latents", "clusters"))
@@ -139,6 +139,13 @@ class Fields(FieldGroup):
             raise UserError(
                 f"mamo.text_corruption={tuple(m.text_corruption)} must be two shares whose sum is at most 1: of the "
                 "mask embedding, of random words"
+            )
+        if m.momentum_start not in (m.momentum, 0.995) and not m.momentum_ramp:
+            raise UserError(f"mamo.momentum_start={m.momentum_start} is not used: set mamo.momentum_ramp to some steps")
+        if not m.contrast_weight and (m.queue or m.distillation):
+            raise UserError(
+                f"mamo.queue={m.queue}, mamo.distillation={m.distillation}: without contrast (mamo.contrast_weight=0) "
+                "they are not used"
             )
         if m.queue % config.batch_size:
             raise UserError(f"mamo.queue={m.queue} is not divisible by batch_size={config.batch_size}")
@@ -313,7 +320,7 @@ class MAMO(Objective):
 
     def loads(self) -> tuple[Load, ...]:
         """See `Objective.loads`."""
-        return loads_of(self._config.mamo)
+        return loads_of(self._config, "mamo")
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
@@ -348,7 +355,7 @@ class MAMO(Objective):
                 metrics |= {name: summed((x * weight, weight)) for name, x in first.items()}
                 if "queue" in extra:
                     rows = {name: teacher[f"{name}_embedding"] for name in BOTH}
-                    rows["id"] = jnp.where(valid, part["example"]["image_id"], 0)
+                    rows |= {"id": part["example"]["image_id"], "valid": valid}
             if o.match_weight:
                 sequences, exists = self._matching_sequences(params, student, sets, embeddings, scale, part, valid, rng)
         sequences |= self._masked_sequences(params, student, groups, sets, rng)
@@ -426,7 +433,7 @@ class MAMO(Objective):
             # As it was before this batch is pushed. What is not filled yet are random vectors: negatives.
             queue = extra["queue"]
             keys = of_teacher = {name: jnp.concatenate([of_teacher[name], queue[name]]) for name in BOTH}
-            key_valid = jnp.concatenate([valid, jnp.ones(o.queue, bool)])
+            key_valid = jnp.concatenate([valid, queue["valid"]])
             positive = jnp.concatenate([positive, positives(ids, queue["id"])], axis=1)
         loss, figures = jnp.float32(0.0), {}
         for query, key in (BOTH, BOTH[::-1]):

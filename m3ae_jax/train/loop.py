@@ -370,7 +370,8 @@ class _Loop:
                 raise
             raise UserError(
                 f"--allow_config_change={','.join(self._identity.allowed)}: the checkpoint's parameters do not fit the "
-                f"changed config; start a new run from its weights with --config.init_from={self._workdir}"
+                f"changed config ({str(error).splitlines()[0][:300]}); start a new run from its weights with "
+                f"--config.init_from={self._workdir}"
             ) from error
 
     def _save_config(self, *, fresh_start: bool) -> None:

@@ -190,7 +190,9 @@ class Setup:
             if into not in ("params", "extra"):
                 raise UserError(f"an objective's load of {load.path} goes into {load.into!r}: not params or extra")
             if into == name:
-                tree = load_into(tree, load.path, branch, load.source, complete=load.complete, fit=fit)
+                tree = load_into(
+                    tree, load.path, branch, load.source, complete=load.complete, fit=fit, field=load.field
+                )
                 self._tell_of(load)
         return tree
 
@@ -198,12 +200,12 @@ class Setup:
         """Logs what of a checkpoint's run differs from this one so that its weights mean something else."""
         meta = load_meta(load.path)
         for line in positions.computed_anew(meta.get("modalities", ()), self._modalities()):
-            log.info("init_from=%s: %s", load.path, line)
+            log.info("%s=%s: %s", load.field, load.path, line)
         for line in _meant_otherwise(meta, self.config, pictures=not load.into.endswith("/text")):
-            log.warning("init_from=%s: its weights were trained with %s", load.path, line)
+            log.warning("%s=%s: its weights were trained with %s", load.field, load.path, line)
         theirs, ours = meta.get("tokenizer"), self.tokenizer.fingerprint if self.tokenizer else ""
         if theirs and ours and theirs != ours:
-            log.warning("init_from=%s: it has another tokenizer: its embeddings are of other words", load.path)
+            log.warning("%s=%s: it has another tokenizer: its embeddings are of other words", load.field, load.path)
 
     def init_state(self) -> TrainState:
         """A fresh state on the mesh."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from m3ae_jax.checkpoint import manager
+from m3ae_jax.checkpoint.init_from import load_into
 from m3ae_jax.checkpoint.manager import Checkpoints, find, load_params
 from m3ae_jax.errors import UserError
 from m3ae_jax.train.step import TrainState
@@ -100,6 +101,8 @@ def test_restore_find_and_read_only(tmp_path):
     assert np.array_equal(load_params(str(run / "checkpoints" / "10"))["layer"]["kernel"], np.full((2, 3), 10.0))
     with pytest.raises(UserError, match="no checkpoint at"):
         find(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"^mine=.*: its checkpoint has no 'image', it is of another objective: layer$"):
+        load_into(abstract().params, str(run), source="image", field="mine")
 
 
 def test_another_state_than_the_stored_one_is_named(tmp_path):

@@ -176,6 +176,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         loss_of(setup, fetch(setup.init_state().params), alone)
     for changes, line in (
         ({"data.modalities": "(text,)"}, "lacks 'image': objective='contrastive' compares pictures with captions"),
+        ({"contrastive.temperature_range": "(0.2, 0.5)"}, "contrastive.temperature=0.07 is outside"),
         ({"contrastive.temperature": 0.7}, "is outside contrastive.temperature_range"),
         ({"contrastive.temperature_range": "(0.5,)"}, "two numbers, the lower one first"),
         ({"contrastive.text_width": 30}, "contrastive.text_width=30 is not divisible by"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from operator import itemgetter
 from typing import Any
 
@@ -346,10 +347,34 @@ def test_wrong_fields_are_refused() -> None:
         ({"mamo.temperature_range": "(0.5, 0.1)"}, "two numbers, the lower one first"),
         ({"data.modalities": "(image,)"}, "lacks 'text'"),
         ({"batch_size": 1}, "the matching needs two rows at least"),
+        ({"mamo.momentum_start": 0.5}, "mamo.momentum_start=0.5 is not used: set mamo.momentum_ramp"),
+        ({"mamo.contrast_weight": 0, "mamo.queue": 16}, "without contrast (mamo.contrast_weight=0) they are not used"),
     ):
-        with pytest.raises(UserError, match=line.replace("(", r"\(")):
+        with pytest.raises(UserError, match=re.escape(line)):
             config_of(**changes)
     config_of(**{"batch_size": 1, "mamo.match_weight": 0})
+
+
+def test_rows_without_a_partner_are_no_negatives_of_later_steps() -> None:
+    """Captions that are missing have one embedding, which would fill the queue."""
+    setup = setup_of(**{"mamo.queue": 2 * B, "mamo.distillation": 0.4})
+    part = part_of(setup)
+    text = part["groups"]["text"]
+    lone = np.arange(B) % 2 == 1
+    sets = {name: {**x, "valid": x["valid"] & ~lone[:, None]} for name, x in text.items()}
+    alone = {**part, "groups": {**part["groups"], "text": sets}}
+    state, step = setup.init_state(), setup.train_step()
+    state, _ = step(state, put_batch({"train": alone}, setup.mesh))
+    queue = fetch(state.extra["queue"])
+    np.testing.assert_array_equal(queue["valid"], [*~lone, *[True] * B])
+
+    # What such places hold changes no loss.
+    def contrast(extra: Any) -> float:
+        return terms_of(jax.jit(lambda e: loss(setup, state.params, e, part))(extra))["contrast_loss"]
+
+    noise = {name: queue[name] + 9.0 * ~queue["valid"][:, None] for name in ("image", "text")}
+    other = {**state.extra, "queue": {**queue, **noise}}
+    assert contrast(other) == pytest.approx(contrast(state.extra), rel=1e-6)
 
 
 def test_a_queue_takes_pairs_alone() -> None:

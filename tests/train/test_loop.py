@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import signal
 
 import jax
@@ -281,6 +282,12 @@ def test_init_from_tells_what_matched(tmp_path):
     checkpoint = str(tmp_path / "mae" / "checkpoints" / "2")
     loop.train(shrunk(init_from=checkpoint, **{"data.patch_size": 16}), tmp_path / "patches")
     assert "other shape, left fresh" in (tmp_path / "patches" / "log.txt").read_text()
+    wider = {"model.width": 48, "m3ae.decoder_width": 48, "duration": "1 steps"}
+    loop.train(shrunk(init_from=checkpoint, **wider), tmp_path / "wider")
+    assert re.search(
+        r"WARNING.*init_from=.*: only \d+ of the \d+ parameters here are in it with the same shape, \d+ % of",
+        (tmp_path / "wider" / "log.txt").read_text(),
+    )
 
 
 def test_without_validation_data_training_goes_on(tmp_path, tar_shard):

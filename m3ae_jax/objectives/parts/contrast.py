@@ -162,11 +162,12 @@ def empty_queue(rng: jax.Array, places: int, width: int, names: tuple[str, ...] 
     """A queue of earlier embeddings: random unit vectors, whose id is nobody's (MoCo, arXiv 1911.05722).
 
     Returns:
-        Of each name `[Q, d] float32`; ``id`` `[Q] int32`; ``next``, the oldest place.
+        Of each name `[Q, d] float32`; ``id`` `[Q] int32`; ``valid`` `[Q] bool`, which places count, at first all;
+        ``next``, the oldest place.
     """
     keys = jax.random.split(rng, len(names))
     features = {n: unit(jax.random.normal(key, (places, width))) for n, key in zip(names, keys, strict=True)}
-    return {**features, "id": jnp.zeros(places, jnp.int32), "next": jnp.int32(0)}
+    return {**features, "id": jnp.zeros(places, jnp.int32), "valid": jnp.ones(places, bool), "next": jnp.int32(0)}
 
 
 def pushed(queue: Mapping[str, jax.Array], newest: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

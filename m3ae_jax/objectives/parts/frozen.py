@@ -29,12 +29,14 @@ class Frozen:
     Attributes:
         objective: by which it was trained.
         config: of it, as it is used here.
+        field: of the config that names its run.
         path: of its run; empty once it is part of this one.
         branches: of its parameters that are needed; none: all, and those of `Objective.model_extra`.
     """
 
     objective: Any
     config: ConfigDict
+    field: str
     path: str
     branches: tuple[str, ...] = ()
 
@@ -53,7 +55,7 @@ class Frozen:
         abstract = nn.unbox(jax.eval_shape(self.init, jax.random.key(0)))
         of_extra = set(self.objective.model_extra)
         return tuple(
-            Load(self.path, f"{into}/{name}", f"extra/{name}" if name in of_extra else name, complete=True)
+            Load(self.path, f"{into}/{name}", f"extra/{name}" if name in of_extra else name, True, self.field)
             for name, branch in abstract.items()
             if jax.tree.leaves(branch)
         )
@@ -110,7 +112,7 @@ def built(field: str, description: str, path: str, config: ConfigDict, *, branch
     its.data.image_size, its.data.modalities = config.data.image_size, ("image",)
     its.compute = config.compute
     its = config_lib.resolve(its)
-    return Frozen(build(its, 0), its, path, branches)
+    return Frozen(build(its, 0), its, field, path, branches)
 
 
 def _text(value: Any) -> str:

@@ -15,10 +15,14 @@ from m3ae_jax.objectives.parts.pairs import BOTH
 from m3ae_jax.objectives.parts.pixels import normalized_tokens
 
 
-def loads_of(group: Mapping[str, Any]) -> tuple[Load, ...]:
+def loads_of(config: ConfigDict, group: str) -> tuple[Load, ...]:
     """What the fields ``image_from`` and ``text_from`` of a group say: encoders of m3ae for the towers."""
-    paths = {name: group[f"{name}_from"] for name in BOTH}
-    return tuple(Load(path, into=f"params/{name}", source="encoder") for name, path in paths.items() if path)
+    fields = {name: f"{name}_from" for name in BOTH}
+    return tuple(
+        Load(config[group][field], into=f"params/{name}", source="encoder", field=f"{group}.{field}")
+        for name, field in fields.items()
+        if config[group][field]
+    )
 
 
 def init_towers(
