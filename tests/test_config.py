@@ -372,7 +372,7 @@ def test_item_8_a_config_is_found_by_name_in_any_folder(tmp_path, monkeypatch, c
     [
         (
             "nosuch",
-            r"there are base, binding, claims, .*, one_gpu, own_run\.py, scenes, small, tiny, visual_tokenizer\)$",
+            r"there are base, binding, claims, .*, own_run\.py, scenes, simla, small, tiny, visual_tokenizer\)$",
         ),
         ("tinny", r"visual_tokenizer\); did you mean tiny\?$"),
         ("tiny.py", r"did you mean tiny\?$"),

@@ -49,6 +49,7 @@ OBJECTIVES: dict[str, str] = {
     "m3ae": "m3ae_jax.objectives.m3ae:M3AE",
     "contrastive": "m3ae_jax.objectives.contrastive:Contrastive",
     "mamo": "m3ae_jax.objectives.mamo:MAMO",
+    "simla": "m3ae_jax.objectives.simla:Simla",
     "visual_tokenizer": "m3ae_jax.objectives.visual_tokenizer:VisualTokenizer",
 }
 """The built-in objectives."""

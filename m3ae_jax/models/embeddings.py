@@ -99,12 +99,14 @@ class Embedding(Places):
         dtype: of the linear map's products.
         bias: of the linear map.
         masked: token sets may have ``input``, which is shown instead of ``value``, with a learned vector for
-            `tokens.MASK`.
+            `tokens.MASK`; of patches ``hidden``, `[B, K] bool`, where that vector is shown.
+        deviation: of fresh ids' vectors.
     """
 
     dtype: Any = jnp.float32
     masked: bool = False
     bias: bool = True
+    deviation: float = 1.0
 
     def setup(self) -> None:
         """Declares what is learned."""
@@ -115,7 +117,7 @@ class Embedding(Places):
             self.embedding = nn.Embed(
                 self.modality.vocabulary,
                 self.width,
-                embedding_init=named(nn.initializers.normal(1.0), "vocab", "embed"),
+                embedding_init=named(nn.initializers.normal(self.deviation), "vocab", "embed"),
                 promote_dtype=gathered("vocab", "embed"),
             )
         if self.masked:
@@ -123,6 +125,9 @@ class Embedding(Places):
 
     def __call__(self, tokens: Tokens) -> jax.Array:
         """Maps a token set to `[B, K, D]`."""
+        if self.masked and "hidden" in tokens:
+            embedded = jnp.where(tokens["hidden"][..., None], self.mask, self.embedding(tokens["value"]))
+            return embedded + self.place(tokens["position"])
         shown = tokens["input"] if self.masked and "input" in tokens else tokens["value"]
         if shown is tokens["value"]:
             return self.embedding(shown) + self.place(tokens["position"])

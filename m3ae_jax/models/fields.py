@@ -75,7 +75,7 @@ def check_stack(config: ConfigDict, prefix: str, width: int, heads: int) -> None
         UserError: as said.
     """
     group, _, last = prefix.rpartition(".")
-    own: Any = config[group] if group in config else {}
+    own: Any = config.get(group, {})
     # What is 0 is as the encoder's.
     width_at, heads_at = (f"{prefix if own.get(f'{last}{name}', 1) else 'model.'}{name}" for name in ("width", "heads"))
     if heads < 1 or width % heads:

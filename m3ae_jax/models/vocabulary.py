@@ -56,6 +56,42 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.
     return _blockwise(x, kernel, bias, labels, blocks)
 
 
+def soft_cross_entropy(student: _Three, teacher: _Three, blocks: int = 1) -> jax.Array:
+    """Cross-entropy of a student's softmax under a teacher's, in blocks of words forward and backward.
+
+    Args:
+        student: `x`, `kernel` and `bias` as of `cross_entropy`.
+        teacher: likewise; it gets no gradient.
+        blocks: as of `cross_entropy`.
+
+    Returns:
+        `[B, K] float32`, nats.
+    """
+    of = [(x, gather(kernel.astype(x.dtype), "embed", "vocab"), bias) for x, kernel, bias in (student, teacher)]
+    (x, kernel, bias), (other, other_kernel, other_bias) = of[0], jax.lax.stop_gradient(of[1])
+
+    def grown(top: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The new greatest logit, the factor of sums so far, and the exponentials."""
+        new = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
+        return new, jnp.exp(top - new), jnp.exp(logits - new[..., None])
+
+    def block(carry: tuple[jax.Array, ...], part: tuple[_Three, _Three]) -> tuple[tuple[jax.Array, ...], None]:
+        top, total, of_teacher, teacher_total, dot = carry
+        (weight, offset, _), (other_weight, other_offset, _) = part
+        logits = _logits(x, weight, offset)
+        top, shrink, exponentials = grown(top, logits)
+        total = total * shrink + jnp.sum(exponentials, axis=-1)
+        of_teacher, shrink, exponentials = grown(of_teacher, _logits(other, other_weight, other_offset))
+        teacher_total = teacher_total * shrink + jnp.sum(exponentials, axis=-1)
+        return (top, total, of_teacher, teacher_total, dot * shrink + jnp.sum(exponentials * logits, axis=-1)), None
+
+    zero = jnp.zeros(x.shape[:-1], jnp.float32)
+    start = (zero + _NEVER, zero, zero + _NEVER, zero, zero)
+    parts = (_cut(kernel, bias, blocks), _cut(other_kernel, other_bias, blocks))
+    (top, total, _, teacher_total, dot), _ = jax.lax.scan(jax.checkpoint(block), start, parts)
+    return top + jnp.log(total) - dot / teacher_total
+
+
 def _logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     product = jnp.einsum("bke,ev->bkv", x, kernel, preferred_element_type=jnp.float32)
     return product + bias.astype(jnp.float32)

@@ -269,6 +269,20 @@ class Attends(Protocol):
 
 
 @runtime_checkable
+class Grounds(Protocol):
+    """Says where in a picture a caption is."""
+
+    def relevance(self, params: Params, part: Part, layer: int = -1) -> jax.Array:
+        """How much each patch speaks for the pair, `[B, N] float32` from 0 on, patches in row-major order.
+
+        Args:
+            params: parameters.
+            part: of pairs; what is hidden counts too.
+            layer: whose attention is taken; -1: the usual one.
+        """
+
+
+@runtime_checkable
 class Itemizes(Protocol):
     """Says what the parts of a step cost."""
 

@@ -137,7 +137,7 @@ class M3AE(Objective):
         self._tokenizer: Frozen | None = None
         if o.image_target == "ids":
             field = "m3ae.image_tokenizer"
-            self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config)
+            self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
             self.model_extra = ("tokenizer",)
             codes = self._tokenizer.objective.codes
             ids = dataclasses.replace(self._modalities["image"], features=0, vocabulary=codes)

@@ -31,13 +31,10 @@ from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed,
 from m3ae_jax.objectives.parts.contrast import (
     check_range,
     empty_queue,
-    positives,
+    momentum_contrast,
     projection,
     pushed,
-    right_first,
     scale_of,
-    similarities,
-    softmax_loss,
     temperature_parameters,
     unit,
 )
@@ -350,7 +347,15 @@ class MAMO(Objective):
             scale = scale_of(params["contrast"], self._range)
             metrics["temperature"] = (jax.lax.stop_gradient(1.0 / scale), jnp.float32(1.0))
             if o.contrast_weight:
-                losses, first = self._contrast(embeddings, scale, part, valid, teacher, extra)
+                losses, first = momentum_contrast(
+                    embeddings,
+                    {name: teacher[f"{name}_embedding"] for name in BOTH if f"{name}_embedding" in teacher},
+                    extra.get("queue"),
+                    scale,
+                    part["example"]["image_id"],
+                    valid,
+                    o.distillation,
+                )
                 terms["contrast_loss"] = (losses * weight, weight)
                 metrics |= {name: summed((x * weight, weight)) for name, x in first.items()}
                 if "queue" in extra:
@@ -414,36 +419,6 @@ class MAMO(Objective):
         if o.contrast_weight and (o.queue or o.distillation) and len(encoded) == len(BOTH):
             outputs |= {f"{name}_embedding": self._embedding(weights, name, of) for name, of in encoded.items()}
         return jax.lax.stop_gradient(outputs)
-
-    def _contrast(
-        self,
-        embeddings: Mapping[str, jax.Array],
-        scale: jax.Array,
-        part: Part,
-        valid: jax.Array,
-        teacher: Mapping[str, Any],
-        extra: Any,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Of each example the loss of both directions, and whether the right one came first."""
-        o, ids = self._options, part["example"]["image_id"]
-        keys, key_valid = dict(embeddings), valid
-        of_teacher = {name: teacher[f"{name}_embedding"] for name in BOTH if f"{name}_embedding" in teacher}
-        positive = positives(ids, ids) | jnp.eye(len(ids), dtype=bool)
-        if "queue" in extra:
-            # As it was before this batch is pushed. What is not filled yet are random vectors: negatives.
-            queue = extra["queue"]
-            keys = of_teacher = {name: jnp.concatenate([of_teacher[name], queue[name]]) for name in BOTH}
-            key_valid = jnp.concatenate([valid, queue["valid"]])
-            positive = jnp.concatenate([positive, positives(ids, queue["id"])], axis=1)
-        loss, figures = jnp.float32(0.0), {}
-        for query, key in (BOTH, BOTH[::-1]):
-            logits = scale * similarities(embeddings[query], keys[key])
-            soft = None
-            if o.distillation:
-                soft = jax.lax.stop_gradient(scale) * similarities(of_teacher[query][: len(ids)], of_teacher[key])
-            loss += 0.5 * softmax_loss(logits, positive, key_valid, soft, o.distillation)
-            figures[f"{query}_to_{key}_accuracy"] = right_first(logits, positive, key_valid)
-        return loss, figures
 
     def _matching_sequences(
         self,

@@ -130,7 +130,7 @@ class VisualTokenizer(Objective):
             self.term_weights["perceptual_loss"] = o.perceptual_weight
             field = "visual_tokenizer.perceptual_from"
             branches = ("encoder",)
-            self._judge = built(field, o.perceptual_model, o.perceptual_from, config, branches=branches)
+            self._judge = built(field, o.perceptual_model, o.perceptual_from, config, "m3ae", branches=branches)
 
     def _stacks(self, picture: Any) -> tuple[Encoder, Encoder]:
         o, options = self._options, stack_options(self._config)
@@ -245,6 +245,16 @@ class VisualTokenizer(Objective):
     def ids(self, params: Params, tokens: Mapping[str, Any]) -> jax.Array:
         """See `objectives.base.Tokenizes`."""
         return self._quantized(params, tokens, None)[1].ids
+
+    def ids_products(self) -> float:
+        """Floating-point operations of the matrix products of `ids`, of a picture."""
+        picture, latent = self._modalities["image"], self._quantizer.width
+        nearest = 0.0 if self._options.quantizer == "fsq" else 2.0 * picture.tokens * latent * self.codes
+        if self._encoder is None:
+            return nearest
+        of = self._encoder.options
+        layer = of.width * (4 * of.width + 2 * int(of.width * of.mlp_ratio)) + 2 * picture.tokens * of.width
+        return nearest + 2.0 * picture.tokens * (of.width * (picture.features + latent) + of.depth * layer)
 
     def pixels(self, params: Params, ids: jax.Array, position: jax.Array) -> jax.Array:
         """See `objectives.base.Tokenizes`."""

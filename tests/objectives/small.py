@@ -31,10 +31,15 @@ def config_of(objective: str, **changes: Any) -> Any:
 
 @functools.cache
 def setup_of(objective: str, **changes: Any) -> Setup:
-    """On one device."""
+    """Of a config as above, on one device."""
+    return one_device(config_of(objective, **changes))
+
+
+def one_device(config: Any) -> Setup:
+    """Of a resolved config."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setups, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        return prepare(config_of(objective, **changes))
+        return prepare(config)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from m3ae_jax.train.setup import Setup, prepare
 from m3ae_jax.train.step import TrainState, train_step
 
 TOY = "tests.objectives.toy:Toy"
-OBJECTIVES = ("m3ae", "contrastive", "mamo", "visual_tokenizer", TOY)
+OBJECTIVES = ("m3ae", "contrastive", "mamo", "simla", "visual_tokenizer", TOY)
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -42,7 +42,9 @@ def config_of(name: str, **changes: Any) -> Any:
     config.data.scenes.update(image_size=32)
     config.data.train.source = config.data.val.source = "scenes"
     config.model.update(width=32, depth=1, heads=2)
-    if name == "mamo":
+    if name == "simla":
+        config.simla.id_weight = 0.0  # test_simla has a tokenizer
+    if name in ("mamo", "simla"):
         # The keys' biases have no gradient but rounding's, of which Adam makes whole steps.
         config.optimizer.learning_rate = 0.002
     if name == "m3ae":
@@ -349,5 +351,5 @@ def test_an_objective_that_lacks_a_part_of_the_contract_is_refused_in_one_line(m
     with pytest.raises(UserError, match="lacks loss, view, see"):
         bases.build(config, 0)
     monkeypatch.setattr(bases, "objective_class", lambda name: len)
-    with pytest.raises(UserError, match="lacks couples_examples, chunked, alarms, stacks, init"):
+    with pytest.raises(UserError, match="lacks couples_examples, chunked, alarms, model_extra, stacks, init"):
         bases.build(config, 0)

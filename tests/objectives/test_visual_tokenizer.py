@@ -20,8 +20,8 @@ from m3ae_jax.inference import VisualTokenizer
 from m3ae_jax.objectives.base import model_params
 from m3ae_jax.objectives.batch import clean
 from m3ae_jax.parallel.mesh import fetch, put_batch
-from m3ae_jax.train.setup import Setup, prepare
-from tests.objectives.small import batch_of, config_of, part_of, setup_of, state_of
+from m3ae_jax.train.setup import Setup
+from tests.objectives.small import batch_of, config_of, one_device, part_of, setup_of, state_of
 from tests.objectives.test_contract import assert_equal, batches_of, trained
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def test_a_perceptual_loss_is_of_another_runs_encoder_and_is_zero_for_the_pictur
     judge = setup_of("m3ae", **{"m3ae.decoder_width": 16, "m3ae.decoder_depth": 1, "m3ae.decoder_heads": 2})
     run = saved(tmp_path / "judge", judge, judge.init_state())
     changes = {"visual_tokenizer.perceptual_weight": 0.5, "visual_tokenizer.perceptual_from": run}
-    setup = prepare(config_of("visual_tokenizer", **changes))
+    setup = setup_of("visual_tokenizer", **changes)
     objective: Any = setup.objective
     state, part = setup.fresh_state(), part_of(setup)
     assert_equal(state.extra["judge"]["encoder"]["image"], judge.init_state().params["encoder"]["image"])
@@ -146,7 +146,7 @@ def test_a_perceptual_loss_is_of_another_runs_encoder_and_is_zero_for_the_pictur
     assert all(not np.any(x) for x in jax.tree.leaves(gradient(state.extra)["judge"]))
     with pytest.raises(UserError, match=r"perceptual_from='nowhere' holds no run"):
         config_of("visual_tokenizer", **{**changes, "visual_tokenizer.perceptual_from": "nowhere"})
-    with pytest.raises(UserError, match="perceptual_from.*is not used"):
+    with pytest.raises(UserError, match=r"perceptual_from.*is not used"):
         config_of("visual_tokenizer", **{**changes, "visual_tokenizer.perceptual_weight": 0.0})
 
 
@@ -211,7 +211,7 @@ def test_ids_of_a_trained_vocabulary_come_back() -> None:
 
 
 def test_a_flipped_picture_has_the_flipped_ids_of_codes_that_are_colours() -> None:
-    setup, state = tokenizer_of("kmeans")
+    setup, _ = tokenizer_of("kmeans")
     objective: Any = setup.objective
     colours = jax.random.normal(jax.random.key(0), (64, 3))
     params = {"codebook": {"codes": jnp.tile(colours, (1, 64)), "hits": jnp.ones(64)}}
@@ -235,10 +235,10 @@ def test_a_flipped_picture_has_the_flipped_ids_of_codes_that_are_colours() -> No
 # --- ids as targets
 
 
-def m3ae_of(run: Path, **changes: Any) -> Any:
+def m3ae_of(run: Path, **changes: Any) -> Setup:
     decoder = {"m3ae.decoder_width": 16, "m3ae.decoder_depth": 1, "m3ae.decoder_heads": 2}
     ids = {"m3ae.image_target": "ids", "m3ae.image_tokenizer": run}
-    return config_of("m3ae", **{**decoder, **ids, **changes})
+    return setup_of("m3ae", **{**decoder, **ids, **changes})
 
 
 @every_quantizer
@@ -246,7 +246,7 @@ def test_targets_are_the_ids_of_exactly_the_crop_and_flip_that_the_encoder_sees(
     quantizer: str, runs: dict[str, Path]
 ) -> None:
     crops = {"data.flip": True, "data.crop_scale": "(0.3, 1.0)"}
-    setup = prepare(m3ae_of(runs[quantizer], **crops))
+    setup = m3ae_of(runs[quantizer], **crops)
     objective: Any = setup.objective
     state, part = setup.fresh_state(), part_of(setup)
     params = model_params(objective, state.params, state.extra)
@@ -270,7 +270,7 @@ def test_targets_are_the_ids_of_exactly_the_crop_and_flip_that_the_encoder_sees(
 def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "tokenizer"
     shutil.copytree(runs["kmeans"], run)
-    setup = prepare(m3ae_of(run))
+    setup = m3ae_of(run)
     state, batch = setup.fresh_state(), batch_of(setup)
     state, _ = setup.train_step()(state, put_batch(batch, setup.mesh))
     state = fetch(state)
@@ -278,7 +278,7 @@ def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp
     shutil.rmtree(run)
     from m3ae_jax.config import load, resolve
 
-    again = prepare(resolve(load(str(folder / "config.json"))))
+    again = one_device(resolve(load(str(folder / "config.json"))))
     with contextlib.closing(Checkpoints(folder / "checkpoints", keep=1, read_only=True)) as checkpoints:
         restored = checkpoints.restore(1, again.abstract_state())
     assert_equal(restored.extra, state.extra)
@@ -290,7 +290,6 @@ def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"m3ae.image_tokenizer": ""}, "m3ae.image_tokenizer is empty: name a run of 'visual_tokenizer'"),
         ({"m3ae.image_tokenizer": "nowhere"}, "image_tokenizer='nowhere' holds no run"),
         ({"m3ae.image_target": "pixels"}, "m3ae.image_tokenizer='.*' is not used"),
         ({"m3ae.normalize_patches": True}, "image_target='ids'"),
@@ -304,12 +303,19 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(
         m3ae_of(runs["fsq"], **changes)
 
 
+def test_without_a_tokenizer_a_run_is_planned_but_does_not_begin() -> None:
+    setup = m3ae_of(Path(), **{"m3ae.image_tokenizer": ""})
+    assert setup.abstract_state().extra["tokenizer"]
+    with pytest.raises(UserError, match=r"m3ae.image_tokenizer is empty: name a run of 'visual_tokenizer'"):
+        setup.fresh_state()
+
+
 def test_pictures_that_are_cut_otherwise_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.patch_size=4: m3ae.image_tokenizer was trained with 8"):
-        prepare(m3ae_of(runs["fsq"], **{"data.patch_size": 4}))
+        m3ae_of(runs["fsq"], **{"data.patch_size": 4})
     with pytest.raises(UserError, match=r"data.image_size=48: m3ae.image_tokenizer was trained with 32"):
-        prepare(m3ae_of(runs["fsq"], **{"data.image_size": 48}))
-    assert prepare(m3ae_of(runs["kmeans"], **{"data.image_size": 48})).objective.groups[0].spec(1)
+        m3ae_of(runs["fsq"], **{"data.image_size": 48})
+    assert m3ae_of(runs["kmeans"], **{"data.image_size": 48}).objective.groups[0].spec(1)
     other = setup_of("contrastive")
     run = saved(tmp_path / "other", other, other.init_state())
     with pytest.raises(UserError, match="is a run of 'contrastive', not of 'visual_tokenizer'"):

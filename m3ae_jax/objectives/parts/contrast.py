@@ -186,3 +186,44 @@ def pushed(queue: Mapping[str, jax.Array], newest: Mapping[str, jax.Array]) -> d
     start = queue["next"]
     filled = {name: jax.lax.dynamic_update_slice_in_dim(queue[name], x, start, axis=0) for name, x in newest.items()}
     return {**filled, "next": (start + count) % places}
+
+
+def momentum_contrast(
+    embeddings: Mapping[str, jax.Array],
+    teacher: Mapping[str, jax.Array],
+    queue: Mapping[str, jax.Array] | None,
+    scale: jax.Array,
+    ids: jax.Array,
+    valid: jax.Array,
+    share: Any = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Contrast of pairs with each other and with a queue of earlier ones (ALBEF, arXiv 2107.07651, section 3.2).
+
+    Args:
+        embeddings: of ``image`` and ``text``, `[B, d]` unit vectors.
+        teacher: a teacher's of the same; with a queue they are the keys. None are needed without queue and `share`.
+        queue: as it was before this batch is pushed; what is not filled yet are random vectors: negatives.
+        scale: 1 / temperature.
+        ids: `[B] int32` of the pictures; equal ones are no negatives.
+        valid: `[B] bool`.
+        share: of the teacher's softmax in the targets; 0, and no number of the program: none.
+
+    Returns:
+        The loss of both directions, `[B]` nats, and of each ``A_to_B_accuracy`` whether the right one came first.
+    """
+    keys, key_valid = dict(embeddings), valid
+    of_teacher = dict(teacher)
+    positive = positives(ids, ids) | jnp.eye(len(ids), dtype=bool)
+    if queue is not None:
+        keys = of_teacher = {name: jnp.concatenate([of_teacher[name], queue[name]]) for name in ("image", "text")}
+        key_valid = jnp.concatenate([valid, queue["valid"]])
+        positive = jnp.concatenate([positive, positives(ids, queue["id"])], axis=1)
+    loss, figures = jnp.float32(0.0), {}
+    for query, key in (("image", "text"), ("text", "image")):
+        logits = scale * similarities(embeddings[query], keys[key])
+        soft = None
+        if not isinstance(share, float) or share:
+            soft = jax.lax.stop_gradient(scale) * similarities(of_teacher[query][: len(ids)], of_teacher[key])
+        loss += 0.5 * softmax_loss(logits, positive, key_valid, soft, share)
+        figures[f"{query}_to_{key}_accuracy"] = right_first(logits, positive, key_valid)
+    return loss, figures

@@ -49,9 +49,13 @@ class Frozen:
         return {**params, **{name: extra[name] for name in self.objective.model_extra}}
 
     def loads(self, into: str) -> tuple[Load, ...]:
-        """Of each branch, into a branch of the state."""
+        """Of each branch, into a branch of the state.
+
+        Raises:
+            UserError: no run is named.
+        """
         if not self.path:
-            return ()
+            raise UserError(f"{self.field} is empty: name a run of {self.config.objective!r}")
         abstract = nn.unbox(jax.eval_shape(self.init, jax.random.key(0)))
         of_extra = set(self.objective.model_extra)
         return tuple(
@@ -89,20 +93,24 @@ def described(field: str, path: str, objective: str) -> str:
     return json.dumps({"objective": objective, **kept}, sort_keys=True)
 
 
-def built(field: str, description: str, path: str, config: ConfigDict, *, branches: tuple[str, ...] = ()) -> Frozen:
-    """The model that `described` describes.
+def built(
+    field: str, description: str, path: str, config: ConfigDict, objective: str, *, branches: tuple[str, ...] = ()
+) -> Frozen:
+    """The model that `described` describes; without a description the default one, which has no weights (for plans).
 
     Args:
         field: as of `described`.
-        description: its result.
+        description: its result, or nothing.
         path: of the run; empty: its weights are in this run's state.
         config: of the run that uses it; it is computed as this says.
+        objective: as of `described`.
         branches: see `Frozen`.
 
     Raises:
         UserError: its pictures are cut otherwise, or have another size, which k-means does not mind.
     """
-    fields: dict[str, Any] = json.loads(description)
+    sizes = {f"data.{name}": config.data[name] for name in ("patch_size", "image_size")}
+    fields: dict[str, Any] = json.loads(description) if description else {"objective": objective, **sizes}
     its = config_lib.default(fields.pop("objective"))
     config_lib.apply_overrides(its, [(name, _text(value)) for name, value in fields.items()])
     any_size = its.get("visual_tokenizer", {}).get("quantizer") == "kmeans"
@@ -131,7 +139,7 @@ def fill_in(config: ConfigDict, path: str, run: str, description: str, objective
         needed: whether the group's objective uses it.
 
     Raises:
-        UserError: it is needed and not named, or named and not needed.
+        UserError: it is no such run, or named and not needed.
     """
     group: Any = config[path]
     if not needed:
@@ -140,5 +148,3 @@ def fill_in(config: ConfigDict, path: str, run: str, description: str, objective
         return
     if group[run] and not (group[description] and not Path(group[run]).exists()):
         group[description] = described(f"{path}.{run}", group[run], objective)
-    if not group[description]:
-        raise UserError(f"{path}.{run} is empty: name a run of {objective!r}")
