@@ -434,6 +434,11 @@ class VisualTokenizer(Model):
         return tokenizer
 
     @property
+    def params(self) -> Any:
+        """Its numbers, those of the codebook too."""
+        return self._params
+
+    @property
     def codes(self) -> int:
         """How many ids there are."""
         codes: int = self.objective.codes

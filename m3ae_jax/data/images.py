@@ -188,6 +188,17 @@ def load(encoded: bytes, size: int, crop: Crop = Crop(), max_pixels: int = MAX_P
         return np.asarray(on_white(part))
 
 
+def upright_size(encoded: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of a picture as `load` crops it.
+
+    Raises:
+        Unusable: as `load`, as far as the header tells.
+    """
+    image = open_picture(encoded, max_pixels)
+    with decoding():
+        return image.size if turn_of(image) < 5 else image.size[::-1]
+
+
 def from_pillow(image: Image.Image, size: int) -> np.ndarray:
     """The centred square of a Pillow picture, upright, `[size, size, 3] uint8`; as `load` makes it of a file.
 
