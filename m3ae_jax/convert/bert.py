@@ -73,7 +73,8 @@ def read(path: Path) -> Foreign:
             "only 'bert' is read"
         )
     arrays = formats.single(arrays)
-    return Foreign(_spelled(formats.renamed(arrays, lambda name: name.removeprefix(prefix))), facts)
+    notes = formats.prefix_notes(prefix) if prefix not in ("", "bert.") else []
+    return Foreign(_spelled(formats.renamed(arrays, lambda name: name.removeprefix(prefix))), facts, notes)
 
 
 def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -308,13 +308,14 @@ def read(path: Path) -> Foreign:
     """A file, or a folder with ``config.json`` or ``open_clip_config.json``."""
     file, facts = _beside(path)
     arrays, _ = torch_file.load_either(file)
-    arrays, _ = formats.unwrapped(arrays)
+    arrays, prefix = formats.unwrapped(arrays)
+    notes = formats.prefix_notes(prefix)
     arrays = formats.single(arrays)
     table = table_of(arrays)
     if table is None:
         raise UserError(f"{path} has the names neither of transformers' CLIP and SigLIP nor of open_clip's")
     facts["open_clip"] = table is not TRANSFORMERS
-    foreign = Foreign(respelled(arrays, table), facts)
+    foreign = Foreign(respelled(arrays, table), facts, notes)
     if missing := [
         f"raw.{name}" for name in ("image.table", "text.words", "text.table") if f"raw.{name}" not in foreign.arrays
     ]:

@@ -113,8 +113,9 @@ def _of_folder(path: Path) -> str:
         return "open_clip"
     kind = ""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        kind = str(json.loads((path / "config.json").read_bytes()).get("model_type"))
-    return {"clip": "clip", "siglip": "clip", "bert": "bert"}.get(kind, "vitmae")
+        content = json.loads((path / "config.json").read_bytes())
+        kind = "timm" if "pretrained_cfg" in content else str(content.get("model_type"))
+    return {"timm": "timm", "clip": "clip", "siglip": "clip", "bert": "bert"}.get(kind, "vitmae")
 
 
 def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]] | None = None) -> Converted:

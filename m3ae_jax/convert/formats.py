@@ -43,7 +43,7 @@ class Foreign:
     def of_torch(cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any] | None = None) -> Foreign:
         """What PyTorch saved; a prefix that a wrapper gave all names is taken off, and noted."""
         bare, prefix = unwrapped(arrays)
-        notes = [f"the prefix {prefix!r} of all names, a wrapper's, is taken off"] if prefix else []
+        notes = prefix_notes(prefix)
         return cls(bare, facts or {}, notes)
 
 
@@ -118,6 +118,11 @@ def unwrapped(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
         found = next(iter(bare)).partition(".")[0] + "."
         bare, prefix = {name.removeprefix(found): value for name, value in bare.items()}, prefix + found
     return bare, prefix
+
+
+def prefix_notes(prefix: str) -> list[str]:
+    """For the report: that a prefix was taken off."""
+    return [f"the prefix {prefix!r} of all names, a wrapper's, is taken off"] if prefix else []
 
 
 def renamed(arrays: Mapping[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:

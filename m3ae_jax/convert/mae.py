@@ -5,6 +5,7 @@ Both are ``.pth`` files (``{"model": state dict}``), or the same parameters as s
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,17 @@ def read(path: Path) -> Foreign:
     return Foreign.of_torch(*torch_file.load_either(path))
 
 
+def read_timm(path: Path) -> Foreign:
+    """A file, or a folder with it; timm's ``config.json`` beside it is read."""
+    if path.is_dir():
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((file for file in files if file.is_file()), files[0])
+    foreign, beside = read(path), path.parent / "config.json"
+    if beside.is_file() and isinstance(stated := formats.json_object(beside).get("pretrained_cfg"), dict):
+        foreign = dataclasses.replace(foreign, facts={**foreign.facts, "pretrained_cfg": stated})
+    return foreign
+
+
 def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     """Sets what follows from the shapes and, where the training program's arguments are saved, the pixel loss."""
     _describe_encoder(foreign, config, report)
@@ -66,7 +78,15 @@ def describe_timm(foreign: Foreign, config: ConfigDict, report: Report) -> None:
         _fold_layer_scale(arrays, f"blocks.{n}.ls2.gamma", f"blocks.{n}.mlp.fc2", report)
     if formats.add_biases(arrays, ".attn.qkv"):
         report.notes.append("query, key and value have no bias: zeros here")
-    report.notes.append("pixels: of models with another mean and deviation (timm's data_config) give data.image_mean")
+    stated = foreign.facts.get("pretrained_cfg", {})
+    if "mean" in stated and "std" in stated:
+        mean, std = (tuple(float(x) for x in stated[name]) for name in ("mean", "std"))
+        config.data.update(image_mean=mean, image_std=std)
+        report.notes.append(f"pixels: mean {mean} and deviation {std} by the config.json beside it")
+    else:
+        report.notes.append(
+            "pixels: of models with another mean and deviation (timm's data_config) give data.image_mean"
+        )
 
 
 def _fold_layer_scale(arrays: dict[str, np.ndarray], gamma: str, linear: str, report: Report) -> None:
@@ -126,10 +146,11 @@ MAE = Format(
     endings=(".pth", ".safetensors"),
 )
 TIMM = Format(
-    "a ViT of timm, the encoder alone: FILE.safetensors",
-    read,
+    "a ViT of timm, the encoder alone: FILE.safetensors, or a folder",
+    read_timm,
     describe_timm,
     write_timm,
     _TIMM_NAMES,
     beside=_CLASSIFIER,
+    folders=True,
 )

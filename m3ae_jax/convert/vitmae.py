@@ -87,7 +87,7 @@ def read(path: Path) -> Foreign:
         raise UserError(f"{path} has neither model.safetensors nor pytorch_model.bin")
     arrays, _ = torch_file.load_either(whole if whole.is_file() else torch)
     foreign = Foreign.of_torch(arrays, facts)
-    return dataclasses.replace(foreign, arrays={_spell(name): value for name, value in foreign.arrays.items()})
+    return dataclasses.replace(foreign, arrays=formats.renamed(foreign.arrays, _spell))
 
 
 def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:

@@ -1,5 +1,6 @@
 """Files as people have them: fine-tuned, wrapped, without an ending. Needs no PyTorch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_item_12_a_wrappers_prefix_is_taken_off_and_told(mae: Arrays, tmp_path: 
     assert any(f"the prefix {prefix!r} of all names" in note for note in converted.report.notes)
     left, right = (flatten_dict(c.params, sep="/") for c in (plain, converted))
     assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_timms_folder_says_its_pixels(mae: Arrays, tmp_path: Path) -> None:
+    encoder = {name: x for name, x in mae.items() if not name.startswith(("decoder", "mask_token"))}
+    safetensors.save(tmp_path / "model.safetensors", encoder, {})
+    content = {"architecture": "vit_tiny", "pretrained_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        converted = convert.import_weights(path, "", HEADS)
+        assert converted.format == "timm"
+        assert converted.config.data.image_mean == (0.5, 0.4, 0.3)
+        assert converted.config.data.image_std == (0.5, 0.6, 0.7)
+        assert any("by the config.json beside it" in note for note in converted.report.notes)
 
 
 def test_item_12_an_output_without_an_ending_gets_the_formats(run: Path, tmp_path: Path) -> None:
