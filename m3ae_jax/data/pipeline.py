@@ -144,7 +144,7 @@ class Batches:
         stop_step: int | None = None,
     ) -> None:
         for source in feed.sources:
-            _check_modalities(groups, source, tokenizer)
+            check_modalities(groups, source, tokenizer)
         self._stages = _Stages(config, groups, feed, tokenizer)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._batch_size = batch_size
@@ -208,7 +208,12 @@ def _joined(chunks: Any) -> Any:
     return tf.nest.map_structure(lambda x: tf.reshape(x, [-1, *x.shape[2:]]), chunks)
 
 
-def _check_modalities(groups: tuple[Group, ...], source: Source, tokenizer: Tokenizer | None) -> None:
+def check_modalities(groups: tuple[Group, ...], source: Source, tokenizer: Tokenizer | None) -> None:
+    """Refuses a source that does not hold what groups ask for, and text without a tokenizer.
+
+    Raises:
+        UserError: as said.
+    """
     for modality in _modalities(groups).values():
         if modality.name not in source.modalities:
             beside, held = report_of(source), ", ".join(source.modalities)
@@ -216,7 +221,7 @@ def _check_modalities(groups: tuple[Group, ...], source: Source, tokenizer: Toke
             hint = "; template='a photo of a {}' would make captions of its classes" if makes else ""
             raise UserError(
                 f"data.modalities asks for {modality.name!r}, but {where_of(source)} holds only {held}: "
-                f"--config.data.modalities={source.modalities[0]} trains on that alone{hint}"
+                f"--config.data.modalities={source.modalities[0]} trains on that alone, if the objective can{hint}"
                 f"{left_out(beside) if beside else ''}"
             )
         if modality.reader == "text" and tokenizer is None:

@@ -27,7 +27,7 @@ from m3ae_jax.config import default, difference, resolve, steps, to_json
 from m3ae_jax.config import load as load_config
 from m3ae_jax.data.mixture import Mixture, open_mixture
 from m3ae_jax.data.order import order_version
-from m3ae_jax.data.pipeline import Batches, Feed, eval_view, together
+from m3ae_jax.data.pipeline import Batches, Feed, check_modalities, eval_view, together
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.sources.base import Source, report_of
 from m3ae_jax.data.sources.index import IndexReport
@@ -37,6 +37,7 @@ from m3ae_jax.errors import UserError
 from m3ae_jax.models import positions
 from m3ae_jax.models.attention import KERNELS
 from m3ae_jax.objectives.base import Batch, Load, Objective, build
+from m3ae_jax.objectives.batch import abstract_part
 from m3ae_jax.parallel.mesh import (
     Rules,
     activations_on,
@@ -320,6 +321,11 @@ def prepare(config: ConfigDict, workdir: Path | None = None) -> Setup:
     tokenizer = _tokenizer(config, workdir) if "text" in config.data.modalities else None
     objective = build(config, tokenizer.vocab_size if tokenizer else 0)
     check_micro_batches(objective, config.micro_batches)
+    for part in train_data.parts:
+        for member in part.members:
+            source = train_data.members[member].source
+            check_modalities(restricted(objective.groups, part.modalities), source, tokenizer)
+    _check_parts(config, objective, [*(part.modalities for part in train_data.parts), *_held(val_source)])
     if config.optimizer.rates:
         rate_factors(nn.unbox(jax.eval_shape(objective.init, jax.random.key(0))), tuple(config.optimizer.rates))
     examples = train_data.epoch_examples
@@ -337,6 +343,32 @@ def prepare(config: ConfigDict, workdir: Path | None = None) -> Setup:
         learning_rate=learning_rate,
         optimizer=optimizer(config, learning_rate),
     )
+
+
+def _held(source: Source | None) -> list[tuple[str, ...]]:
+    return [tuple(source.modalities)] if source else []
+
+
+def _check_parts(config: ConfigDict, objective: Objective, parts: Iterable[Iterable[str]]) -> None:
+    """Lets the objective refuse parts of the data that lack a modality; now, and not when the step is compiled.
+
+    Raises:
+        UserError: it does.
+    """
+    wanted = set(config.data.modalities)
+    lacking = {tuple(sorted(wanted.intersection(modalities))) for modalities in parts} - {tuple(sorted(wanted))}
+    key = jax.random.key(0)
+    for modalities in sorted(lacking):
+        if groups := restricted(objective.groups, modalities):
+            boxed = jax.eval_shape(objective.init, key)
+            extra = nn.unbox(jax.eval_shape(objective.init_extra, boxed, key))
+            part = abstract_part(groups, config.batch_size)
+            jax.eval_shape(
+                lambda params, extra, part: objective.loss(params, extra, part, None, jax.numpy.int32(0)).terms,
+                nn.unbox(boxed),
+                extra,
+                part,
+            )
 
 
 def _meant_otherwise(meta: Mapping[str, Any], config: ConfigDict, *, pictures: bool) -> Iterator[str]:

@@ -45,6 +45,6 @@ def refuse_unpaired(objective: str, part: Mapping[str, Any]) -> None:
     """
     if missing := [name for name in BOTH if name not in part["groups"]]:
         raise UserError(
-            f"objective={objective!r}: a part of data.mixture has no {missing[0]}: it compares pictures with captions, "
-            "and learns nothing from one of them alone"
+            f"objective={objective!r}: a part of the data (data.train, data.mixture or data.val) has no {missing[0]}: "
+            "it compares pictures with captions, and learns nothing from one of them alone"
         )
