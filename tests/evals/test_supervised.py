@@ -124,7 +124,7 @@ def test_batches_are_capped_and_each_example_is_trained_on_and_tested_once(one_d
     [
         ({"input": "pixels"}, r"input='pixels' is not one of both, image, text"),
         ({"pooling": "max"}, r"pooling='max' is not one of cls, mean"),
-        ({"batch_size": 1}, r"batch_size=1 is not between"),
+        ({"batch_size": 1}, r"batch_size=1 is not from 2 on"),
         ({"duration": "0 epochs"}, r"duration='0 epochs': must be more than 0"),
         ({"warmup": "soon"}, r"warmup='soon': a duration is"),
         ({"crop_scale": "(0.5,0.1)"}, r"crop_scale=\(0\.5, 0\.1\): \(least, most\)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -34,8 +34,9 @@ config_of, setup_of, state_of = (
 )
 
 
-def loss(setup: Setup, params: Any, extra: Any, part: Any, rng: Any = None, step: int = 0) -> LossOutput:
-    return setup.objective.loss(params, extra, part, rng, jnp.int32(step))
+def loss(setup: Setup, params: Any, extra: Any, part: Any) -> LossOutput:
+    """As one program: operation by operation it would be thousands, each with pages of its own."""
+    return jax.jit(setup.objective.loss)(params, extra, part, None, jnp.int32(0))
 
 
 def terms_of(output: LossOutput) -> dict[str, float]:
@@ -186,12 +187,10 @@ def test_ids_are_of_the_view_that_is_trained_on_and_gradients_reach_what_they_mu
     np.testing.assert_array_equal(true, np.take_along_axis(ids, np.asarray(target["position"]), axis=1))
 
     def of(params: Any, extra: Any, name: str) -> jax.Array:
-        return mean(*loss(setup, params, extra, part).terms[f"{name}_loss"])
+        return mean(*objective.loss(params, extra, part, None, jnp.int32(0)).terms[f"{name}_loss"])
 
-    slopes = {
-        name: jax.grad(of, argnums=(0, 1), allow_int=True)(state.params, state.extra, name)
-        for name in ("id", "keyword", "word")
-    }
+    gradient = jax.jit(jax.grad(of, argnums=(0, 1), allow_int=True), static_argnums=2)
+    slopes = {name: gradient(state.params, state.extra, name) for name in ("id", "keyword", "word")}
     # The words are reached through what the picture looks at; the picture reads at the places of words.
     text = slopes["id"][0]["text"]
     for name in ("embedding", "position_embedding"):
@@ -212,10 +211,10 @@ def test_hidden_pixels_change_targets_alone(whole: tuple[Setup, Any]) -> None:
     objective: Any = setup.objective
     part = part_of(setup)
     other = other_values(part, "image", ("target",))
-    words = objective._text(state.params, "words", clean(part["groups"]["text"]), rng=None)
 
     @jax.jit
     def hidden(part: Any) -> jax.Array:
+        words = objective._text(state.params, "words", clean(part["groups"]["text"]), rng=None)
         return objective._masked(state.params, part["groups"]["image"], words, (None,) * 3)
 
     np.testing.assert_array_equal(hidden(part), hidden(other))
@@ -237,12 +236,10 @@ def test_the_prediction_of_keywords_sees_no_caption(whole: tuple[Setup, Any]) ->
 def test_hard_keywords_are_words_of_the_caption(whole: tuple[Setup, Any]) -> None:
     setup, state = whole
     objective: Any = setup.objective
-    text = clean(part_of(setup)["groups"]["text"])
-    params = state.extra["teacher"]
-    encoded = objective._picture(params, clean(part_of(setup)["groups"]["image"]), None)
-    seen = objective._seen(encoded, clean(part_of(setup)["groups"]["image"]))
-    words = objective._text(params, "words", text, rng=None)
-    found = np.asarray(objective._keywords(params, words, seen, text, None))
+    groups = part_of(setup)["groups"]
+    sets = {name: clean(groups[name]) for name in ("image", "text")}
+    outputs = jax.jit(lambda extra: objective._teacher_outputs(extra, groups, sets, None))(state.extra)
+    found, text = np.asarray(outputs["keywords"]), sets["text"]
     for row, ids, valid in zip(found, np.asarray(text["value"]), np.asarray(text["valid"]), strict=True):
         assert 1 <= row.sum() <= 5 and set(np.flatnonzero(row)) <= set(ids[valid].tolist())
 
@@ -287,13 +284,13 @@ def test_the_teachers_share_grows_in_steps_and_without_it_the_contrast_is_infonc
     changes = {**WITHOUT_IDS, "simla.keyword_weight": 0.0, "simla.word_weight": 0.0, "simla.distillation_ramp": 10}
     setup, part = setup_of(**changes), part_of(setup_of(**changes))
     state = setup.init_state()
-    noise = jax.random.key(3)
+    noise, objective = jax.random.key(3), cast(Any, setup.objective)
     teacher = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(noise, x.shape), state.extra["teacher"])
     run = jax.jit(lambda step: setup.objective.loss(state.params, {"teacher": teacher}, part, None, step))
     figures = [terms_of(run(jnp.int32(step)))["contrast_loss"] for step in (0, 5, 10, 20)]
     assert figures[2] == figures[3] != figures[0]
     assert figures[1] - figures[0] == pytest.approx((figures[2] - figures[0]) / 2, rel=1e-3)
-    of = {k: np.asarray(x, np.float64) for k, x in setup.objective.embed(state.params, part).items()}  # type: ignore[attr-defined]
+    of = {k: np.asarray(x, np.float64) for k, x in jax.jit(objective.embed)(state.params, part).items()}
     logits = of["image"] @ of["text"].T / 0.07
     infonce = [np.mean(np.log(np.exp(x).sum(1)) - np.diagonal(x)) for x in (logits, logits.T)]
     assert figures[0] == pytest.approx(np.mean(infonce), rel=1e-4)
@@ -307,10 +304,10 @@ def test_faithful_is_their_codes_other_reading() -> None:
     assert a["contrast_loss"] == pytest.approx(b["contrast_loss"], rel=1e-6)
     assert a["word_loss"] != pytest.approx(b["word_loss"], rel=1e-3)
     # With a key their teacher drops out too.
-    key = jax.random.key(0)
+    sets = {name: clean(part["groups"][name]) for name in ("image", "text")}
     outputs = [
-        s.objective._teacher_outputs(state.extra, part["groups"], {n: clean(g) for n, g in part["groups"].items()}, k)  # type: ignore[attr-defined]
-        for s, k in ((theirs, key), (ours, None))
+        jax.jit(lambda extra, of=of, k=k: of._teacher_outputs(extra, part["groups"], sets, k))(state.extra)
+        for of, k in ((theirs.objective, jax.random.key(0)), (ours.objective, None))
     ]
     assert np.abs(outputs[0]["text_embedding"] - outputs[1]["text_embedding"]).max() > 1e-3
 
@@ -329,7 +326,7 @@ def test_relevance_is_the_gradient_of_the_score_with_respect_to_the_attention() 
     def score(delta: jax.Array) -> jax.Array:
         return jnp.sum(objective._score(state.params, part, Tap(1, "context", delta=delta))[0])
 
-    gradient = np.asarray(jax.grad(score)(jnp.zeros(shape)))
+    gradient = np.asarray(jax.jit(jax.grad(score))(jnp.zeros(shape)))
     rng = np.random.default_rng(0)
     for _ in range(3):
         direction = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -338,14 +335,14 @@ def test_relevance_is_the_gradient_of_the_score_with_respect_to_the_attention() 
         assert difference == pytest.approx(float(np.sum(gradient * np.asarray(direction))), rel=2e-2, abs=1e-3)
     map_ = np.asarray(jax.jit(functools.partial(objective.relevance, layer=1))(state.params, part))
     assert map_.shape == (B, 16) and (map_ >= 0).all() and map_.any()
-    _, attention = objective._score(state.params, part, Tap(1, "context"))
+    _, attention = jax.jit(lambda params: objective._score(params, part, Tap(1, "context")))(state.params)
     real = np.concatenate([np.ones((B, 1)), text["valid"], np.ones((B, 1))], axis=1)
     weighted = np.asarray(attention) * np.maximum(gradient, 0) * real[:, None, :, None]
     want = weighted.mean(1).sum(1)[:, 1:] / real.sum(1, keepdims=True)
     order = np.argsort(np.asarray(image["position"]), axis=1)
     np.testing.assert_allclose(map_, np.take_along_axis(want, order, axis=1), rtol=1e-4, atol=1e-8)
     flat = {**state.params, "heads": jax.tree.map(jnp.zeros_like, state.params["heads"])}
-    assert not np.any(objective.relevance(flat, part))
+    assert not np.any(jax.jit(objective.relevance)(flat, part))
 
 
 @pytest.mark.slow

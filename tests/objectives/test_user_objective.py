@@ -127,7 +127,7 @@ def test_one_that_has_only_the_core_trains_goes_on_and_is_planned_and_reported(t
     assert "mean.ratio=0.25 (the run has 0.5)" in changed
     named = ["--mode=eval", f"--workdir={run}", "--config.objective=mine:Mean"]
     refused = main(tmp_path, *named, "--config.evals=knn", code=2)
-    assert "Encodes" in refused and len(refused.strip().splitlines()) == 1
+    assert "does not encode" in refused and len(refused.strip().splitlines()) == 1
     # What a run's config.json names is imported only if the command line names it too.
     assert "names code to import" in main(tmp_path, "--mode=eval", f"--workdir={run}", code=2)
 
