@@ -1,6 +1,7 @@
 """What all tests share: eight CPU devices, golden files, the folder of reference data."""
 
 import atexit
+import gc
 import io
 import json
 import math
@@ -41,6 +42,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # runs that are stopped and go on compile often
 
 TESTS = Path(__file__).resolve().parent
+
+
+MOST_MAPS = 20_000
+"""Of a test process. Linux allows 65,530, of which each compiled program takes several: past that XLA aborts."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Lets go of compiled programs after a module, once there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 class Golden(Protocol):
