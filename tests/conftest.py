@@ -44,13 +44,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # runs tha
 TESTS = Path(__file__).resolve().parent
 
 
-MOST_MAPS = 20_000
+MOST_MAPS = 30_000
 """Of a test process. Linux allows 65,530, of which each compiled program takes several: past that XLA aborts."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
-    """Lets go of compiled programs after a module, once there are many."""
+    """Lets go of compiled programs after a test, once there are many."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
