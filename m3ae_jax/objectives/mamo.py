@@ -29,7 +29,6 @@ from m3ae_jax.models.vocabulary import cross_entropy
 from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, Load, LossOutput, Objective, Params, Part, Restored, Terms
 from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed, zeros_part
 from m3ae_jax.objectives.parts.contrast import (
-    check_range,
     empty_queue,
     momentum_contrast,
     projection,
@@ -48,7 +47,7 @@ from m3ae_jax.objectives.parts.latents import (
     squared_error,
 )
 from m3ae_jax.objectives.parts.matching import hard_negatives
-from m3ae_jax.objectives.parts.pairs import BOTH, check_both, paired
+from m3ae_jax.objectives.parts.pairs import BOTH, check_aligned, paired
 from m3ae_jax.objectives.parts.pixels import normalized_tokens
 from m3ae_jax.objectives.parts.teacher import momentum_at, moved, subset
 from m3ae_jax.objectives.parts.towers import encode, init_towers, loads_of
@@ -128,35 +127,16 @@ class Fields(FieldGroup):
     def check(config: ConfigDict, path: str) -> None:
         """Refuses towers that cannot be computed, and losses that fit neither each other nor the data."""
         m = config.mamo
-        check_both("mamo", config)
-        low, high = check_range("mamo.temperature_range", m.temperature_range)
-        if not low <= m.temperature <= high:
-            raise UserError(f"mamo.temperature={m.temperature} is outside mamo.temperature_range={(low, high)}")
-        if len(m.text_corruption) != 2 or sum(m.text_corruption) > 1:
-            raise UserError(
-                f"mamo.text_corruption={tuple(m.text_corruption)} must be two shares whose sum is at most 1: of the "
-                "mask embedding, of random words"
-            )
+        check_aligned("mamo", config, ("contrast", "match", "word", "latent", "feature"))
         if m.momentum_start not in (m.momentum, 0.995) and not m.momentum_ramp:
             raise UserError(f"mamo.momentum_start={m.momentum_start} is not used: set mamo.momentum_ramp to some steps")
-        if not m.contrast_weight and (m.queue or m.distillation):
-            raise UserError(
-                f"mamo.queue={m.queue}, mamo.distillation={m.distillation}: without contrast (mamo.contrast_weight=0) "
-                "they are not used"
-            )
-        if m.queue % config.batch_size:
-            raise UserError(f"mamo.queue={m.queue} is not divisible by batch_size={config.batch_size}")
-        if m.negative_rows and config.batch_size % m.negative_rows:
-            raise UserError(f"batch_size={config.batch_size} is not divisible by mamo.negative_rows={m.negative_rows}")
+        if m.distillation and not m.contrast_weight:
+            raise UserError(f"mamo.distillation={m.distillation} is not used without contrast (mamo.contrast_weight=0)")
         if m.queue and len({modalities_of(name, spec, config) for name, spec in config.data.mixture.items()}) > 1:
             raise UserError(
                 f"mamo.queue={m.queue}: the queue takes batches of pairs alone, and data.mixture has members without "
                 "pictures or captions; set mamo.queue=0"
             )
-        if m.match_weight and (m.negative_rows == 1 or config.batch_size == 1):
-            raise UserError("mamo: the matching needs two rows at least, set mamo.negative_rows or batch_size to 2")
-        if not any(m[f"{term}_weight"] for term in ("contrast", "match", "word", "latent", "feature")):
-            raise UserError("mamo: all weights are 0, so there is no loss")
 
 
 class _Embedding:

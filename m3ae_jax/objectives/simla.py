@@ -30,7 +30,6 @@ from m3ae_jax.models.vocabulary import cross_entropy, soft_cross_entropy
 from m3ae_jax.objectives.base import NOTHING_HIDDEN, Boxed, Load, LossOutput, Objective, Params, Part, Restored, Terms
 from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed, zeros_part
 from m3ae_jax.objectives.parts.contrast import (
-    check_range,
     empty_queue,
     momentum_contrast,
     projection,
@@ -42,7 +41,7 @@ from m3ae_jax.objectives.parts.contrast import (
 from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
 from m3ae_jax.objectives.parts.keywords import binary_loss, keywords
 from m3ae_jax.objectives.parts.matching import hard_negatives
-from m3ae_jax.objectives.parts.pairs import BOTH, check_both, paired, refuse_unpaired
+from m3ae_jax.objectives.parts.pairs import BOTH, check_aligned, paired, refuse_unpaired
 from m3ae_jax.objectives.parts.pixels import normalized_tokens
 from m3ae_jax.objectives.parts.teacher import moved, subset
 from m3ae_jax.objectives.parts.towers import loads_of
@@ -128,23 +127,7 @@ class Fields(FieldGroup):
     def check(config: ConfigDict, path: str) -> None:
         """Refuses stacks that cannot be computed, and losses that fit neither each other nor the data."""
         o = config.simla
-        check_both("simla", config)
-        low, high = check_range("simla.temperature_range", o.temperature_range)
-        if not low <= o.temperature <= high:
-            raise UserError(f"simla.temperature={o.temperature} is outside simla.temperature_range={(low, high)}")
-        if len(o.text_corruption) != 2 or sum(o.text_corruption) > 1:
-            raise UserError(
-                f"simla.text_corruption={tuple(o.text_corruption)} must be two shares whose sum is at most 1: of the "
-                "mask embedding, of random words"
-            )
-        if o.queue % config.batch_size:
-            raise UserError(f"simla.queue={o.queue} is not divisible by batch_size={config.batch_size}")
-        if o.negative_rows and config.batch_size % o.negative_rows:
-            raise UserError(f"batch_size={config.batch_size} is not divisible by simla.negative_rows={o.negative_rows}")
-        if o.match_weight and (o.negative_rows == 1 or config.batch_size == 1):
-            raise UserError("simla: the matching needs two rows at least, set simla.negative_rows or batch_size to 2")
-        if not any(o[f"{term}_weight"] for term in ("contrast", "match", "word", "id", "keyword")):
-            raise UserError("simla: all weights are 0, so there is no loss")
+        check_aligned("simla", config, ("contrast", "match", "word", "id", "keyword"))
         needed = max(config.data.max_text_tokens, (config.data.image_size // config.data.patch_size) ** 2)
         if o.text_places and o.text_places < needed:
             raise UserError(f"simla.text_places={o.text_places}: {needed} are needed, for the words and the patches")

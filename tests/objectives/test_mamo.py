@@ -348,7 +348,10 @@ def test_wrong_fields_are_refused() -> None:
         ({"data.modalities": "(image,)"}, "lacks 'text'"),
         ({"batch_size": 1}, "the matching needs two rows at least"),
         ({"mamo.momentum_start": 0.5}, "mamo.momentum_start=0.5 is not used: set mamo.momentum_ramp"),
-        ({"mamo.contrast_weight": 0, "mamo.queue": 16}, "without contrast (mamo.contrast_weight=0) they are not used"),
+        (
+            {"mamo.contrast_weight": 0, "mamo.queue": 16},
+            "mamo.queue=16 is not used without contrast (mamo.contrast_weight=0)",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(line)):
             config_of(**changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.parts.contrast import check_range
 
 BOTH = ("image", "text")
 
@@ -26,6 +27,45 @@ def check_both(objective: str, config: ConfigDict) -> None:
                 f"data.modalities={tuple(config.data.modalities)} lacks {name!r}: objective={objective!r} compares "
                 "pictures with captions"
             )
+
+
+def check_aligned(objective: str, config: ConfigDict, terms: Iterable[str]) -> None:
+    """Refuses fields with which contrast, matching and hidden words cannot work; for `FieldGroup.check`.
+
+    Args:
+        objective: its name, which is that of its group of fields.
+        config: the whole.
+        terms: whose weights there are, ``TERM_weight``.
+
+    Raises:
+        UserError: as said.
+    """
+    check_both(objective, config)
+    o = config[objective]
+    low, high = check_range(f"{objective}.temperature_range", o.temperature_range)
+    if not low <= o.temperature <= high:
+        raise UserError(
+            f"{objective}.temperature={o.temperature} is outside {objective}.temperature_range={(low, high)}"
+        )
+    if len(o.text_corruption) != 2 or sum(o.text_corruption) > 1:
+        raise UserError(
+            f"{objective}.text_corruption={tuple(o.text_corruption)} must be two shares whose sum is at most 1: of the "
+            "mask embedding, of random words"
+        )
+    if o.queue and not o.contrast_weight:
+        raise UserError(f"{objective}.queue={o.queue} is not used without contrast ({objective}.contrast_weight=0)")
+    if o.queue % config.batch_size:
+        raise UserError(f"{objective}.queue={o.queue} is not divisible by batch_size={config.batch_size}")
+    if o.negative_rows and config.batch_size % o.negative_rows:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {objective}.negative_rows={o.negative_rows}"
+        )
+    if o.match_weight and (o.negative_rows == 1 or config.batch_size == 1):
+        raise UserError(
+            f"{objective}: the matching needs two rows at least, set {objective}.negative_rows or batch_size to 2"
+        )
+    if not any(o[f"{term}_weight"] for term in terms):
+        raise UserError(f"{objective}: all weights are 0, so there is no loss")
 
 
 def paired(part: Mapping[str, Any]) -> jax.Array:
