@@ -40,6 +40,7 @@ from m3ae_jax.data.order import RandomStream, fold_seed  # noqa: E402
 from m3ae_jax.data.sources import NAMES, open_source  # noqa: E402
 from m3ae_jax.data.sources.base import Record, Source, name_of, report_of  # noqa: E402
 from m3ae_jax.data.sources.index import Tally, left_out, skip_line  # noqa: E402
+from m3ae_jax.data.tokens import patch_grid  # noqa: E402
 from m3ae_jax.errors import UserError  # noqa: E402
 from m3ae_jax.paths import local  # noqa: E402
 
@@ -144,7 +145,7 @@ class Job:
             "version": _VERSION,
             "tokenizer": fingerprint(self.model),
             "codes": self.model.codes,
-            "grid": list(self.model.encode(np.zeros((1, 8, 8, 3), np.uint8)).shape[1:]),
+            "grid": list(patch_grid(self.model.config)),
             "image_size": data.image_size,
             "patch_size": data.patch_size,
             "source": self.source.fingerprint,

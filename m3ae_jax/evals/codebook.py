@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ import numpy as np
 from m3ae_jax.data.order import Order, fold_seed
 from m3ae_jax.data.pipeline import Feed, View
 from m3ae_jax.evals.base import Result, table
-from m3ae_jax.evals.features import fresh_params
+from m3ae_jax.evals.features import fresh_params, shared
 from m3ae_jax.evals.restored import bootstrap_interval
 from m3ae_jax.evals.verdict import sentence
 from m3ae_jax.objectives.base import Params, Part, Tokenizes, model_params
@@ -82,7 +82,17 @@ def _models(setup: Setup, state: TrainState) -> dict[str, Params]:
 
 def _seen(setup: Setup, params: Params, feed: Feed) -> Iterator[dict[str, np.ndarray]]:
     """Of batches how often each id occurred, and of each picture ``psnr`` and that of its ``mean_colour``."""
-    objective: Any = setup.objective
+    look = shared(setup, "codebook", lambda: setup.jit(_look(setup.objective)))
+    end = feed.views[0].end
+    size = setup.eval_rows(end)
+    for part in setup.batches(feed, setup.objective.groups, size, 0, -(-end // size)):
+        on_device = put_batch(part, setup.mesh)
+        found, valid = fetch((look(params, on_device), on_device["example"]["valid"]))
+        yield {name: x if name == "hits" else x[valid] for name, x in found.items()}
+
+
+def _look(objective: Any) -> Callable[[Params, Part], dict[str, jax.Array]]:
+    """What `_seen` computes of a batch."""
 
     def look(params: Params, part: Part) -> dict[str, jax.Array]:
         (sets,) = part["groups"].values()
@@ -97,10 +107,4 @@ def _seen(setup: Setup, params: Params, feed: Feed) -> Iterator[dict[str, np.nda
             "mean_colour": psnr(mean.reshape(value.shape), value),
         }
 
-    look_at = setup.jit(look)
-    end = feed.views[0].end
-    size = setup.eval_rows(end)
-    for part in setup.batches(feed, setup.objective.groups, size, 0, -(-end // size)):
-        on_device = put_batch(part, setup.mesh)
-        found, valid = fetch((look_at(params, on_device), on_device["example"]["valid"]))
-        yield {name: x if name == "hits" else x[valid] for name, x in found.items()}
+    return look
