@@ -17,6 +17,7 @@ from m3ae_jax.data.sources import build_source
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.clean import clean_batches, concatenated
 from m3ae_jax.evals.verdict import helped
+from m3ae_jax.objectives.batch import abstract_part
 from m3ae_jax.parallel.mesh import batch_parts, fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
@@ -36,7 +37,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     scalars: dict[str, float] = {}
     rows, improvements = [], {}
     for modality in ("text", "image"):
-        if (modality, RATIOS[0], CONDITIONS[0]) not in sums:  # not every objective restores both
+        if (modality, RATIOS[0], CONDITIONS[0]) not in sums:
             continue
         for ratio in RATIOS:
             figures = _figures({c: sums[modality, ratio, c] for c in CONDITIONS})
@@ -56,6 +57,9 @@ def restore(setup: Setup, state: TrainState) -> Sums:
     source = build_source(setup.config, "val")
     score, swap = restored.scorer(setup), setup.jit(exchanged)
     image, text = restored.names_of(setup)
+    objective: Any = setup.objective
+    halves = objective.view(("image", "text"), {"image": 0.5, "text": 0.5})
+    known = jax.eval_shape(objective.restore, state.params, abstract_part(halves, 1))  # not every one restores both
     batches: list[Sums] = []
     examples = setup.config.eval.pairs
     size = sociable(min(examples, len(source)), restored.batch_size(setup), batch_parts(setup.mesh))
@@ -64,6 +68,8 @@ def restore(setup: Setup, state: TrainState) -> Sums:
         valid = put_batch(batch["example"]["valid"], setup.mesh)
         of_batch: Sums = {}
         for modality, target, other in (("text", text, image), ("image", image, text)):
+            if target not in known:
+                continue
             context = put_batch(whole[other], setup.mesh)
             swapped, differs = swap(context, valid)
             counted = fetch(differs)
@@ -78,10 +84,7 @@ def restore(setup: Setup, state: TrainState) -> Sums:
                     "none": {target: hidden},
                 }
                 for condition in CONDITIONS:
-                    scores = score(state.params, {"groups": groups[condition]})
-                    if target not in scores:
-                        continue
-                    sums = fetch(scores[target])
+                    sums = fetch(score(state.params, {"groups": groups[condition]})[target])
                     total, count = (sums[k][counted].astype(np.float64) for k in (_FIGURE[modality], "count"))
                     of_batch[modality, ratio, condition] = total, count
         batches.append(of_batch)

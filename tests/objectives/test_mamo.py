@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
 from m3ae_jax.errors import UserError
+from m3ae_jax.evals.run import run
 from m3ae_jax.objectives.base import Embeds, LossOutput, Matches, Restores
 from m3ae_jax.objectives.batch import batch_loss, clean, mean
 from m3ae_jax.objectives.mamo import MAMO
@@ -378,6 +379,12 @@ def test_rows_without_a_partner_are_no_negatives_of_later_steps() -> None:
     noise = {name: queue[name] + 9.0 * ~queue["valid"][:, None] for name in ("image", "text")}
     other = {**state.extra, "queue": {**queue, **noise}}
     assert contrast(other) == pytest.approx(contrast(state.extra), rel=1e-6)
+
+
+def test_masked_prediction_is_of_what_it_restores() -> None:
+    setup = setup_of(**{"eval.pairs": B, "eval.batch_size": B})
+    figures = run("masked_prediction", setup, setup.init_state()).scalars
+    assert figures and all(name.startswith("masked_prediction/text/") for name in figures)
 
 
 def test_a_queue_takes_pairs_alone() -> None:
