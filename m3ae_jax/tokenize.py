@@ -217,7 +217,7 @@ def fingerprint(model: VisualTokenizer) -> str:
     """16 hexadecimal digits of a tokenizer's numbers."""
     import jax
 
-    digest = hashlib.sha256(repr(model.config.visual_tokenizer.to_dict()).encode())
+    digest = hashlib.sha256(repr(model.config[model.config.objective].to_dict()).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -279,7 +279,9 @@ def _main(argv: list[str]) -> None:
     shard, scale, output = parsed_shard(args.shard), _scale(args.crop_scale), local(args.output, "--output")
     model = inference.load(args.workdir)
     if not isinstance(model, inference.VisualTokenizer):
-        raise UserError(f"--workdir={args.workdir!r} is a run of {model.config.objective!r}, not of 'visual_tokenizer'")
+        raise UserError(
+            f"--workdir={args.workdir!r} is a run of {model.config.objective!r}, which gives no ids of pictures"
+        )
     spec = source_fields()
     spec.update(source=args.source, path=args.path, image_key=args.image_key)
     if args.split:
