@@ -140,21 +140,21 @@ def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, r
     report.notes.append(f"[CLS] is id {ids['[CLS]']} of the words, [SEP] {ids['[SEP]']}")
 
 
-def ids_of(tokenizer: str, words: int) -> dict[str, int]:
-    """The ids of ``[CLS]`` and ``[SEP]``: by a vocabulary of lines, else as usual.
+def ids_of(tokenizer: str, words: int, usual: Mapping[str, int] = _USUAL) -> dict[str, int]:
+    """The ids of ``[CLS]`` and ``[SEP]``, or of others: by a vocabulary of lines, else the usual ones.
 
     Raises:
         UserError: there are not so many words.
     """
-    ids = dict(_USUAL)
+    ids = dict(usual)
     if tokenizer.endswith(".txt"):
         file = local(tokenizer, "data.tokenizer")
         with formats.reading(file, "vocabulary in UTF-8"):
             lines = file.read_text(encoding="utf-8").splitlines()
         ids = {name: lines.index(name) for name in ids if name in lines} or ids
-    if len(ids) < len(_USUAL) or max(ids.values()) >= words:
+    if len(ids) < len(usual) or max(ids.values()) >= words:
         raise UserError(
-            "it does not tell the ids of [CLS] and [SEP]: give its vocabulary, --config.data.tokenizer=vocab.txt"
+            f"it does not tell the ids of {' and '.join(usual)}: give its vocabulary, --config.data.tokenizer=vocab.txt"
         )
     return ids
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3ae_jax.convert import bert, check_towers, clip
+from m3ae_jax.convert import albef, bert, check_towers, clip
 from m3ae_jax.convert.check_towers import erf_gelu, relative_error, tanh_gelu
 from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import TANH, Format
@@ -162,7 +162,7 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     config, kind = converted.config, FORMATS[converted.format]
     if not kind.names.layers:
         return Comparison({}, "the file is our own")
-    if kind in (clip.FORMAT, clip.OPEN_CLIP, bert.FORMAT):
+    if kind in (clip.FORMAT, clip.OPEN_CLIP, bert.FORMAT, albef.FORMAT):
         return Comparison(check_towers.compare(converted, seed))
     table = converted.foreign.arrays.get(kind.names.tables.get("encoder", ""))
     patches = patch_grid(config)[0] ** 2

@@ -1,4 +1,4 @@
-"""The forward passes of CLIP, SigLIP and BERT once more, in plain NumPy and float64, on the file's own arrays.
+"""The forward passes of CLIP, SigLIP, BERT and ALBEF once more, in plain NumPy and float64, on the file's own arrays.
 
 They share with the conversion its spelling of names (`clip.respelled`), and with our model nothing but the drawn input:
 texts are given here with the ids of start, end and padding, as the other projects' tokenizers make them.
@@ -18,6 +18,7 @@ from m3ae_jax.convert import bert
 from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import ERF, TANH
 from m3ae_jax.data.images import patchify
+from m3ae_jax.data.tokens import patch_grid
 from m3ae_jax.objectives.base import build
 
 _LENGTHS = (1, 4, 9)  # of the drawn texts, in tokens
@@ -39,6 +40,8 @@ def compare(converted: Converted, seed: int = 0) -> dict[str, float]:
         net = _Net(a, activation, epsilon)
         ids = bert.ids_of(config.data.tokenizer, len(a[bert.WORDS]))
         return {"text features": relative_error(ours["text"], net.bert(words, ids, config.model.heads))}
+    if converted.format == "albef":
+        return _of_albef(converted, ours, words, (activation, epsilon))
     raw = {name: np.asarray(x, np.float64) for name, x in facts["raw"].items()}
     net, siglip = _Net(raw, activation, epsilon), bool(facts["siglip"])
     net.ids = facts["ids"]
@@ -50,6 +53,30 @@ def compare(converted: Converted, seed: int = 0) -> dict[str, float]:
     ):
         errors["image embeddings"] = relative_error(ours["image"], net.picture(ours["pixels"], heads["image"], siglip))
     errors["text embeddings"] = relative_error(ours["text"], net.text(words, heads["text"], siglip))
+    return errors
+
+
+def _of_albef(
+    converted: Converted, ours: Arrays, words: list[np.ndarray], arithmetic: tuple[str, float]
+) -> dict[str, float]:
+    """Their three passes: a picture, a caption, and a caption that looks at the picture."""
+    config, errors = converted.config, {}
+    raw = {name: np.asarray(x, np.float64) for name, x in converted.foreign.facts["raw"].items()}
+    activation, epsilon = arithmetic
+    vit, text = _Net(raw, activation, epsilon), _Net(raw, activation, config.simla.text_layer_norm_epsilon)
+    ids, heads = bert.ids_of(config.data.tokenizer, converted.vocabulary), config.model.heads
+    captions = [text.albef_words(one, ids) for one in words]
+    if raw["raw.image.table"].size == (patch_grid(config)[0] ** 2 + 1) * config.model.width:
+        seen = [vit.albef_picture(pixels, heads) for pixels in ours["pixels"]]
+        if "image.projection.weight" in raw:
+            errors["image embeddings"] = relative_error(ours["image"], vit.albef_embedding("image", seen))
+        if "match.weight" in raw:
+            fused = [text.albef_layers(x, heads, picture) for x, picture in zip(captions, seen, strict=True)]
+            logits = [text.linear("match", x[0]) for x in fused]
+            errors["matching"] = relative_error(ours["match"], np.asarray([x[1] - x[0] for x in logits]))
+    if "text.projection.weight" in raw:
+        alone = [text.albef_layers(x, heads) for x in captions]
+        errors["text embeddings"] = relative_error(ours["text"], vit.albef_embedding("text", alone))
     return errors
 
 
@@ -87,6 +114,8 @@ def _ours(converted: Converted, rng: np.random.Generator, words: list[np.ndarray
             rows = [np.concatenate([encoded.pooled["cls"][i, None], tokens[i, :n]]) for i, n in enumerate(lengths)]
             return {"text": np.concatenate(rows)}
         embedded = jax.device_get(jax.jit(objective.embed)(converted.params, part))
+        if converted.format == "albef" and config.simla.match_weight:
+            embedded["match"] = jax.device_get(jax.jit(objective.match)(converted.params, part))
     return {**embedded, "pixels": np.asarray(pixels)}
 
 
@@ -98,7 +127,8 @@ class _Net:
         self.ids: Mapping[str, int] = {}
         self._act = {ERF: erf_gelu, TANH: tanh_gelu}.get(activation, lambda x: x / (1.0 + np.exp(-1.702 * x)))
 
-    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A layer of theirs."""
         kernel = self._a.get(f"{name}.weight")
         if kernel is None:
             return x @ self._a[f"turned.{name}.weight"]
@@ -115,8 +145,8 @@ class _Net:
             inputs = (x, context, context)
             return [i @ w.T + b for i, w, b in zip(inputs, weights, biases, strict=True)]
         if f"{at}.kv.weight" in self._a:
-            return [self._linear(f"{at}.q", x), *np.split(self._linear(f"{at}.kv", context), 2, axis=-1)]
-        return [self._linear(f"{at}{name}", i) for name, i in zip(names, (x, context, context), strict=True)]
+            return [self.linear(f"{at}.q", x), *np.split(self.linear(f"{at}.kv", context), 2, axis=-1)]
+        return [self.linear(f"{at}{name}", i) for name, i in zip(names, (x, context, context), strict=True)]
 
     @staticmethod
     def _mixed(three: list[np.ndarray], heads: int, causal: bool = False) -> np.ndarray:
@@ -134,34 +164,39 @@ class _Net:
             at = f"{tower}.blocks.{n}"
             normed = self._norm(f"{at}.norm1", x)
             three = self._three(at, normed, normed, (".query", ".key", ".value"))
-            x = x + self._linear(f"{at}.proj", self._mixed(three, heads, causal))
-            x = x + self._linear(f"{at}.fc2", self._act(self._linear(f"{at}.fc1", self._norm(f"{at}.norm2", x))))
+            x = x + self.linear(f"{at}.proj", self._mixed(three, heads, causal))
+            x = x + self.linear(f"{at}.fc2", self._act(self.linear(f"{at}.fc1", self._norm(f"{at}.norm2", x))))
             n += 1
         return x
 
+    def _patches(self, picture: np.ndarray) -> np.ndarray:
+        """Their convolution of a picture `[S, S, 3]`: `[N, D]`."""
+        kernel = self._a["image.patches.weight"]
+        size = kernel.shape[-1]
+        rows, columns = (n // size for n in picture.shape[:2])
+        cut = picture.reshape(rows, size, columns, size, 3)
+        embedded = np.einsum("ipjqc,dcpq->ijd", cut, kernel).reshape(rows * columns, -1)
+        return embedded + self._a.get("image.patches.bias", 0.0)
+
     def picture(self, pixels: np.ndarray, heads: int, siglip: bool) -> np.ndarray:
         """Embeddings of length one, `[N, d]`; a picture is cut by their convolution."""
-        kernel = self._a["image.patches.weight"]
-        size, out = kernel.shape[-1], []
+        out = []
         for picture in pixels:
-            rows, columns = (n // size for n in picture.shape[:2])
-            cut = picture.reshape(rows, size, columns, size, 3)
-            x = np.einsum("ipjqc,dcpq->ijd", cut, kernel).reshape(rows * columns, -1)
-            x = x + self._a.get("image.patches.bias", 0.0)
+            x = self._patches(picture)
             if not siglip:
                 x = np.concatenate([self._a["raw.image.class"].reshape(1, -1), x])
             x = x + self._a["raw.image.table"].reshape(-1, x.shape[-1])
             if siglip:
                 x = self._norm("image.norm", self._stack("image", x, heads))
                 query = self._a["image.pool.query"].reshape(1, -1)
-                pooled = self._linear(
+                pooled = self.linear(
                     "image.pool.out", self._mixed(self._three("image.pool", query, x, ("",) * 3), heads)
                 )
-                hidden = self._act(self._linear("image.pool.fc1", self._norm("image.pool.norm", pooled)))
-                out.append((pooled + self._linear("image.pool.fc2", hidden))[0])
+                hidden = self._act(self.linear("image.pool.fc1", self._norm("image.pool.norm", pooled)))
+                out.append((pooled + self.linear("image.pool.fc2", hidden))[0])
             else:
                 x = self._stack("image", self._norm("image.norm0", x), heads)
-                out.append(self._linear("image.projection", self._norm("image.norm", x[0])))
+                out.append(self.linear("image.projection", self._norm("image.norm", x[0])))
         return _unit(np.stack(out))
 
     def text(self, words: list[np.ndarray], heads: int, siglip: bool) -> np.ndarray:
@@ -176,7 +211,7 @@ class _Net:
                 whole = np.concatenate([[self.ids["start"]], ids, [self.ids["end"]]])
                 x = self._stack("text", table[whole] + places[: len(whole)], heads, causal=True)
                 last = self._norm("text.norm", x)[-1]
-            out.append(self._linear("text.projection", last))
+            out.append(self.linear("text.projection", last))
         return _unit(np.stack(out))
 
     def bert(self, words: list[np.ndarray], ids: Mapping[str, int], heads: int) -> np.ndarray:
@@ -190,13 +225,47 @@ class _Net:
             while f"encoder.layer.{n}.output.dense.weight" in self._a:
                 at = f"encoder.layer.{n}"
                 three = self._three(f"{at}.attention.self", x, x, (".query", ".key", ".value"))
-                mixed = self._linear(f"{at}.attention.output.dense", self._mixed(three, heads))
+                mixed = self.linear(f"{at}.attention.output.dense", self._mixed(three, heads))
                 x = self._norm(f"{at}.attention.output.LayerNorm", x + mixed)
-                hidden = self._act(self._linear(f"{at}.intermediate.dense", x))
-                x = self._norm(f"{at}.output.LayerNorm", x + self._linear(f"{at}.output.dense", hidden))
+                hidden = self._act(self.linear(f"{at}.intermediate.dense", x))
+                x = self._norm(f"{at}.output.LayerNorm", x + self.linear(f"{at}.output.dense", hidden))
                 n += 1
             out.append(x[:-1])
         return np.concatenate(out)
+
+    def albef_picture(self, pixels: np.ndarray, heads: int) -> np.ndarray:
+        """CLS and patches of ALBEF's ViT, `[1 + N, D]`."""
+        x = self._patches(pixels)
+        x = np.concatenate([self._a["raw.image.class"].reshape(1, -1), x])
+        return self._norm("image.norm", self._stack("image", x + self._a["raw.image.table"][0], heads))
+
+    def albef_words(self, words: np.ndarray, ids: Mapping[str, int]) -> np.ndarray:
+        """A caption's embedded words, `[1 + L + 1, D]`."""
+        whole = np.concatenate([[ids["[CLS]"]], words, [ids["[SEP]"]]])
+        x = self._a["text.words"][whole] + self._a["raw.text.table"][: len(whole)]
+        return self._norm("text.norm0", x + (self._a["raw.text.types"][0] if "raw.text.types" in self._a else 0.0))
+
+    def albef_layers(self, x: np.ndarray, heads: int, seen: np.ndarray | None = None) -> np.ndarray:
+        """The text layers of a caption, that looks at a picture; alone, ALBEF's stop below cross-attention."""
+        n, names = 0, (".query", ".key", ".value")
+        albef = "text.blocks.0.cross.query.weight" not in self._a
+        while (at := f"text.blocks.{n}") and f"{at}.fc1.weight" in self._a:
+            looks = f"{at}.cross.query.weight" in self._a
+            if looks and albef and seen is None:
+                break
+            mixed = self.linear(f"{at}.proj", self._mixed(self._three(at, x, x, names), heads))
+            x = self._norm(f"{at}.norm1", x + mixed)
+            if looks and seen is not None:
+                three = self._three(f"{at}.cross", x, seen, names)
+                x = self._norm(f"{at}.cross.norm", x + self.linear(f"{at}.cross.proj", self._mixed(three, heads)))
+            hidden = self.linear(f"{at}.fc2", self._act(self.linear(f"{at}.fc1", x)))
+            x = self._norm(f"{at}.norm2", x + hidden)
+            n += 1
+        return x
+
+    def albef_embedding(self, tower: str, features: list[np.ndarray]) -> np.ndarray:
+        """Of the CLS tokens, of length one, `[N, d]`."""
+        return _unit(np.stack([self.linear(f"{tower}.projection", x[0]) for x in features]))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

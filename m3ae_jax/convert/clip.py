@@ -169,7 +169,7 @@ def _spell(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
     return name
 
 
-def _split_three(arrays: dict[str, np.ndarray]) -> None:
+def split_three(arrays: dict[str, np.ndarray]) -> None:
     """What attention has as one, query above key above value, becomes three; of the pooling two, ``q`` and ``kv``."""
     for name in [name for name in arrays if re.search(r"\.qkv\.(weight|bias)$", name)]:
         stem, end = name.rsplit(".qkv.", 1)
@@ -181,7 +181,7 @@ def _split_three(arrays: dict[str, np.ndarray]) -> None:
 
 
 def _join_three(arrays: dict[str, np.ndarray], places: Callable[[str], bool]) -> None:
-    """Undoes `_split_three` at the places, names without their layer."""
+    """Undoes `split_three` at the places, names without their layer."""
     for name in list(arrays):
         match = re.fullmatch(r"(.+)\.(query|q)\.(weight|bias)", name)
         if match and places(match[1]):
@@ -198,7 +198,7 @@ def fold(arrays: dict[str, np.ndarray], ids: Mapping[str, int]) -> None:
     """Takes the learned tokens out of the tables: `Layout.other` and the CLS token of each tower, by `ids_of`."""
     for name in [name for name in arrays if name.startswith("turned.")]:
         arrays[name.removeprefix("turned.")] = arrays.pop(name).T
-    _split_three(arrays)
+    split_three(arrays)
     table = arrays.pop("raw.image.table").reshape(-1, arrays["image.norm.weight"].size)
     if "raw.image.class" in arrays:
         arrays["image.cls"] = (arrays.pop("raw.image.class").reshape(-1) + table[0])[None, None]

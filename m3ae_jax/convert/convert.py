@@ -25,15 +25,15 @@ from m3ae_jax.atomic import replacing
 from m3ae_jax.checkpoint import origin
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.checkpoint.meta import STATE_VERSION
-from m3ae_jax.convert import bert, clip, m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
+from m3ae_jax.convert import albef, bert, clip, m3ae, mae, own, positions, safetensors, torch_file, tree, vitmae
 from m3ae_jax.convert.formats import Foreign, Format, reading, set_sizes, unwrapped
-from m3ae_jax.convert.keymap import Names, Report, draw, fill
+from m3ae_jax.convert.keymap import Line, Names, Report, draw, fill
 from m3ae_jax.data.order import order_version
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.data.tokens import modality_table, patch_grid
 from m3ae_jax.errors import UserError, one_of
 from m3ae_jax.models.positions import resize
-from m3ae_jax.objectives.base import build
+from m3ae_jax.objectives.base import Objective, build, model_params
 from m3ae_jax.paths import local
 from m3ae_jax.train.optimizer import optimizer
 from m3ae_jax.train.step import TrainState
@@ -46,6 +46,7 @@ FORMATS: dict[str, Format] = {
     "clip": clip.FORMAT,
     "open_clip": clip.OPEN_CLIP,
     "bert": bert.FORMAT,
+    "albef": albef.FORMAT,
     "safetensors": own.FORMAT,
 }
 Tables = Mapping[str, positions.Table]
@@ -67,6 +68,7 @@ class Converted:
         report: what went where.
         foreign: theirs, as read.
         vocabulary: number of token ids; 0 without text.
+        extra: what the objective has beside the parameters, as a teacher; likewise.
     """
 
     format: str
@@ -75,6 +77,7 @@ class Converted:
     report: Report
     foreign: Foreign
     vocabulary: int
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def detect(path: Path) -> str:
@@ -103,6 +106,8 @@ def _of_names(names: Mapping[str, np.ndarray]) -> str:
     names = unwrapped(names)[0]
     if table := clip.table_of(names):
         return "clip" if table is clip.TRANSFORMERS else "open_clip"
+    if albef.is_albef(names):
+        return "albef"
     if bert.is_bert(names):
         return "bert"
     return "mae" if "decoder_embed.weight" in unwrapped(names)[0] else "timm"
@@ -173,15 +178,58 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
     vocabulary = _vocabulary(resolved, foreign, names)
     objective = build(resolved, vocabulary)
     key = jax.random.key(resolved.seed)
-    shapes = flatten_dict(nn.unbox(jax.eval_shape(objective.init, key)), sep="/")
-    flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    flat = _zeros(objective, key)
+    beside = kind.beside_params(foreign, arrays)
     fill(names.key_map(_head_depth(resolved), flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
     if report.missing:
         fresh = flatten_dict(nn.unbox(jax.jit(objective.init)(key)), sep="/")
         flat |= {name: np.asarray(fresh[name]) for name in report.missing}
-    return Converted(name, resolved, unflatten_dict(flat, sep="/"), report, foreign, vocabulary)
+    params = unflatten_dict(flat, sep="/")
+    of_model = {branch: params.pop(branch) for branch in objective.model_extra}
+    extra = _extra(objective, params, key, kind, beside, report) | of_model
+    return Converted(name, resolved, params, report, foreign, vocabulary, extra)
+
+
+def _zeros(objective: Objective, key: jax.Array) -> dict[str, np.ndarray]:
+    """By path, of the shapes of the parameters, and of what beside them belongs to the model."""
+
+    def fresh(key: jax.Array) -> Any:
+        boxed = objective.init(key)
+        return model_params(objective, boxed, objective.init_extra(boxed, key) if objective.model_extra else {})
+
+    shapes = flatten_dict(nn.unbox(jax.eval_shape(fresh, key)), sep="/")
+    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+
+
+def _extra(
+    objective: Objective,
+    params: Any,
+    key: jax.Array,
+    kind: Format,
+    beside: Mapping[str, dict[str, np.ndarray]],
+    report: Report,
+) -> dict[str, Any]:
+    """What the objective has beside its parameters, as a run begins with it, with what the file has of it."""
+    boxed = jax.eval_shape(objective.init, key)
+
+    def make(params: Any) -> Any:
+        return nn.unbox(objective.init_extra(nn.meta.replace_boxed(boxed, params), key))
+
+    made = flatten_dict(jax.device_get(jax.jit(make)(params)), sep="/")
+    extra = {name: np.array(leaf) for name, leaf in made.items()}
+    for branch, arrays in beside.items():
+        inside = {
+            name.removeprefix(f"{branch}/"): leaf for name, leaf in extra.items() if name.startswith(f"{branch}/")
+        }
+        of_branch = Report()
+        key_map = kind.names.key_map(0, inside) if branch == "teacher" else [Line(name, name) for name in inside]
+        fill(key_map, arrays, inside, of_branch)
+        _check(of_branch, kind, f"{branch} of the file")
+        report.matched += [(theirs, f"{branch}/{ours}", shape) for theirs, ours, shape in of_branch.matched]
+        report.unused += [f"{branch} {name}" for name in of_branch.unused]
+    return unflatten_dict(extra, sep="/")
 
 
 def _head_depth(config: ConfigDict) -> int:
@@ -254,10 +302,13 @@ def _check(report: Report, kind: Format, name: str) -> None:
             f"the file has parameters that the model of format {name} has no place for: {', '.join(unknown[:5])}{more}"
         )
     report.unused = [f"{key} ({kind.why_beside(key)})" for key in report.unused]
-    encoder = [path for path in report.missing if not path.startswith(tree.DECODER)]
-    if encoder:
-        raise UserError(f"the file lacks what the model needs: {', '.join(encoder[:5])}")
-    if report.missing:
+    decoder = [path for path in report.missing if path.startswith(tree.DECODER)]
+    lacking = [path for path in report.missing if path not in decoder and not kind.why_fresh(path)]
+    if lacking:
+        raise UserError(f"the file lacks what the model needs: {', '.join(lacking[:5])}")
+    whys = {kind.why_fresh(path): path for path in report.missing if path not in decoder}
+    report.notes += [f"{path}: {why}" for why, path in whys.items()]
+    if decoder:
         if any(ours.startswith(tree.DECODER_STACK) for _, ours, _ in report.matched):
             raise UserError(f"the file has a part of the decoder alone, it lacks {', '.join(report.missing[:5])}")
         report.notes.append("the file has no decoder: ours is freshly drawn, so reconstructions mean nothing yet")
@@ -296,7 +347,7 @@ def write_run(converted: Converted, workdir: Path, file: str = "", license: str 
     fingerprint = load_tokenizer(config.data.tokenizer).fingerprint if config.data.tokenizer else ""
     params = jax.tree.map(jnp.asarray, converted.params)
     opt_state = optimizer(config, lambda step: jnp.float32(0.0)).init(params)
-    state = TrainState(jnp.int32(0), params, opt_state, {})
+    state = TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, converted.extra))
     table = modality_table(config, converted.vocabulary)
     meta = {
         "state_version": STATE_VERSION,

@@ -71,6 +71,9 @@ class Format:
         folders: `read` takes them.
         objective: whose models it holds.
         adapt: brings arrays to a config that the user may have changed.
+        fresh: (pattern, why) of parameters of ours that a file may lack, besides the decoder's.
+        beside_params: takes from the arrays what belongs into `Objective.init_extra`'s branches, by branch: a teacher's
+            arrays under the project's names, others by our paths.
     """
 
     about: str
@@ -84,10 +87,20 @@ class Format:
     folders: bool = False
     objective: str = "m3ae"
     adapt: Callable[[Foreign, dict[str, np.ndarray], ConfigDict, Report], None] = lambda *_: None
+    fresh: tuple[tuple[str, str], ...] = ()
+    beside_params: Callable[[Foreign, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]] = lambda *_: {}
 
     def why_beside(self, name: str) -> str:
         """Why a parameter of theirs does not matter; "" if it may."""
-        return next((why for pattern, why in self.beside if re.fullmatch(pattern, name)), "")
+        return _why(self.beside, name)
+
+    def why_fresh(self, path: str) -> str:
+        """Why a file may lack a parameter of ours; "" if it must not."""
+        return _why(self.fresh, path)
+
+
+def _why(table: tuple[tuple[str, str], ...], name: str) -> str:
+    return next((why for pattern, why in table if re.fullmatch(pattern, name)), "")
 
 
 @contextlib.contextmanager

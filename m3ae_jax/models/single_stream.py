@@ -1,7 +1,9 @@
 """A stack of text layers that reads a caption alone, a caption that looks at a picture, or a picture at a caption.
 
 SIMLA's upper half (arXiv 2203.14395, section 3.1): BERT, with cross-attention in every layer, which is left out where
-there is nothing to look at. Legend: ``B`` batch, ``L`` words, ``N`` patches, ``D`` width.
+there is nothing to look at. Or ALBEF's (arXiv 2107.07651, section 3.1): the first layers have none and read captions
+alone, the others are left out where there is nothing to look at.
+Legend: ``B`` batch, ``L`` words, ``N`` patches, ``D`` width.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ class TextStack(nn.Module):
         options: of the transformer, which attends to both.
         modality: of the captions.
         places: rows of the table of positions; for the words, and for the patches of a picture that reads.
+        alone: the first so many layers read captions alone, and all that others do is look at something; 0: SIMLA's.
     """
 
     options: TransformerOptions
     modality: Modality
     places: int
+    alone: int = 0
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -57,16 +61,19 @@ class TextStack(nn.Module):
         self.other: Any = vector(self, "other_token", o.width)
         self.first_place: Any = vector(self, "first_place", o.width)
         self.embedding_norm = layer_norm(o.epsilon, o.dtype)
-        self.transformer = Transformer(o)
+        if self.alone:
+            self.lower = Transformer(dataclasses.replace(o, depth=self.alone, attends="self"))
+        self.transformer = Transformer(dataclasses.replace(o, depth=o.depth - self.alone))
 
     def words(self, tokens: Tokens, *, deterministic: bool = True) -> Stream:
-        """A caption's words between their start and end, embedded: `[B, 1 + L + 1, D]`."""
+        """A caption's words between their start and end, `[B, 1 + L + 1, D]`: embedded, and read `alone`."""
         embedded, real = self.text(tokens), tokens["valid"]
         one = jnp.ones((len(real), 1), bool)
         start = jnp.broadcast_to(self.cls, (len(real), 1, self.options.width))
         end = self.other + self.text.place(jnp.sum(real, axis=1, keepdims=True))
-        x = jnp.concatenate([start, embedded, end], axis=1)
-        return Stream(self._normalized(x, deterministic), jnp.concatenate([one, real, one], axis=1))
+        valid = jnp.concatenate([one, real, one], axis=1)
+        x = self._normalized(jnp.concatenate([start, embedded, end], axis=1), deterministic)
+        return Stream(self.lower(x, valid, deterministic=deterministic) if self.alone else x, valid)
 
     def picture(self, seen: Stream, position: jax.Array, *, deterministic: bool = True) -> Stream:
         """A picture that reads: CLS and patches of its tower, `[B, 1 + N, D]`, at the places of words."""
@@ -82,6 +89,8 @@ class TextStack(nn.Module):
         self, stream: Stream, context: Stream | None = None, tap: Tap | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array | None]:
         """Runs the layers: `[B, S, D]`, and what the tap has seen (`Transformer.tapped`)."""
+        if self.alone and context is None:
+            return stream.x, None
         seen = {} if context is None else {"context": context.x, "context_valid": context.valid}
         result: Any = self.transformer.tapped(stream.x, stream.valid, tap, **seen, deterministic=deterministic)
         return result

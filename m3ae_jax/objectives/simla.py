@@ -60,12 +60,15 @@ class Fields(FieldGroup):
     """Of the hidden words so many are shown as the mask embedding and so many as random words, the rest as they are."""
     text_depth: int = setting(0, low=0)
     """Layers of the upper stack; 0: as the pictures', which is ``model``."""
+    fusion_layer: int = setting(0, low=0)
+    """So many of them read captions alone, without cross-attention, and the others only where there is something to
+    look at (ALBEF's: 6 of 12); 0: all do both (SIMLA's single stream)."""
     text_dropout: float = setting(0.1, low=0.0, high=0.99)
     """Rate in the upper stack, of its attention weights too."""
     text_layer_norm_epsilon: float = setting(1e-12, low=1e-15, high=0.1)
     """Of the upper stack (BERT's)."""
     text_places: int = setting(0, low=0)
-    """Rows of the upper stack's table of positions (BERT's: 511); 0: as many as words or patches need."""
+    """Rows of the upper stack's table of positions (BERT's: 510); 0: as many as words or patches need."""
     image_positions: str = setting(
         "learned", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed")
     )
@@ -131,6 +134,13 @@ class Fields(FieldGroup):
         needed = max(config.data.max_text_tokens, (config.data.image_size // config.data.patch_size) ** 2)
         if o.text_places and o.text_places < needed:
             raise UserError(f"simla.text_places={o.text_places}: {needed} are needed, for the words and the patches")
+        depth = o.text_depth or config.model.depth
+        if o.fusion_layer and o.fusion_layer >= depth:
+            raise UserError(f"simla.fusion_layer={o.fusion_layer}: of the upper stack's {depth} layers none would look")
+        if o.fusion_layer and o.text_from:
+            raise UserError(
+                f"simla.text_from with simla.fusion_layer={o.fusion_layer}: BERT's layers are not divided; name one"
+            )
         if o.stop_words and (config.data.tokenizer or not o.stop_ids):
             o.stop_ids = ",".join(map(str, _ids_of_words(o.stop_words.split(), config.data.tokenizer)))
         fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", bool(o.id_weight))
@@ -175,7 +185,7 @@ class Simla(Objective):
 
     Fields = Fields
     name = "simla"
-    stacks = ("image/transformer/blocks", "text/transformer/blocks")
+    stacks: tuple[str, ...] = ("image/transformer/blocks", "text/transformer/blocks")
     couples_examples = True
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
@@ -201,7 +211,9 @@ class Simla(Objective):
         )
         learned = ("image",) if o.image_positions == "learned" else ()
         self._tower = Encoder(lower, (image,), typed=False, learned_positions=learned, masked=("image",))
-        self._stack = TextStack(upper, text, o.text_places or max(text.tokens, image.tokens))
+        self._stack = TextStack(upper, text, o.text_places or max(text.tokens, image.tokens), o.fusion_layer)
+        if o.fusion_layer:
+            self.stacks = ("image/transformer/blocks", "text/lower/blocks", "text/transformer/blocks")
         self._projection = projection(o.embedding_width, lower.dtype, bias=True)
         self._tokenizer: Frozen | None = None
         if o.id_weight:
@@ -250,7 +262,8 @@ class Simla(Objective):
             name: head.init(jax.random.fold_in(keys[3], number), inputs.get(name, fused))["params"]
             for number, (name, head) in enumerate(sorted(self._heads.items()))
         }
-        return {**params, "heads": heads, "contrast": temperature_parameters(self._options.temperature)}
+        params |= {"heads": heads} if heads else {}
+        return {**params, "contrast": temperature_parameters(self._options.temperature)}
 
     def init_extra(self, params: Boxed, rng: jax.Array) -> Boxed:
         """See `Objective.init_extra`: ``teacher``, ``queue`` if there is one, ``tokenizer``."""
@@ -349,10 +362,9 @@ class Simla(Objective):
         def key(number: int) -> jax.Array | None:
             return None if rng is None else jax.random.fold_in(rng, number)
 
-        picture, words = (
-            self._picture(params, sets["image"], key(0)),
-            self._text(params, "words", sets["text"], rng=key(1)),
-        )
+        picture = self._picture(params, sets["image"], key(0))
+        read = bool(o.contrast_weight or o.match_weight or self._tokenizer)
+        words: Any = self._text(params, "words", sets["text"], rng=key(1)) if read else None
         seen = self._seen(picture, sets["image"])
         cls = {"image": picture.pooled["cls"]}
         if o.contrast_weight or o.match_weight:
@@ -428,11 +440,13 @@ class Simla(Objective):
 
         weights, outputs = jax.lax.stop_gradient(extra["teacher"]), {}
         encoded = self._picture(weights, sets["image"], key(0))
-        seen, words = self._seen(encoded, sets["image"]), self._text(weights, "words", sets["text"], rng=key(1))
-        cls = encoded.pooled["cls"]
-        if (o.contrast_weight and (o.queue or o.distillation)) or o.keyword_weight:
+        seen, cls = self._seen(encoded, sets["image"]), encoded.pooled["cls"]
+        contrasts = bool(o.contrast_weight and (o.queue or o.distillation))
+        read = bool(contrasts or o.keyword_weight or (self._tokenizer and o.distillation))
+        words: Any = self._text(weights, "words", sets["text"], rng=key(1)) if read else None
+        if contrasts or o.keyword_weight:
             outputs["image_embedding"] = self._embedding(weights, "image", cls)
-        if o.contrast_weight and (o.queue or o.distillation):
+        if contrasts:
             caption = self._layers(weights, words, None, key(2))[:, 0]
             outputs["text_embedding"] = self._embedding(weights, "text", caption)
         if o.word_weight and o.distillation:
@@ -549,16 +563,20 @@ class Simla(Objective):
         def linear(tokens: int, inputs: float, outputs: float) -> float:
             return 2.0 * tokens * inputs * outputs
 
-        def stack(tokens: int, of: Any) -> float:
+        def stack(tokens: int, depth: int, of: Any = upper) -> float:
             mlp = 2 * int(width * of.mlp_ratio)
-            return of.depth * (linear(tokens, width, 4 * width + mlp) + 4.0 * tokens * tokens * width)
+            return depth * (linear(tokens, width, 4 * width + mlp) + 4.0 * tokens * tokens * width)
+
+        fused = upper.depth - o.fusion_layer
 
         def looking(tokens: int, at: int) -> float:
             of_layer = linear(tokens + at, width, 2 * width) + 4.0 * tokens * at * width
-            return stack(tokens, upper) + upper.depth * of_layer
+            return stack(tokens, fused) + fused * of_layer
 
         caption, picture, embedded = words + 2, patches + 1, o.embedding_width
-        tower = linear(patches, self._modalities["image"].features, width) + stack(picture, lower)
+        tower = linear(patches, self._modalities["image"].features, width) + stack(picture, lower.depth, lower)
+        below = stack(caption, o.fusion_layer)  # of ALBEF's stack, in which it is all that a caption alone costs
+        alone = 0.0 if o.fusion_layer else stack(caption, upper.depth)
         reading = looking(caption, picture)
         masked = tower + looking(picture, caption)
         of_words = linear(hidden_words, width, width) + linear(hidden_words, width, self._words)
@@ -568,9 +586,9 @@ class Simla(Objective):
         compared = linear(2, embedded, rows + o.queue)
         trained = {
             "picture": tower,
-            "caption": stack(caption, upper) * (contrast or match),
+            "caption": alone * (contrast or match) + below * (contrast or match or ids),
             "3 matching passes": 3 * (reading + linear(1, width, 2)) * match,
-            "corrupted caption": (reading + of_words) * word,
+            "corrupted caption": (below + reading + of_words) * word,
             "distillation of words": linear(hidden_words, width, self._words) * (word and distilled),
             "masked picture": (masked + linear(hidden, width, codes)) * ids,
             "embeddings": linear(1 + (contrast or match), width, embedded),
@@ -579,13 +597,13 @@ class Simla(Objective):
         }
         teacher = {
             "teacher: picture": tower,
-            "teacher: caption": stack(caption, upper) * in_contrast,
+            "teacher: caption": alone * in_contrast + below * (in_contrast or keyword or (ids and distilled)),
             "teacher: embeddings": linear(1, width, embedded) * ((in_contrast or keyword) + in_contrast),
-            "teacher: corrupted caption": (reading + of_words) * (word and distilled),
+            "teacher: corrupted caption": (below + reading + of_words) * (word and distilled),
             "teacher: masked picture": (masked + linear(hidden, width, codes)) * (ids and distilled),
             # The weights that are looked at are computed beside those that are mixed with.
             "teacher: keywords": (
-                reading + 2.0 * upper.depth * caption * caption * width + linear(1, given, self._words)
+                reading + 2.0 * fused * caption * caption * width + linear(1, given, self._words)
             ) * keyword,
         }  # fmt: skip
         fixed = {
@@ -640,7 +658,8 @@ class Simla(Objective):
         2107.07651, section 4; layer 8 of 12 there).
         """
         upper = self._stack.options
-        layer = layer if layer >= 0 else max(round(upper.depth * 2 / 3), 0)
+        below = self._options.fusion_layer
+        layer = layer if layer >= 0 else max(round(upper.depth * 2 / 3) - below, 0)
         text, image = (clean(part["groups"][name]) for name in BOTH[::-1])
         rows, keys = text["valid"].shape[1] + 2, image["valid"].shape[1] + 1
         start = jnp.zeros((len(text["valid"]), upper.heads, rows, keys), jnp.float32)

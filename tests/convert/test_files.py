@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,8 +14,12 @@ from flax.traverse_util import flatten_dict
 from m3ae_jax import inference
 from m3ae_jax.checkpoint import origin
 from m3ae_jax.convert import check, convert, safetensors, torch_file
+from m3ae_jax.convert.formats import Foreign
+from m3ae_jax.convert.keymap import Report
 from m3ae_jax.convert.unpickle import Global, Made
 from m3ae_jax.errors import UserError
+from m3ae_jax.objectives.base import build
+from tests.objectives import small
 from tests.test_inference import make_run, pictures
 
 HEADS = [("model.heads", "2"), ("m3ae.decoder_heads", "2")]
@@ -166,3 +172,21 @@ def test_item_12_half_precision_has_fixed_positions_too(
     assert converted.config.m3ae.image_positions == "sincos"
     assert any("in half precision there" in note for note in converted.report.notes)
     assert check.compare(converted).close
+
+
+@pytest.mark.parametrize("objective", ["visual_tokenizer", "mamo"])
+def test_our_own_file_holds_what_belongs_to_the_model_beside_its_parameters(objective: str, tmp_path: Path) -> None:
+    """A codebook; a teacher begins anew, as in a run that begins from other parameters."""
+    config = small.config_of(objective, **({"visual_tokenizer.quantizer": "vq"} if objective != "mamo" else {}))
+    model, words = build(config, 53), 53 if objective == "mamo" else 0
+    key = jax.random.key(0)
+    boxed = jax.jit(model.init)(key)
+    params, extra = nn.unbox(boxed), nn.unbox(jax.jit(model.init_extra)(boxed, key))
+    made = convert.Converted("safetensors", config, params, Report(), Foreign({}), words, jax.device_get(extra))
+    convert.write_run(made, tmp_path / "run")
+    convert.export_weights(inference.read(str(tmp_path / "run")), "safetensors", tmp_path / "own.safetensors")
+    changes = [("data.tokenizer", "scenes")] if words else []
+    again = convert.import_weights(tmp_path / "own.safetensors", overrides=changes)
+    assert not again.report.missing and not again.report.unused
+    for was, now in ((params, again.params), (extra, again.extra)):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(was), now)

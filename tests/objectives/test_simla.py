@@ -268,6 +268,23 @@ def test_a_step_with_everything_moves_teacher_and_queue_and_costs_what_is_counte
     assert counted == pytest.approx(sum(objective.products(B).values()), rel=1e-9)
 
 
+@pytest.mark.parametrize("losses", ["contrast match word keyword", "word", "match keyword"])
+def test_albefs_stack_reads_captions_alone_in_its_first_layers_and_costs_what_is_counted(losses: str) -> None:
+    weights = {f"simla.{name}_weight": float(name in losses) for name in ("contrast", "match", "word", "id", "keyword")}
+    setup = setup_of(**weights, **{"model.depth": 3, "simla.fusion_layer": 2})
+    objective: Any = setup.objective
+    counted = flops_per_example(setup.config, setup.tokenizer.vocab_size)  # type: ignore[union-attr]
+    assert counted == pytest.approx(sum(objective.products(B).values()), rel=1e-9)
+    state, part = setup.init_state(), part_of(setup)
+    text = state.params["text"]
+    lengths = {name: len(text[name]["blocks"]["norm_mlp"]["scale"]) for name in ("lower", "transformer")}
+    assert lengths == {"lower": 2, "transformer": 1} and "cross_attention" not in text["lower"]["blocks"]
+    embed = jax.jit(objective.embed)
+    upper = jax.tree.map(lambda x: x + 1.0, text["transformer"])
+    moved = {**state.params, "text": {**text, "transformer": upper}}
+    np.testing.assert_array_equal(embed(state.params, part)["text"], embed(moved, part)["text"])
+
+
 def test_without_ids_and_keywords_it_is_albef(whole: tuple[Setup, Any]) -> None:
     setup, state = whole
     part = part_of(setup)
@@ -381,6 +398,11 @@ def test_wrong_fields_are_refused() -> None:
         ({"data.modalities": "(image,)"}, "lacks 'text'"),
         ({"batch_size": 1}, "the matching needs two rows at least"),
         ({"simla.text_places": 12}, "simla.text_places=12: 16 are needed, for the words and the patches"),
+        ({"simla.fusion_layer": 1}, "simla.fusion_layer=1: of the upper stack's 1 layers none would look"),
+        (
+            {"model.depth": 2, "simla.fusion_layer": 1, "simla.text_from": "bert"},
+            "simla.text_from with simla.fusion_layer=1: BERT's layers are not divided; name one",
+        ),
         ({"simla.image_tokenizer": "nowhere"}, "simla.image_tokenizer='nowhere' holds no run"),
     ):
         with pytest.raises(UserError, match=re.escape(line)):
