@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import m3ae_jax.data.masking as masking
 from m3ae_jax.data.sources.scenes import Scene, SceneOptions, ScenesSource
 from m3ae_jax.errors import UserError
 from m3ae_jax.evals.base import Result, table
 from m3ae_jax.evals.clean import identities, scene_tokens
 from m3ae_jax.evals.features import fresh_params, shared
-from m3ae_jax.evals.restored import batch_size, in_chunks, names_of
+from m3ae_jax.evals.restored import batch_size, in_chunks, names_of, whole_groups
 from m3ae_jax.evals.retrieval import RECALL_AT, Pairs, best, matching_logits, put_first, recall
 from m3ae_jax.evals.verdict import Measured, compared, sentence
 from m3ae_jax.objectives.base import Embeds, Matches, Params
@@ -56,12 +55,8 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     count = len(scenes)
     pictures = [scene.image for scene in scenes]
     captions = [*(scene.caption for scene in scenes), *twins]
-    image, text = names_of(setup)
     tokens = scene_tokens(setup, pictures, captions)
-    groups = {}
-    for name, modality in ((image, "image"), (text, "text")):
-        value, real = tokens[modality]
-        groups[name] = masking.split(value, real, np.zeros_like(real), (real.shape[1], 0))
+    groups = whole_groups(setup, tokens)
     # Equal captions are one, and right for every picture of theirs.
     number = identities(np.where(tokens["text"][1], tokens["text"][0], -1))
     _, first = np.unique(number, return_index=True)

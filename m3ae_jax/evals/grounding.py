@@ -2,8 +2,8 @@
 
 Words: the whole picture and all other words visible, one colour or shape word hidden at a time, of those that
 picture and caption determine. Right if the most probable word is the true one; once with the true picture, once
-with another scene's. Patches: all patches of a mentioned object hidden, the rest and the caption visible; the error
-with the true caption and with another scene's.
+with another scene's. Patches: all patches of a mentioned object hidden, the rest and the caption visible; their loss
+(of pixels the squared error, of ids nats) with the true caption and with another scene's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
 
 
 def _cells(hidden: str, f: dict[str, float]) -> list[str]:
-    unit = "squared error of" if hidden == "object" else "accuracy of"
+    unit = "loss of patches of" if hidden == "object" else "accuracy of"
     prior = f"{f['prior']:.3f}" if "prior" in f else ""
     means = (f"{f['true']:.3f}", f"{f['shuffled']:.3f}")
     return [f"{unit} {hidden}", f"{f['n']:.0f}", *means, prior, difference_cell(f)]
@@ -75,7 +75,7 @@ class _Grounding:
         self._restore = restorer(setup)
 
     def __call__(self, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
-        """Figures by what was hidden: ``color``, ``shape`` (accuracies) and ``object`` (squared error)."""
+        """Figures by what was hidden: ``color``, ``shape`` (accuracies) and ``object`` (loss)."""
         tokens = scene_tokens(self._setup, [s.image for s in scenes], [s.caption for s in scenes])
         own = np.arange(len(scenes))
         queries = self._word_queries(scenes) + self._object_queries(scenes)
@@ -127,7 +127,7 @@ class _Grounding:
         return hidden.ravel()
 
     def _answers(self, queries: Sequence[_Query], tokens: Tokens, modality: str, other: np.ndarray) -> np.ndarray:
-        """1.0 for a right word, or an object's mean squared error.
+        """1.0 for a right word, or the mean loss of an object's patches.
 
         Args:
             queries: which of the modality's tokens are hidden.

@@ -25,7 +25,7 @@ from m3ae_jax.train.step import TrainState
 RATIOS = (0.15, 0.5, 0.75, 0.9)
 CONDITIONS = ("true", "shuffled", "none")
 _FIGURE = {"text": "correct", "image": "loss"}
-_MEANING = {"text": "accuracy of words", "image": "squared error of patches"}
+_MEANING = {"text": "accuracy of words", "image": "loss of patches"}
 
 Sums = dict[tuple[str, float, str], tuple[np.ndarray, np.ndarray]]
 """(modality, ratio, condition): sums and counts over each example's targets, `[n] float64`."""

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3ae_jax.data.masking import split
 from m3ae_jax.data.order import RandomStream, fold_seed
 from m3ae_jax.data.pipeline import masked
 from m3ae_jax.data.sources import build_source
 from m3ae_jax.data.tokens import group_of
-from m3ae_jax.evals.clean import clean_batches, concatenated
+from m3ae_jax.evals.clean import Tokens, clean_batches, concatenated
 from m3ae_jax.evals.features import shared
 from m3ae_jax.objectives.base import Params, Part, Restored, Restores
 from m3ae_jax.parallel.mesh import fetch, put_batch
@@ -88,6 +89,15 @@ def names_of(setup: Setup) -> tuple[str, str]:
     """The groups of the picture and of the caption."""
     groups = setup.objective.view(("image", "text"))
     return group_of(groups, "image").name, group_of(groups, "text").name
+
+
+def whole_groups(setup: Setup, tokens: Tokens) -> dict[str, Any]:
+    """Token sets of pictures and captions by group, every token visible, in host memory."""
+    groups = {}
+    for name, modality in zip(names_of(setup), ("image", "text"), strict=True):
+        value, real = tokens[modality]
+        groups[name] = split(value, real, np.zeros_like(real), (real.shape[1], 0))
+    return groups
 
 
 def group_name(setup: Setup, modality: str) -> str:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
 import m3ae_jax.console as console
+import m3ae_jax.evals.pointing as pointing
 from m3ae_jax.checkpoint import meta as meta_lib
 from m3ae_jax.checkpoint.manager import Checkpoints, find
 from m3ae_jax.config.schema import objective_groups
@@ -39,7 +40,7 @@ from m3ae_jax.evals.tsne import check_tsne
 from m3ae_jax.evals.validation import Validation, priors
 from m3ae_jax.evals.verdict import sentence
 from m3ae_jax.metrics.writers import ROWS, MetricWriter, read_rows
-from m3ae_jax.objectives.base import Attends, Embeds, Encodes, Restores, Tokenizes, model_params
+from m3ae_jax.objectives.base import Attends, Embeds, Encodes, FindsKeywords, Grounds, Restores, Tokenizes, model_params
 from m3ae_jax.report import card
 from m3ae_jax.report.pictures import curves
 from m3ae_jax.report.run import build_run
@@ -84,6 +85,8 @@ EVALUATIONS: dict[str, Needs] = {
     "masked_prediction": Needs((Restores,), paired=True),
     "retrieval": Needs((Encodes,), paired=True),
     "binding": Needs((Embeds,), paired=True, data=SCENES[:1], check=check_scenes),
+    "keywords": Needs((FindsKeywords,), paired=True, data=SCENES[:1]),
+    "pointing": Needs((Grounds,), paired=True, data=SCENES[:1], check=pointing.check_scenes),
     "codebook": Needs((Tokenizes,)),
     "attention": Needs((Attends,), paired=True, check_setup=check_layer),
     "mask_ratios": Needs((Restores,)),
@@ -102,6 +105,8 @@ _ABLE = {
     Attends: "show its attention",
     Embeds: "embed pictures and captions",
     Encodes: "encode",
+    FindsKeywords: "find keywords",
+    Grounds: "say where in a picture a caption is",
     Restores: "restore what is hidden",
     Tokenizes: "give ids of pictures",
 }

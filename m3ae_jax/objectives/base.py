@@ -283,6 +283,19 @@ class Grounds(Protocol):
 
 
 @runtime_checkable
+class FindsKeywords(Protocol):
+    """Finds the words that matter in a caption, and recommends words for a picture."""
+
+    def keywords(self, params: Params, part: Part) -> tuple[jax.Array, jax.Array]:
+        """Of pairs, deterministic.
+
+        Returns:
+            `[B, V] bool`, the keywords of each caption; `[B, V] float32`, of each word of the vocabulary the
+            probability that it is one, of the picture alone.
+        """
+
+
+@runtime_checkable
 class Itemizes(Protocol):
     """Says what the parts of a step cost."""
 

@@ -185,11 +185,9 @@ class M3AE(Objective):
         part = self._with_ids(params, part)
         restored = self._token_losses(params, part, None)
         if self._tokenizer and "image" in restored:
-            # What an id looks like depends on the others: those that are visible stand beside.
-            sets, guess = part["groups"]["image"], restored["image"]
-            whole = clean({**sets, "target": {**sets["target"], "ids": guess.value}})
-            pixels = self._tokenizer.objective.pixels(params["tokenizer"], whole["ids"], whole["position"])
-            restored["image"] = Restored(pixels[:, pixels.shape[1] - guess.value.shape[1] :], guess.loss)
+            guess = restored["image"]
+            pixels = self._tokenizer.painted(params["tokenizer"], part["groups"]["image"], guess.value)
+            restored["image"] = Restored(pixels, guess.loss)
         return restored
 
     def encode(self, params: Params, part: Part, rng: jax.Array | None = None) -> Encoded:

@@ -37,6 +37,7 @@ from m3ae_jax.objectives.parts.contrast import (
     temperature_parameters,
     unit,
 )
+from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
 from m3ae_jax.objectives.parts.latents import (
     NORMALIZATIONS,
     Projector,
@@ -108,8 +109,13 @@ class Fields(FieldGroup):
     """Of the target ``clusters``."""
     cluster_temperature: float = setting(0.06, low=1e-3, high=10.0, loss=True)
     """Of the teacher's assignment to clusters; the student's predictions have twice this."""
-    image_target: str = setting("features", choices=("features", "pixels"))
-    """What MIM regresses: the features of the teacher's picture tower, or pixels."""
+    image_target: str = setting("features", choices=("features", "pixels", "ids"))
+    """What MIM restores: the features of the teacher's picture tower, pixels, or ids of a visual tokenizer."""
+    image_tokenizer: str = setting("", identifies=False, weights=True)
+    """Of the target ``ids``: a run of visual_tokenizer, whose patches must be as large as these. Needed at the start
+    alone."""
+    image_tokenizer_model: str = setting("")
+    """What it is; filled in from its run."""
     feature_normalization: str = setting("layer_norm", choices=NORMALIZATIONS)
     """Of MIM's target features (assumed)."""
     contrast_weight: float = setting(1.0, low=0.0, loss=True)
@@ -128,6 +134,8 @@ class Fields(FieldGroup):
         """Refuses towers that cannot be computed, and losses that fit neither each other nor the data."""
         m = config.mamo
         check_aligned("mamo", config, ("contrast", "match", "word", "latent", "feature"))
+        ids = m.image_target == "ids" and bool(m.feature_weight)
+        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", ids)
         if m.momentum_start not in (m.momentum, 0.995) and not m.momentum_ramp:
             raise UserError(f"mamo.momentum_start={m.momentum_start} is not used: set mamo.momentum_ramp to some steps")
         if m.distillation and not m.contrast_weight:
@@ -227,8 +235,14 @@ class MAMO(Objective):
             self._heads["latents"] = Projector(fusion, width if o.latent_target == "latents" else o.clusters)
         if o.latent_weight and o.latent_target == "clusters":
             self._heads["clusters"] = projection(o.clusters, jnp.float32)
+        self._tokenizer: Frozen | None = None
         if o.feature_weight:
-            self._heads["features"] = Projector(fusion, width if o.image_target == "features" else pixels)
+            outputs = {"features": width, "pixels": pixels}
+            if o.image_target == "ids":
+                field = "mamo.image_tokenizer"
+                self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
+                outputs["ids"] = self._tokenizer.objective.codes
+            self._heads["features"] = Projector(fusion, outputs[o.image_target])
         weights = {"contrast_loss": o.contrast_weight, "match_loss": o.match_weight, "word_loss": o.word_weight}
         weights |= {"feature_loss": o.feature_weight}
         weights |= dict.fromkeys(("latent_image_loss", "latent_text_loss"), o.latent_weight)
@@ -274,12 +288,14 @@ class MAMO(Objective):
         return {**params, "fusion": of_fusion["params"], "heads": heads, "contrast": contrast}
 
     def init_extra(self, params: Boxed, rng: jax.Array) -> Boxed:
-        """See `Objective.init_extra`: ``teacher``, and ``queue`` if there is one."""
+        """See `Objective.init_extra`: ``teacher``, ``queue`` and ``tokenizer``, those that there are."""
         extra: dict[str, Any] = {}
         if self._teacher:
             extra["teacher"] = subset(params, self._teacher)
         if self._options.queue and self._options.contrast_weight:
             extra["queue"] = empty_queue(rng, self._options.queue, self._options.embedding_width)
+        if self._tokenizer:
+            extra["tokenizer"] = self._tokenizer.init(rng)
         return extra
 
     def update_extra(self, extra: Any, params: Params, rows: Mapping[str, Any], sums: Any, step: jax.Array) -> Any:
@@ -297,7 +313,8 @@ class MAMO(Objective):
 
     def loads(self) -> tuple[Load, ...]:
         """See `Objective.loads`."""
-        return loads_of(self._config, "mamo")
+        tokenizer = self._tokenizer.loads("extra/tokenizer") if self._tokenizer else ()
+        return (*loads_of(self._config, "mamo"), *tokenizer)
 
     def view(self, inputs: Iterable[str], hidden: Mapping[str, float] = NOTHING_HIDDEN) -> tuple[Group, ...]:
         """See `Objective.view`: a group for each modality, of its name."""
@@ -308,7 +325,7 @@ class MAMO(Objective):
 
         ``contrast_loss`` and ``match_loss``, nats a pair; ``word_loss``, nats a hidden word; ``latent_image_loss`` and
         ``latent_text_loss``, squared error a channel of a hidden token (nats with clusters); ``feature_loss``, absolute
-        error a channel of a hidden patch; ``cluster_loss``, nats.
+        error a channel of a hidden patch, or of ids nats; ``cluster_loss``, nats.
         """
         o, groups = self._options, part["groups"]
         sets = {name: clean(group) for name, group in groups.items()}
@@ -362,7 +379,7 @@ class MAMO(Objective):
                     previous = terms.get(extra_name, (0.0, 0.0))
                     terms[extra_name] = (previous[0] + term[0], previous[1] + term[1])
             if name == "image" and o.feature_weight:
-                losses, figures = self._features(params, hidden, teacher, target)
+                losses, figures = self._features(params, hidden, teacher, extra, groups["image"])
                 terms["feature_loss"] = row_total(losses, target["valid"], "token")
                 metrics |= figures
             if name == "text" and o.word_weight:
@@ -526,10 +543,16 @@ class MAMO(Objective):
         return -jnp.sum(assigned * guess, axis=-1), more
 
     def _features(
-        self, params: Params, hidden: jax.Array, teacher: Mapping[str, Any], target: Mapping[str, jax.Array]
+        self, params: Params, hidden: jax.Array, teacher: Mapping[str, Any], extra: Any, group: Mapping[str, Any]
     ) -> tuple[jax.Array, Terms]:
         """MIM, `[B, K]`."""
-        predicted = self._head(params, "features", hidden)
+        predicted, target = self._head(params, "features", hidden), group["target"]
+        if self._tokenizer:
+            true = self._tokenizer.hidden_ids(extra["tokenizer"], group)
+            right = (jnp.argmax(predicted, axis=-1) == true).astype(jnp.float32)
+            log_probability = jax.nn.log_softmax(predicted.astype(jnp.float32))
+            losses = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
+            return losses, {"id_accuracy": summed(row_total(right, target["valid"], "token"))}
         if self._options.image_target == "pixels":
             return absolute_error(predicted, normalized_tokens(target, self._config)["value"]), {}
         features = teacher["image"][:, -predicted.shape[1] :] if predicted.shape[1] else teacher["image"][:, :0]
@@ -598,6 +621,7 @@ class MAMO(Objective):
             "teacher": sum(towers[name] for name in self._teacher) + embeddings * of_teacher,
             "distillation": linear(2, o.embedding_width, rows + o.queue) * bool(contrast and o.distillation),
             "negatives": linear(2, o.embedding_width, o.negative_rows or rows) * match,
+            "tokenizer": self._tokenizer.objective.ids_products() if self._tokenizer else 0.0,
             "collapse monitors": linear(latents * latent + hidden * features, width, width),
         }
         parts = {name: 3.0 * cost for name, cost in trained.items()} | fixed

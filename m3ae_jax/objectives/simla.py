@@ -180,6 +180,101 @@ class WordsHead(nn.Module):
         return features
 
 
+class _Embedding:
+    """What a SIMLA with contrast can do."""
+
+    def embed(self: Any, params: Params, part: Part, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+        """See `objectives.base.Embeds`."""
+        keys = (None,) * 3 if rng is None else tuple(jax.random.split(rng, 3))
+        sets, cls = {name: clean(group) for name, group in part["groups"].items()}, {}
+        if "image" in sets:
+            cls["image"] = self._picture(params, sets["image"], keys[0]).pooled["cls"]
+        if "text" in sets:
+            words = self._text(params, "words", sets["text"], rng=keys[1])
+            cls["text"] = self._layers(params, words, None, keys[2])[:, 0]
+        return {name: self._embedding(params, name, x) for name, x in cls.items()}
+
+
+class _Matching:
+    """What a SIMLA with matching can do."""
+
+    def match(self: Any, params: Params, part: Part) -> jax.Array:
+        """See `objectives.base.Matches`: the logit of belonging together less that of not."""
+        return self._score(params, part, None)[0]
+
+    def relevance(self: Any, params: Params, part: Part, layer: int = -1) -> jax.Array:
+        """See `objectives.base.Grounds`: of one layer's cross-attention, weighted by its gradient (Grad-CAM).
+
+        The mean over heads and words of the weights times the positive part of the score's gradient (ALBEF, arXiv
+        2107.07651, section 4; layer 8 of 12 there).
+        """
+        upper = self._stack.options
+        below = self._options.fusion_layer
+        layer = layer if layer >= 0 else max(round(upper.depth * 2 / 3) - below, 0)
+        text, image = (clean(part["groups"][name]) for name in BOTH[::-1])
+        rows, keys = text["valid"].shape[1] + 2, image["valid"].shape[1] + 1
+        start = jnp.zeros((len(text["valid"]), upper.heads, rows, keys), jnp.float32)
+
+        def score(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits, attention = self._score(params, part, Tap(layer, "context", delta=delta))
+            return jnp.sum(logits), attention
+
+        gradient, attention = jax.grad(score, has_aux=True)(start)
+        one = jnp.ones((len(start), 1), bool)
+        real = jnp.concatenate([one, text["valid"], one], axis=1).astype(jnp.float32)[:, None, :, None]
+        weighted = jnp.mean(attention * jnp.maximum(gradient, 0.0) * real, axis=1)
+        each = jnp.sum(weighted, axis=1) / jnp.sum(real[:, 0], axis=1)
+        # In the order of their positions.
+        order = jnp.argsort(image["position"], axis=1)
+        return jnp.take_along_axis(each[:, 1:], order, axis=1)
+
+
+class _Keywords:
+    """What a SIMLA that is asked for keywords can do."""
+
+    def keywords(self: Any, params: Params, part: Part) -> tuple[jax.Array, jax.Array]:
+        """See `objectives.base.FindsKeywords`."""
+        sets = {name: clean(group) for name, group in part["groups"].items()}
+        encoded = self._picture(params, sets["image"], None)
+        seen, words = self._seen(encoded, sets["image"]), self._text(params, "words", sets["text"], rng=None)
+        cls = encoded.pooled["cls"]
+        given = self._keyword_input(cls, self._embedding(params, "image", cls))
+        found = self._keywords(params, words, seen, sets["text"], None)
+        return found, jax.nn.sigmoid(self._head(params, "keywords", given))
+
+
+class _Restoring:
+    """What a SIMLA that is asked for words, or for ids of patches, can do."""
+
+    def restore(self: Any, params: Params, part: Part) -> dict[str, Restored]:
+        """See `objectives.base.Restores`: hidden words, from the picture and the words that are visible; hidden patches
+        of a pair, from the caption and the patches that are visible."""
+        groups = {name: dict(group) for name, group in part["groups"].items()}
+        restored: dict[str, Restored] = {}
+        hidden = {name for name, group in groups.items() if group["target"]["valid"].shape[1]}
+        if "text" in hidden:  # masks are shown, whoever looks
+            target = groups["text"]["target"]
+            groups["text"]["target"] = {**target, "input": jnp.full_like(target["value"], MASK)}
+        if "text" in hidden and "words" in self._heads:
+            seen = None
+            if "image" in groups:
+                visible = groups["image"]["visible"]
+                seen = self._seen(self._picture(params, visible, None), visible)
+            features = self._corrupted(params, groups["text"], seen, (None, None))
+            blocks, value = self._config.compute.vocabulary_blocks, groups["text"]["target"]["value"]
+            x, kernel, bias = self._words_output(params, features)
+            guess = cross_entropy(x, kernel, bias, value, blocks)
+            restored["text"] = Restored(guess.best, guess.loss, guess.best == value)
+        if "image" in hidden and "text" in groups and self._tokenizer:
+            words = self._text(params, "words", clean(groups["text"], shown=True), rng=None)
+            logits = self._head(params, "ids", self._masked(params, groups["image"], words, (None, None, None)))
+            log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
+            true, best = self._tokenizer.hidden_ids(params["tokenizer"], groups["image"]), jnp.argmax(logits, axis=-1)
+            loss = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
+            restored["image"] = Restored(self._tokenizer.painted(params["tokenizer"], groups["image"], best), loss)
+        return restored
+
+
 class Simla(Objective):
     """The objective; see `objectives.base` for the methods' contract."""
 
@@ -187,6 +282,18 @@ class Simla(Objective):
     name = "simla"
     stacks: tuple[str, ...] = ("image/transformer/blocks", "text/transformer/blocks")
     couples_examples = True
+
+    def __new__(cls, config: ConfigDict, vocab_size: int) -> Simla:
+        """Only what a loss trains is offered: `Embeds`, `Matches` and `Grounds`, `FindsKeywords`, `Restores`."""
+        o = config.simla
+        offered = {
+            _Embedding: o.contrast_weight,
+            _Matching: o.match_weight,
+            _Keywords: o.keyword_weight,
+            _Restoring: o.word_weight or o.id_weight,
+        }
+        kinds = [kind for kind, weight in offered.items() if weight]
+        return object.__new__(type(cls.__name__, (cls, *kinds), {}))
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
         self._config, self._options, self._words = config, config.simla, vocab_size
@@ -219,6 +326,7 @@ class Simla(Objective):
         if o.id_weight:
             field = "simla.image_tokenizer"
             self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
+            self.model_extra = ("tokenizer",)
         self._heads: dict[str, Any] = {}
         if o.match_weight:
             self._heads["match"] = dense(2, ("embed", None), upper.dtype)
@@ -335,7 +443,7 @@ class Simla(Objective):
     def _keyword_input(self, cls: jax.Array, embedding: jax.Array) -> jax.Array:
         return embedding if self._options.keyword_input == "embedding" else cls.astype(jnp.float32)
 
-    def _corrupted(self, params: Params, group: Any, context: Stream, keys: tuple[Any, Any]) -> jax.Array:
+    def _corrupted(self, params: Params, group: Any, context: Stream | None, keys: tuple[Any, Any]) -> jax.Array:
         """What the stack makes of the hidden words, `[B, K, D]`."""
         words = self._text(params, "words", clean(group, shown=True), rng=keys[0])
         fused, shown = self._layers(params, words, context, keys[1]), group["visible"]["valid"].shape[1]
@@ -398,7 +506,7 @@ class Simla(Objective):
         if self._tokenizer:
             target = groups["image"]["target"]
             logits = self._head(params, "ids", self._masked(params, groups["image"], words, (key(7), key(8), key(9))))
-            true = self._true_ids(extra, groups["image"])
+            true = self._tokenizer.hidden_ids(extra["tokenizer"], groups["image"])
             log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
             losses = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
             if "ids" in teacher:
@@ -537,12 +645,6 @@ class Simla(Objective):
             losses = (1.0 - share) * losses + share * distilled
         return losses, right
 
-    def _true_ids(self, extra: Any, group: Mapping[str, Any]) -> jax.Array:
-        """Ids of the hidden patches, `[B, K] int32`; the tokenizer sees the whole picture."""
-        assert self._tokenizer is not None
-        ids: jax.Array = self._tokenizer.objective.ids(jax.lax.stop_gradient(extra["tokenizer"]), clean(group))
-        return ids[:, ids.shape[1] - group["target"]["valid"].shape[1] :]
-
     # --- what else it can do
 
     def products(self, rows: int) -> dict[str, float]:
@@ -628,21 +730,6 @@ class Simla(Objective):
         tokens = {} if picture is None else dict(picture.tokens)
         return Encoded({"cls": fused[:, 0]}, {**tokens, "text": fused[:, 1:-1]})
 
-    def embed(self, params: Params, part: Part, rng: jax.Array | None = None) -> dict[str, jax.Array]:
-        """See `objectives.base.Embeds`."""
-        keys = (None,) * 3 if rng is None else tuple(jax.random.split(rng, 3))
-        sets, cls = {name: clean(group) for name, group in part["groups"].items()}, {}
-        if "image" in sets:
-            cls["image"] = self._picture(params, sets["image"], keys[0]).pooled["cls"]
-        if "text" in sets:
-            words = self._text(params, "words", sets["text"], rng=keys[1])
-            cls["text"] = self._layers(params, words, None, keys[2])[:, 0]
-        return {name: self._embedding(params, name, x) for name, x in cls.items()}
-
-    def match(self, params: Params, part: Part) -> jax.Array:
-        """See `objectives.base.Matches`: the logit of belonging together less that of not."""
-        return self._score(params, part, None)[0]
-
     def _score(self, params: Params, part: Part, tap: Tap | None) -> tuple[jax.Array, Any]:
         sets = {name: clean(group) for name, group in part["groups"].items()}
         seen = self._seen(self._picture(params, sets["image"], None), sets["image"])
@@ -650,48 +737,3 @@ class Simla(Objective):
         fused, attention = self._text(params, "__call__", words, seen, tap, rng=None)
         logits = self._head(params, "match", fused[:, 0]).astype(jnp.float32)
         return logits[:, 1] - logits[:, 0], attention
-
-    def relevance(self, params: Params, part: Part, layer: int = -1) -> jax.Array:
-        """See `objectives.base.Grounds`: of one layer's cross-attention, weighted by its gradient (Grad-CAM).
-
-        The mean over heads and words of the weights times the positive part of the score's gradient (ALBEF, arXiv
-        2107.07651, section 4; layer 8 of 12 there).
-        """
-        upper = self._stack.options
-        below = self._options.fusion_layer
-        layer = layer if layer >= 0 else max(round(upper.depth * 2 / 3) - below, 0)
-        text, image = (clean(part["groups"][name]) for name in BOTH[::-1])
-        rows, keys = text["valid"].shape[1] + 2, image["valid"].shape[1] + 1
-        start = jnp.zeros((len(text["valid"]), upper.heads, rows, keys), jnp.float32)
-
-        def score(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits, attention = self._score(params, part, Tap(layer, "context", delta=delta))
-            return jnp.sum(logits), attention
-
-        gradient, attention = jax.grad(score, has_aux=True)(start)
-        one = jnp.ones((len(start), 1), bool)
-        real = jnp.concatenate([one, text["valid"], one], axis=1).astype(jnp.float32)[:, None, :, None]
-        weighted = jnp.mean(attention * jnp.maximum(gradient, 0.0) * real, axis=1)
-        each = jnp.sum(weighted, axis=1) / jnp.sum(real[:, 0], axis=1)
-        # In the order of their positions.
-        order = jnp.argsort(image["position"], axis=1)
-        return jnp.take_along_axis(each[:, 1:], order, axis=1)
-
-    def restore(self, params: Params, part: Part) -> dict[str, Restored]:
-        """See `objectives.base.Restores`: hidden words, from the picture and the words that are visible."""
-        if "text" not in part["groups"] or "words" not in self._heads:
-            return {}
-        group = part["groups"]["text"]
-        target = group["target"]
-        masked = {**group, "target": {**target, "input": jnp.full_like(target["value"], MASK)}}
-        seen = None
-        if "image" in part["groups"]:
-            image = clean(part["groups"]["image"])
-            seen = self._seen(self._picture(params, image, None), image)
-        stream = self._text(params, "words", clean(masked, shown=True), rng=None)
-        shown, count = group["visible"]["valid"].shape[1], target["valid"].shape[1]
-        hidden = self._layers(params, stream, seen, None)[:, 1 + shown : 1 + shown + count]
-        words = cross_entropy(
-            *self._words_output(params, hidden), target["value"], self._config.compute.vocabulary_blocks
-        )
-        return {"text": Restored(words.best, words.loss, words.best == target["value"])}

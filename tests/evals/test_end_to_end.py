@@ -10,7 +10,7 @@ import pytest
 from m3ae_jax import config as config_lib
 from m3ae_jax.evals import grounding
 from m3ae_jax.evals.run import EVALUATIONS, evaluate, train_and_evaluate
-from m3ae_jax.objectives.base import Embeds, Tokenizes
+from m3ae_jax.objectives.base import Embeds, FindsKeywords, Grounds, Tokenizes
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup
 
@@ -47,7 +47,11 @@ def test_item_15_all_evaluations_run_repeat_and_end_with_a_verdict(tmp_path, mon
     monkeypatch.setattr(logging.getLogger("m3ae_jax"), "handlers", [caplog.handler])
     monkeypatch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(grounding, "SCENES", 16)
-    names = tuple(name for name, needs in EVALUATIONS.items() if not {Embeds, Tokenizes} & {*needs.objective})
+    names = tuple(
+        name
+        for name, needs in EVALUATIONS.items()
+        if not {Embeds, FindsKeywords, Grounds, Tokenizes} & {*needs.objective}
+    )
     config = config_lib.load("configs/tiny.py")
     config_lib.apply_overrides(config, [*SMALL.items(), ("evals", ",".join(names))])
     train_and_evaluate(config, tmp_path)

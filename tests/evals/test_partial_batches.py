@@ -11,7 +11,7 @@ from m3ae_jax import config as config_lib
 from m3ae_jax.evals import grounding, ood
 from m3ae_jax.evals.linear import swept
 from m3ae_jax.evals.run import EVALUATIONS, run
-from m3ae_jax.objectives.base import Embeds, Tokenizes
+from m3ae_jax.objectives.base import Embeds, FindsKeywords, Grounds, Tokenizes
 from m3ae_jax.parallel.mesh import make_mesh
 from m3ae_jax.train import setup as run_setup
 
@@ -72,7 +72,12 @@ def smooth_auroc(inside, outside):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, needs in EVALUATIONS.items() if not {Embeds, Tokenizes} & {*needs.objective}]
+    "name",
+    [
+        name
+        for name, needs in EVALUATIONS.items()
+        if not {Embeds, FindsKeywords, Grounds, Tokenizes} & {*needs.objective}
+    ],
 )
 def test_figures_are_those_of_one_whole_batch(setups, name, monkeypatch):
     monkeypatch.setattr(grounding, "SCENES", EXAMPLES)

@@ -304,6 +304,7 @@ def test_two_examples_have_a_number_and_never_tokens() -> None:
         {"mamo.latent_weight": 0, "mamo.feature_weight": 0},
         {"mamo.latent_target": "clusters", "mamo.clusters": 8, "compute.unroll": False},
         {"mamo.image_target": "pixels", "mamo.match_weight": 0, "mamo.latent_weight": 0},
+        {"mamo.image_target": "ids", "mamo.word_weight": 0},
         {"mamo.contrast_weight": 0, "mamo.match_weight": 0, "mamo.word_weight": 0},
         {"mamo.text_depth": 2, "mamo.fusion_depth": 3, "model.mlp_ratio": 2.0, "mamo.image_mask": "blocks"},
     ],

@@ -18,7 +18,17 @@ import m3ae_jax.config as config_lib
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.errors import UserError
 from m3ae_jax.models.vocabulary import cross_entropy, soft_cross_entropy
-from m3ae_jax.objectives.base import Embeds, Encodes, Grounds, LossOutput, Matches, Restores, build
+from m3ae_jax.objectives.base import (
+    Embeds,
+    Encodes,
+    FindsKeywords,
+    Grounds,
+    LossOutput,
+    Matches,
+    Restores,
+    build,
+    model_params,
+)
 from m3ae_jax.objectives.batch import clean, mean
 from m3ae_jax.objectives.parts.keywords import binary_loss, keywords
 from m3ae_jax.parallel.mesh import fetch, put_batch
@@ -158,6 +168,17 @@ def test_a_caption_alone_knows_no_picture_and_one_that_looks_at_it_does() -> Non
     assert np.abs(match(state.params, part) - match(state.params, words)).max() > 1e-6
 
 
+def test_only_what_a_loss_trains_is_offered() -> None:
+    offered = {
+        "contrast": (Embeds,), "match": (Matches, Grounds), "word": (Restores,), "keyword": (FindsKeywords,),
+    }  # fmt: skip
+    for loss in offered:
+        weights = {f"simla.{name}_weight": float(name == loss) for name in offered}
+        objective = small.setup_of("simla", **{**weights, "simla.id_weight": 0.0}).objective
+        for name, of in offered.items():
+            assert {isinstance(objective, protocol) for protocol in of} == {name == loss}, (loss, name)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = QUANTIZERS["kmeans"]
@@ -183,7 +204,7 @@ def test_ids_are_of_the_view_that_is_trained_on_and_gradients_reach_what_they_mu
     model: Any = m3ae_jax.load(str(tokenizer))
     ids = model.encode(pictures).reshape(B, 16)
     target = part["groups"]["image"]["target"]
-    true = np.asarray(objective._true_ids(state.extra, part["groups"]["image"]))  # type: ignore[attr-defined]
+    true = np.asarray(objective._tokenizer.hidden_ids(state.extra["tokenizer"], part["groups"]["image"]))  # type: ignore[attr-defined]
     np.testing.assert_array_equal(true, np.take_along_axis(ids, np.asarray(target["position"]), axis=1))
 
     def of(params: Any, extra: Any, name: str) -> jax.Array:
@@ -218,8 +239,28 @@ def test_hidden_pixels_change_targets_alone(whole: tuple[Setup, Any]) -> None:
         return objective._masked(state.params, part["groups"]["image"], words, (None,) * 3)
 
     np.testing.assert_array_equal(hidden(part), hidden(other))
-    true = [np.asarray(objective._true_ids(state.extra, p["groups"]["image"])) for p in (part, other)]
+    true = [
+        np.asarray(objective._tokenizer.hidden_ids(state.extra["tokenizer"], p["groups"]["image"]))
+        for p in (part, other)
+    ]
     assert (true[0] != true[1]).any()
+
+
+def test_what_is_hidden_is_restored_without_sight_of_it(whole: tuple[Setup, Any]) -> None:
+    setup, state = whole
+    objective: Any = setup.objective
+    part, params = part_of(setup), model_params(objective, state.params, state.extra)
+    restore = jax.jit(objective.restore)
+    before, after = restore(params, part), restore(params, other_values(part, "image", ("target",)))
+    np.testing.assert_array_equal(before["text"].loss, after["text"].loss)
+    target = part["groups"]["image"]["target"]
+    assert before["image"].value.shape == target["value"].shape and before["image"].value.dtype == np.uint8
+    # The caption's words are masked for the picture too, and what is visible of both is looked at.
+    words = restore(params, other_values(part, "text", ("target",)))
+    np.testing.assert_array_equal(before["image"].loss, words["image"].loss)
+    for group, restored in (("text", "image"), ("image", "text")):
+        changed = restore(params, other_values(part, group, ("visible",)))
+        assert not np.allclose(before[restored].loss, changed[restored].loss, atol=1e-6)
 
 
 def test_the_prediction_of_keywords_sees_no_caption(whole: tuple[Setup, Any]) -> None:

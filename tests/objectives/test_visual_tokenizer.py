@@ -267,6 +267,27 @@ def test_targets_are_the_ids_of_exactly_the_crop_and_flip_that_the_encoder_sees(
     assert objective.prior([part], [part])["image_loss"] == np.log(model.codes)
 
 
+def test_mamo_restores_the_ids_of_what_it_does_not_see(runs: dict[str, Path]) -> None:
+    alone = {f"mamo.{name}_weight": 0.0 for name in ("contrast", "match", "word", "latent")}
+    ids = {"mamo.image_target": "ids", "mamo.image_tokenizer": runs["vq"]}
+    setup = setup_of("mamo", **{**alone, **ids, "data.flip": True})
+    objective: Any = setup.objective
+    state, part = setup.fresh_state(), part_of(setup)
+    group = part["groups"]["image"]
+    true = objective._tokenizer.hidden_ids(state.extra["tokenizer"], group)
+    whole = fetch(clean(group))
+    order = np.argsort(whole["position"], axis=1)
+    pictures = unpatchify(np.take_along_axis(whole["value"], order[..., None], axis=1), 8, (4, 4))
+    model: Any = m3ae_jax.load(str(runs["vq"]))
+    seen = model.encode(pictures).reshape(len(order), -1)
+    np.testing.assert_array_equal(true, np.take_along_axis(seen, np.asarray(group["target"]["position"]), axis=1))
+    assert "teacher" not in state.extra
+    after, figures = setup.train_step()(state, put_batch(batch_of(setup), setup.mesh))
+    assert set(objective.term_weights) == {"feature_loss"} and 0.0 <= float(figures["id_accuracy"]) <= 1.0
+    assert np.log(model.codes) * 0.7 < float(figures["feature_loss"]) < np.log(model.codes) * 1.5
+    assert_equal(fetch(after.extra["tokenizer"]), fetch(setup.fresh_state().extra["tokenizer"]))
+
+
 def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "tokenizer"
     shutil.copytree(runs["kmeans"], run)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import m3ae_jax.config as config_lib
 from m3ae_jax.errors import UserError
 from m3ae_jax.objectives.base import Boxed, Load, build
+from m3ae_jax.objectives.batch import clean
 
 _GROUPS = ("model.", "data.image_", "data.patch_size")
 
@@ -47,6 +50,24 @@ class Frozen:
             return {name: params[name] for name in self.branches}
         extra = self.objective.init_extra(params, rng) if self.objective.model_extra else {}
         return {**params, **{name: extra[name] for name in self.objective.model_extra}}
+
+    def hidden_ids(self, params: Any, group: Mapping[str, Any]) -> jax.Array:
+        """Of a visual tokenizer: ids of a group's target patches, `[B, K] int32`; it sees the whole picture."""
+        ids: jax.Array = self.objective.ids(jax.lax.stop_gradient(params), clean(group))
+        return ids[:, ids.shape[1] - group["target"]["valid"].shape[1] :]
+
+    def painted(self, params: Any, group: Mapping[str, Any], ids: jax.Array) -> jax.Array:
+        """Of a visual tokenizer: the target patches, `[B, K, P] uint8`, of guessed ids `[B, K]`.
+
+        What an id looks like depends on the others: those of the visible patches stand beside.
+        """
+        tokens = clean(group)
+        shown = tokens["valid"].shape[1] - ids.shape[1]
+        true = self.objective.ids(params, tokens)[:, :shown]
+        pixels: jax.Array = self.objective.pixels(
+            params, jnp.concatenate([true, ids.astype(true.dtype)], axis=1), tokens["position"]
+        )
+        return pixels[:, shown:]
 
     def loads(self, into: str) -> tuple[Load, ...]:
         """Of each branch, into a branch of the state.
