@@ -126,7 +126,7 @@ def row_of(setup: Setup, part: Any, restored: Mapping[str, Restored], example: i
 
 def _pictures(
     setup: Setup, group: dict[str, Any], value: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     rows, columns = patch_grid(setup.config)
     visible, target, patch = group["visible"], group["target"], setup.config.data.patch_size
 
@@ -139,7 +139,8 @@ def _pictures(
     masked = filled(visible["value"], visible, nothing)
     pictures = [filled(x, target, masked) if x is not None else masked for x in (target["value"], None, value)]
     original, masked, restored = unpatchify(np.stack(pictures), patch, (rows, columns))
-    return original, masked, restored
+    # A visual tokenizer restores everything: then there is nothing to see.
+    return original, masked if visible["valid"].any() else None, restored
 
 
 def _words(group: dict[str, Any], value: np.ndarray | None, tokenizer: Tokenizer) -> tuple[Word, ...]:

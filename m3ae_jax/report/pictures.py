@@ -71,7 +71,7 @@ class Reconstruction:
 
     Attributes:
         original: `[H, W, 3] uint8`, or None (as the next two) in an example without a picture.
-        masked: `[H, W, 3] uint8`, the hidden patches `hatched`.
+        masked: `[H, W, 3] uint8`, the hidden patches `hatched`; None too where all are hidden.
         restored: `[H, W, 3] uint8`, as the model reconstructs it.
         words: the caption's tokens in order; empty in an example without a caption.
     """
@@ -189,7 +189,7 @@ def hatched(height: int, width: int, patch: int) -> np.ndarray:
 def reconstruction_sheet(rows: Sequence[Reconstruction], title: str, note: str = "") -> Image.Image:
     """Draws one row an example: original, masked and restored picture, and the caption with its guesses.
 
-    A column that no example has (pictures or captions) is left out. Small pictures are enlarged to at least
+    A column that no example has (a picture of some kind, captions) is left out. Small pictures are enlarged to at least
     192 pixels, large ones reduced to at most 256. A character that the font lacks is shown as `\\uXXXX`.
 
     Args:
@@ -201,14 +201,17 @@ def reconstruction_sheet(rows: Sequence[Reconstruction], title: str, note: str =
         An RGB picture as wide as its columns and as high as its rows.
     """
     cell = _cell_size(rows)
-    names, widths = (list(_COLUMNS), [cell] * len(_COLUMNS)) if cell else ([], [])
+    pictures = [(row.original, row.masked, row.restored) for row in rows]
+    shown = [n for n in range(len(_COLUMNS)) if any(of[n] is not None for of in pictures)]
+    names, widths = [_COLUMNS[n] for n in shown], [cell] * len(shown)
     if not cell or any(row.words for row in rows):
         names.append("caption")
         widths.append(_CAPTION_WIDTH if cell else _TEXT_ONLY_WIDTH)
     grid = [_headings(names, widths)] if rows else []
-    for row in rows:
-        pictures = (row.original, row.masked, row.restored) if cell else ()
-        columns: list[list[_Block]] = [[_no_picture(cell) if one is None else _fit(one, cell)] for one in pictures]
+    for row, of in zip(rows, pictures, strict=True):
+        columns: list[list[_Block]] = []
+        for one in (of[n] for n in shown):
+            columns.append([_no_picture(cell) if one is None else _fit(one, cell)])
         if len(columns) < len(widths):
             columns.append([_flow(_caption(row), _font(16), widths[-1])])
         grid.append(columns)

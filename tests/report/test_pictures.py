@@ -59,6 +59,12 @@ def test_pictures_stand_side_by_side_at_a_legible_size(side: int, shown: int) ->
     assert lefts == sorted(lefts)
 
 
+def test_a_column_that_no_example_has_is_left_out() -> None:
+    whole, everything_hidden = example(side=32), Reconstruction(picture(32, 32), None, picture(32, 32), ())
+    widths = [reconstruction_sheet([row], "t").width for row in (whole, everything_hidden)]
+    assert widths[1] < widths[0] == reconstruction_sheet([whole, everything_hidden], "t").width
+
+
 def test_aspect_ratio_stays() -> None:
     row = Reconstruction(picture(32, 64), None, None, ())
     ys, xs = np.nonzero((np.asarray(reconstruction_sheet([row], "t")) == 90).all(-1))
