@@ -97,6 +97,15 @@ def _chance_within(places: np.ndarray, tied: np.ndarray, right: np.ndarray) -> n
     return chance
 
 
+def numbers_of_captions(words: Mapping[str, np.ndarray], caption_id: np.ndarray) -> np.ndarray:
+    """As `identities`, of captions: a token set in host memory, and `tokens.EXAMPLE`'s hash of the whole text.
+
+    Captions that are cut may differ in what was cut off: they are different ones, which score alike.
+    """
+    cut = np.where(words["valid"].all(axis=1), caption_id, 0)
+    return identities(np.concatenate([np.where(words["valid"], words["value"], -1), cut[:, None]], axis=1))
+
+
 def evaluate(setup: Setup, state: TrainState) -> Result:
     """Recall among ``eval.pairs`` examples of ``data.val``."""
     encode, params = encoder(setup), {"trained": state.params, "untrained": fresh_params(setup)}
@@ -114,10 +123,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
 
     data = read_pairs(setup, setup.config.eval.pairs, batch_size(setup), features)
     pixels, words = (data["groups"][name]["visible"] for name in names_of(setup))
-    # Captions that are cut may differ in what was cut off: they are different ones, which score alike.
-    cut = np.where(words["valid"].all(axis=1), data["caption_id"], 0)
-    captions = np.concatenate([np.where(words["valid"], words["value"], -1), cut[:, None]], axis=1)
-    pairs = Pairs.of(identities(pixels["value"]), identities(captions))
+    pairs = Pairs.of(identities(pixels["value"]), numbers_of_captions(words, data["caption_id"]))
     scalars = {"pictures": float(len(pairs.pictures)), "captions": float(len(pairs.captions))}
     # Of each name the score of captions for a picture, that of pictures for a caption, and what is right.
     scores: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []

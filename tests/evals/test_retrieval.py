@@ -67,6 +67,14 @@ def test_equal_rows_have_one_number():
     assert identities(np.array([[1, 2], [0, 2], [1, 2]])).tolist() == [0, 1, 0]
 
 
+def test_captions_that_agree_after_being_cut_are_different_ones():
+    value = np.array([[5, 6, 7]] * 3 + [[5, 6, 0]] * 2 + [[5, 6, 9]])
+    valid = np.array([[True] * 3] * 3 + [[True, True, False]] * 3)
+    # The whole texts: three are too long, of which the last two are the same; the others differ in blanks alone.
+    numbers = retrieval.numbers_of_captions({"value": value, "valid": valid}, np.array([1, 2, 2, 3, 4, 5]))
+    assert numbers.tolist() == [0, 1, 1, 2, 2, 2]
+
+
 def test_words_are_compared_with_the_words_of_an_untrained_model():
     values = {"trained/cls": 0.2, "untrained/cls": 0.1, "chance": 0.02, "words": 0.8, "words_gain": 0.9}
     values |= {"words_chance": 0.05, "untrained_words": 0.06, "untrained_words_gain": 0.3}
