@@ -46,18 +46,20 @@ _overrides: list[tuple[str, str]] = []
 
 
 def _sweep() -> Sweep:
+    from m3ae_jax.sweep.grid import split_overrides
     from m3ae_jax.sweep.sweep import Sweep
 
     config = config_lib.load(_CONFIG.value)
-    config_lib.apply_overrides(config, _overrides)
-    config_lib.check_named_code(_CONFIG.value, config, _overrides)
+    overrides, conditional = split_overrides(_overrides, _GRID.value, config)
+    config_lib.apply_overrides(config, overrides)
+    config_lib.check_named_code(_CONFIG.value, config, overrides)
     if not _EVAL.value:
         raise UserError("--eval= names no evaluation, so there is nothing to compare")
     config.evals = tuple(_EVAL.value)
     folder = local(_WORKDIR.value or Path("runs") / f"sweep_{Path(_CONFIG.value).stem}", "--workdir").resolve()
     settings = (_GRID.value, _SEEDS.value, _EQUAL_FLOPS.value, _COMPARE.value, _FIGURES.value)
     record = local(_RECORD.value, "--record").resolve() if _RECORD.value else None
-    return Sweep(_CONFIG.value, config, _overrides, folder, *settings, record)
+    return Sweep(_CONFIG.value, config, overrides, folder, *settings, record, conditional)
 
 
 def _run() -> int:

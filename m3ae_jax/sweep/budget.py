@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
@@ -35,13 +35,20 @@ class Budgets:
         axes: of the grid.
         equal: names of axes; runs that differ in these alone (and in the seed) train for as many FLOPs as that with
             the first value of each. Their ``duration`` is changed for it, in whole steps.
+        conditional: fields of one objective or another, see `grid.split_overrides`.
 
     Raises:
         UserError: there is no such axis.
     """
 
-    def __init__(self, config: ConfigDict, axes: Sequence[Axis], equal: Sequence[str]) -> None:
-        self._config, self._axes = config, axes
+    def __init__(
+        self,
+        config: ConfigDict,
+        axes: Sequence[Axis],
+        equal: Sequence[str],
+        conditional: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self._config, self._axes, self._conditional = config, axes, conditional
         by_name = {name: axis for axis in axes for name in (axis.name, *axis.fields)}
         for name in equal:
             if name.removeprefix("config.") not in by_name:
@@ -69,10 +76,15 @@ class Budgets:
 
     def overrides(self, run: Run) -> Overrides:
         """The fields that the run's command sets."""
+        everything = [*run.overrides, *self._of_objective(run.overrides)]
         if not self._equal:
-            return list(run.overrides)
-        others = [override for override in run.overrides if override[0] != "duration"]
+            return everything
+        others = [override for override in everything if override[0] != "duration"]
         return [*others, ("duration", f"{self.of(run).steps} steps")]
+
+    def _of_objective(self, overrides: Iterable[tuple[str, str]]) -> Overrides:
+        objective = dict(overrides).get("objective", self._config.objective)
+        return [override for override in self._conditional if override[0].partition(".")[0] == objective]
 
     def _plain(self, overrides: tuple[tuple[str, str], ...]) -> Budget:
         key = tuple(o for o in overrides if o[0] != "seed")
@@ -81,7 +93,7 @@ class Budgets:
             from m3ae_jax.train.setup import data_sizes
 
             config = self._config.copy_and_resolve_references()
-            apply_overrides(config, list(key))
+            apply_overrides(config, [*key, *self._of_objective(key)])
             resolved = resolve(config)
             vocabulary, examples = data_sizes(resolved)
             count = max(1, steps("duration", resolved.duration, resolved.batch_size, max(examples, 1)))

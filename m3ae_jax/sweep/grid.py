@@ -1,7 +1,8 @@
 """What a sweep runs: the points of a grid, each with several seeds, as overrides of one config.
 
 A grid is written ``FIELD=VALUE,VALUE``; fields that change together ``FIELD:FIELD=VALUE:VALUE,VALUE:VALUE``; several
-axes with ``;`` between them. A value with commas stands in brackets: ``data.modalities=image,(image,text)``.
+axes with ``;`` between them. A value with commas stands in brackets: ``data.modalities=image,(image,text)``. Where the
+objective is in the grid, an override of a field of one objective counts for the runs of that one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from m3ae_jax.config import apply_overrides
+from m3ae_jax.config.schema import OBJECTIVES
 from m3ae_jax.errors import UserError
 
 Overrides = list[tuple[str, str]]
@@ -37,6 +39,10 @@ class Axis:
     def name(self) -> str:
         """The names of its fields without their groups: ``text_mask_ratio``."""
         return ":".join(field.rpartition(".")[2] for field in self.fields)
+
+    def values_of(self, field: str) -> tuple[str, ...]:
+        """The texts of one of its fields; none if it has it not."""
+        return tuple(value[self.fields.index(field)] for value in self.values) if field in self.fields else ()
 
     def overrides(self, value: tuple[str, ...]) -> Overrides:
         """The fields with one of the values."""
@@ -86,6 +92,28 @@ def parse_grid(texts: Sequence[str], config: ConfigDict) -> tuple[Axis, ...]:
         if names.count(name) > 1:
             raise UserError(f"--grid has two axes whose fields end in {name!r}: their runs could not be told apart")
     return axes
+
+
+def split_overrides(overrides: Overrides, texts: Sequence[str], config: ConfigDict) -> tuple[Overrides, Overrides]:
+    """Those that are of all runs, and those of the fields of one objective of several that a grid has.
+
+    Args:
+        overrides: of the command line.
+        texts: the grid's.
+        config: as loaded.
+
+    Raises:
+        UserError: as `parse_grid`, or an override does not fit the config.
+    """
+    group_of = {override: override[0].partition(".")[0] for override in overrides}
+    general = [override for override in overrides if group_of[override] not in OBJECTIVES]
+    overridden = config.copy_and_resolve_references()
+    apply_overrides(overridden, general)
+    own = [override for override in overrides if group_of[override] == overridden.objective]
+    apply_overrides(overridden, own)
+    in_grid = {text for axis in parse_grid(texts, overridden) for text in axis.values_of("objective")}
+    conditional = [o for o in overrides if o not in general + own and group_of[o] in in_grid]
+    return [o for o in overrides if o not in conditional], conditional
 
 
 def value_text(value: tuple[str, ...]) -> str:

@@ -59,13 +59,14 @@ class Sweep:
     Attributes:
         config_file: of the runs.
         config: loaded from it and overridden, not yet resolved; its ``evals`` are the sweep's.
-        overrides: those of the command line.
+        overrides: those of the command line, of all runs.
         folder: of the sweep.
         grid: axes, as text.
         seeds: runs of each point.
         equal_flops: names of axes, see `Budgets`.
         compare: name of an axis, see `Results`.
         figures: names of scalars, see `Results`.
+        conditional: overrides of the fields of some of the grid's objectives, see `grid.split_overrides`.
         record: a JSON file of results, of this and of other machines: a run that is in it is done, and each that gets
             done is added at once; None: there is none.
         data: what the data of each evaluation are called (`Data.name`), by run.
@@ -84,10 +85,11 @@ class Sweep:
     compare: str = ""
     figures: Sequence[str] = ()
     record: Path | None = None
+    conditional: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
         self.axes: tuple[Axis, ...] = parse_grid(self.grid, self.config)
-        self._budgets = Budgets(self.config, self.axes, self.equal_flops)
+        self._budgets = Budgets(self.config, self.axes, self.equal_flops, self.conditional)
         Results(self.axes, (), (), self.compare)
         self.runs = make_runs(self.axes, self.config, self.seeds)
         self.data: dict[str, dict[str, str]] = {}
@@ -166,7 +168,7 @@ class Sweep:
         """The sweep's settings, for the record."""
         return {
             "config": self.config_file,
-            "overrides": dict(self.overrides),
+            "overrides": dict([*self.overrides, *self.conditional]),
             "grid": [dataclasses.asdict(axis) for axis in self.axes],
             "seeds": self.seeds,
             "equal_flops": list(self.equal_flops),

@@ -6,7 +6,7 @@ from m3ae_jax import config as config_lib
 from m3ae_jax.data.text import load_tokenizer
 from m3ae_jax.errors import UserError
 from m3ae_jax.sweep.budget import Budgets
-from m3ae_jax.sweep.grid import make_runs, parse_grid
+from m3ae_jax.sweep.grid import make_runs, parse_grid, split_overrides
 from m3ae_jax.train.flops import flops_per_example
 
 
@@ -90,6 +90,29 @@ def test_without_equal_flops_durations_stay(config):
     runs = make_runs(axes, config, 1)
     assert [budgets.of(run).steps for run in runs] == [10, 100]
     assert budgets.overrides(runs[1])[-1] == ("duration", "6400 examples")
+
+
+def test_fields_of_one_objective_count_for_its_runs_alone(config):
+    overrides = [("simla.id_weight", "0"), ("m3ae.text_mask_ratio", "0.5"), ("batch_size", "8"), ("mamo.queue", "8")]
+    grid = ["objective=m3ae,simla,contrastive"]
+    common, conditional = split_overrides(overrides, grid, config)
+    # MAMO is not in the grid: what reads the common ones refuses its field.
+    assert common == [overrides[1], overrides[2], overrides[3]] and conditional == [overrides[0]]
+    with pytest.raises(UserError, match="mamo"):
+        config_lib.apply_overrides(config.copy_and_resolve_references(), common)
+    overridden = config.copy_and_resolve_references()
+    config_lib.apply_overrides(overridden, common[:2])
+    axes = parse_grid(grid, overridden)
+    budgets = Budgets(overridden, axes, ["objective"], conditional)
+    runs = {run.values["objective"]: run for run in make_runs(axes, overridden, 1)}
+    for name, run in runs.items():
+        assert (("simla.id_weight", "0") in budgets.overrides(run)) == (name == "simla")
+        own = overridden.copy_and_resolve_references()
+        config_lib.apply_overrides(own, budgets.overrides(run))
+        a_step = 8 * flops_per_example(config_lib.resolve(own), load_tokenizer("scenes").vocab_size)
+        assert abs(budgets.of(run).flops - budgets.of(runs["m3ae"]).flops) <= a_step / 2
+    # Of a config of one objective, or where an override names it, its fields are everybody's.
+    assert split_overrides([("objective", "simla"), overrides[0]], [], config)[1] == []
 
 
 @pytest.mark.parametrize(
