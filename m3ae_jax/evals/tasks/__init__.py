@@ -1,0 +1,1 @@
+"""Tasks of this field, each with its annotation files, metric and protocol."""
