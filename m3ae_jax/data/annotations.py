@@ -1,18 +1,20 @@
 """The annotation files of this field, told by their keys: which layout a file has, and how much is in it.
 
-Nothing is read for training here: a layout is recognised, counted, and compared with a folder of pictures.
+A layout is recognised, counted, and compared with a folder of pictures; of those with captions the captions are read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3ae_jax.data.sources.base import IMAGE_EXTENSIONS
 
@@ -86,6 +88,7 @@ class Layout:
         listed: key of a list of ``file_name`` in the object around the rows, in place of `pictures`.
         split: of a row and the object around it; empty where it is not said.
         fits: tells layouts of the same keys apart, by a row.
+        captions: of a row of a picture; None: its texts are no captions.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Layout:
     listed: str = ""
     split: Callable[[Row, Row], str] = lambda row, document: ""
     fits: Callable[[Row], bool] = lambda row: True
+    captions: Callable[[Row], Iterable[str]] | None = None
 
     def rows_of(self, document: Any) -> list[Any]:
         """The rows of a parsed document; none where it is of another shape."""
@@ -126,6 +130,14 @@ def _keys(names: str) -> frozenset[str]:
 
 def _captions(row: Row) -> int:
     return len(row["caption"]) if isinstance(row["caption"], list) else 1
+
+
+def _texts_of(row: Row) -> list[str]:
+    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def _karpathy_captions(row: Row) -> list[str]:
+    return [one["raw"] if "raw" in one else " ".join(one["tokens"]) for one in row["sentences"]]
 
 
 def _karpathy_picture(row: Row, _: Row) -> tuple[str]:
@@ -176,6 +188,7 @@ LAYOUTS = (
         texts=lambda row: len(row["sentences"]),
         pictures=_karpathy_picture,
         split=_karpathy_split,
+        captions=_karpathy_captions,
     ),
     Layout(
         "COCO captions",
@@ -184,6 +197,7 @@ LAYOUTS = (
         _keys("id"),
         _COCO,
         listed="images",
+        captions=lambda row: [row["caption"]],
     ),
     Layout(
         "COCO instances",
@@ -258,15 +272,14 @@ LAYOUTS = (
     ),
     Layout("ALBEF's grounding list (evaluation)", _LIST, _keys("image text ref_id"), nouns="sentences"),
     Layout("ALBEF's grounding list (training)", _LIST, _keys("image text"), nouns="sentences"),
-    Layout("ALBEF's retrieval list (training)", _LIST, _keys("image caption image_id"), texts=_captions),
-    Layout(
-        "ALBEF's retrieval list (evaluation)",
-        _LIST,
-        _keys("image caption"),
-        texts=_captions,
-        fits=_has_captions_by_list,
+    *(
+        Layout(f"ALBEF's {name}", _LIST, _keys(keys), texts=_captions, fits=fits, captions=_texts_of)
+        for name, keys, fits in (
+            ("retrieval list (training)", "image caption image_id", lambda row: True),
+            ("retrieval list (evaluation)", "image caption", _has_captions_by_list),
+            ("pretraining list", "image caption", lambda row: True),
+        )
     ),
-    Layout("ALBEF's pretraining list", _LIST, _keys("image caption"), texts=_captions),
     Layout(
         "NLVR2",
         _LINES,
@@ -301,6 +314,73 @@ LAYOUTS = (
 """The first that fits is taken: of layouts whose keys include another's, the one with more keys stands first."""
 
 _KEYS = re.compile("|".join(f'"{key}"' for one in LAYOUTS for key in sorted(one.needs | {one.rows, "images"})).encode())
+
+
+# --- captions ----------------------------------------------------------------------------------------------
+
+
+class Captioned(NamedTuple):
+    """A picture with its captions.
+
+    Attributes:
+        picture: its name, as the layout gives it.
+        captions: of it, without blanks around.
+        split: to which it belongs; empty where the file does not say.
+    """
+
+    picture: str
+    captions: tuple[str, ...]
+    split: str
+
+
+def captioned(path: Path) -> list[Captioned | None] | None:
+    """The pictures of a file with captions, each once, in their order; a row that is damaged is None.
+
+    Args:
+        path: of a JSON document: Karpathy's splits, COCO's captions, or one of ALBEF's lists. None: it is none of
+            these.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        whole = os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES
+        # Without parsing what may be half a gigabyte of boxes.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else contextlib.nullcontext(b"") as content:
+            if all(content.find(key) < 0 for key in (b'"caption"', b'"sentences"')):
+                return None
+            try:
+                document = json.loads(content[:])
+            except (ValueError, RecursionError, MemoryError):
+                return None
+    layout = next((one for one in LAYOUTS if one.rows != _LINES and _begins_as(one, document)), None)
+    if layout is None or layout.captions is None:
+        return None
+    found: dict[str, tuple[list[str], str]] = {}
+    damaged = 0
+    names = _listed_names(document) if layout.listed else {}
+    for row in layout.rows_of(document):
+        try:
+            if layout.listed:
+                picture = names[row["image_id"]]
+            else:
+                (picture,) = (str(name) for name in layout.pictures(row, document))
+            captions = [caption.strip() for caption in layout.captions(row)]
+            split = layout.split(row, document)
+        except (LookupError, TypeError, ValueError, AttributeError):  # whatever a hand wrote in place of a row
+            damaged += 1
+            continue
+        found.setdefault(picture, ([], split))[0].extend(captions)
+    rows = [Captioned(picture, tuple(captions), split) for picture, (captions, split) in found.items()]
+    return [*rows, *[None] * damaged]
+
+
+def _listed_names(document: Row) -> dict[Any, str]:
+    images = document.get("images")
+    entries = images if isinstance(images, list) else []
+    return {
+        one["id"]: str(one["file_name"]) for one in entries if isinstance(one, dict) and {"id", "file_name"} <= {*one}
+    }
 
 
 # --- recognising -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -26,9 +27,10 @@ import numpy as np
 
 from m3ae_jax.data.sources import splits
 from m3ae_jax.data.sources.base import Record, SourceOptions, class_captions, several
-from m3ae_jax.data.sources.files import SPLITS, encoding_of
+from m3ae_jax.data.sources.files import SPLITS, encoding_of, split_in
 from m3ae_jax.data.sources.index import Tally, left_out, printable
 from m3ae_jax.data.sources.metadata import (
+    ANNOTATIONS,
     BEYOND,
     ENDINGS,
     Classes,
@@ -57,10 +59,11 @@ from m3ae_jax.data.sources.picture_files import (
     too_large,
     unsupported,
 )
-from m3ae_jax.errors import UserError
+from m3ae_jax.errors import UserError, one_of
 
 _METADATA = tuple(b"metadata" + ending for ending in ENDINGS)
 _CAPTIONS = tuple(b"captions" + ending for ending in ENDINGS)
+_OF_ANNOTATIONS = (b"", b"annotations/")  # where COCO's annotation files lie beside the pictures
 _CAPTIONS_TXT = b"captions.txt"  # of Flickr8k, where it is a CSV file
 _ALL, _MADE, _NONE = -1, -2, -3  # in place of a caption's number: all of them, that of the class, none
 _NO_TEXT = 0  # no .txt is beside a picture; another number is that of one of `_text_names`, from 1
@@ -181,8 +184,8 @@ def _list(root: bytes, prefix: bytes, table: bytes, walked: _Walked, tally: Tall
                 texts[name] = _refused(entry, root)
             elif is_picture(name) or unsupported(name):
                 pictures[name] = _refused(entry, root) or unsupported(name)
-            elif not prefix and name.endswith(ENDINGS):
-                walked.tables.append(name)
+            elif (not prefix and name.endswith(ENDINGS)) or (prefix in _OF_ANNOTATIONS and name.endswith(ANNOTATIONS)):
+                walked.tables.append(path)
             else:
                 if name in _METADATA:
                     walked.metadata.append(path)
@@ -231,10 +234,12 @@ class _Captions:
         modalities: of the source.
         classes: of the source.
         pictures: `[n] int64`, the number of each example's picture.
+        of_split: whether they are those of the split that the options name, by a table's rows or its name.
     """
 
     modalities: tuple[str, ...] = ("image",)
     classes: tuple[str, ...] = ()
+    of_split = False
 
     def __init__(self, pictures: np.ndarray) -> None:
         self.pictures = pictures
@@ -303,9 +308,16 @@ class _Described(_Captions):
         rows, codes = array.array("q"), array.array("i")
         used, self._named_refused = np.zeros(len(self._names), bool), set[int]()
         metadata, seen = self._metadata, {*self._metadata.keys, BEYOND}
+        split = self._chosen_split()
+        self.of_split = bool(split)
         self._count_columns([*metadata.table.fields, *metadata.table.others], seen)
         for line in metadata.table.lines(metadata.keys):
             reason = metadata.unreadable(line.values)
+            if split and not reason and (other := metadata.split(line.values or {})) != split:
+                self._tally.ignore(f"row of split {other}" if other else "row of no split", _base_name(metadata.table))
+                number = _find(self._names, self._paths(metadata.name(line.values or {})))
+                used[number if number is not None else []] = True
+                continue
             number = self._named_within(line, reason) if reason else self._picture_number(line)
             self._count_columns(line.values or (), seen)
             if number is not None:
@@ -319,6 +331,23 @@ class _Described(_Captions):
         missing = "no caption" if "text" in self.modalities else "no label"
         _add_all(self._tally, missing, self._names, np.flatnonzero(~used))
         return self._sorted(np.frombuffer(rows, np.int64).reshape(-1, 4), np.frombuffer(codes, np.int32), classes)
+
+    def _chosen_split(self) -> str:
+        """The split whose rows are read, where those of the table tell of several; empty: all rows.
+
+        Raises:
+            UserError: there is no such split.
+        """
+        metadata, wanted = self._metadata, self._options.split
+        if metadata.split_key is None or not wanted:
+            return ""
+        there = {metadata.split(line.values or {}) for line in metadata.table.lines(metadata.keys)} - {""}
+        if len(there) < 2 or not any(splits.called(name, there) for name in SPLITS):
+            return ""
+        chosen = splits.called(wanted, there)
+        if chosen is None:
+            raise UserError(f"{one_of('data.*.split', wanted, there)} (the field split of {metadata.table.where})")
+        return chosen
 
     def _sorted(self, rows: np.ndarray, codes: np.ndarray, classes: Classes) -> tuple[np.ndarray, np.ndarray]:
         """The rows in the order of the pictures, and their classes."""
@@ -351,7 +380,19 @@ class _Described(_Captions):
     def _paths(self, name: bytes) -> tuple[bytes, ...]:
         """The pictures' paths that a name may mean; none where it leads out of the folder."""
         path = _normal(name)
-        return () if path is None else tuple(dict.fromkeys((path, self._below + path)))
+        paths = [] if path is None else [path, self._below + path]
+        paths += self._by_name.get(os.path.basename(name), ())
+        return tuple(dict.fromkeys(paths))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[bytes, tuple[bytes, ...]]:
+        """The path of each picture whose name no other has, where the table gives names alone."""
+        named: dict[bytes, tuple[bytes, ...]] = {}
+        for number in range(len(self._names) if self._metadata.table.names_alone else 0):
+            path = self._names[number]
+            name = os.path.basename(path)
+            named[name] = () if name in named else (path,)
+        return named
 
     def _named_within(self, line: Line, reason: str) -> int | None:
         """Counts a line that cannot be used; the number of the picture that it names, where its text has the name."""
@@ -505,6 +546,10 @@ def _only_table(root: bytes, path: str, walked: _Walked, options: SourceOptions)
     """
     tables = [table for table in _tables(root, walked.tables, options) if _may_be_table(table, options)]
     exact = [table for table in tables if fits(table.fields, options)]
+    of_splits = {split_in(_base_name(table)): table for table in exact or tables}
+    chosen = splits.called(options.split, of_splits) if len(of_splits) == len(exact or tables) else None
+    if len(of_splits) > 1 and chosen:
+        return of_splits[chosen]
     if len(exact or tables) > 1:
         names = ", ".join(printable(_base_name(table)) for table in exact or tables)
         raise UserError(
@@ -560,7 +605,7 @@ def _split_folder(top: bytes, path: str, options: SourceOptions, tally: Tally) -
     described = [] if has_metadata(b"") else sorted(name for name in os.listdir(top) if has_metadata(name))
     names = [os.fsdecode(name) for name in described or _named_splits(top, path, options)]
     found = splits.called(options.split, names) or options.split
-    if options.split not in splits.DEFAULTS or (names and not described):
+    if names and (options.split not in splits.DEFAULTS or not described):
         splits.check(path, found, names)
     folder = os.path.join(top, os.fsencode(found))
     if found not in names or os.path.islink(folder):
@@ -639,7 +684,8 @@ class FolderSource:
         """
         top = local_folder(path, _FORMS)
         beside = Tally(folder_name(top))
-        self._root = _split_folder(top, path, options, beside) or top
+        folder = _split_folder(top, path, options, beside)
+        self._root = folder or top
         tally = Tally(folder_name(self._root))
         tally.merge(beside.skipped, beside.unused)
         self._max_bytes = options.max_bytes
@@ -647,6 +693,8 @@ class FolderSource:
         walked = _walk(self._root, os.path.basename(table.path) if table else b"", tally)
         self._names = walked.pictures
         self._captions = self._find_captions(path, walked, table, options, tally)
+        if folder is None and not self._captions.of_split:
+            splits.check(path, options.split, [])
         self.modalities, self.classes = self._captions.modalities, self._captions.classes
         self.report = tally.report(1, len(self))
         if not len(self):
@@ -665,10 +713,12 @@ class FolderSource:
         if table is None and not is_beside:
             table = _only_table(self._root, path, walked, options)
         for name in walked.tables:
-            if table is None or name != os.path.basename(table.path):
+            if table is None or os.path.join(self._root, name) != table.path:
                 tally.ignore(file_kind(name), os.fsdecode(name))
         if table is not None:
-            return _Described(Metadata(table, options), walked, options, tally)
+            described = _Described(Metadata(table, options), walked, options, tally)
+            described.of_split |= split_in(_base_name(table)) in splits.names_of(options.split)
+            return described
         if not is_beside and walked.metadata:
             inside = os.fsdecode(os.path.dirname(os.path.join(self._root, walked.metadata[0])))
             raise UserError(

@@ -1,12 +1,13 @@
 """Tables of captions beside pictures: JSON lines, separated values, Parquet; a record for each picture, or caption.
 
 A table has a field of file names, and one of captions (text, or a list of them) or of classes. It is read once, from
-its start to its end; what stays in memory is where each record lies. Parquet allows no access to single records, so of
-it the fields that are used stay, in one bytes object.
+its start to its end; what stays in memory is where each record lies. Parquet and the annotation files of this field
+(`data.annotations`) allow no access to single records, so of them the fields that are used stay, in one bytes object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -16,10 +17,12 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from m3ae_jax.data.annotations import captioned
 from m3ae_jax.data.sources.base import USUAL_KEYS, Record, SourceOptions, class_captions, find_key
 from m3ae_jax.data.sources.files import file_cache
 from m3ae_jax.data.sources.index import printable
@@ -27,12 +30,15 @@ from m3ae_jax.data.sources.picture_files import Names, refuse_foreign
 from m3ae_jax.errors import UserError
 
 ENDINGS = (b".jsonl", b".csv", b".tsv", b".parquet")
+ANNOTATIONS = b".json"
+"""How the annotation files end that are tables; they are so by what is in them, whatever they are called."""
 BEYOND = "more values than the header"
 """Beside the fields of a line of separated values that has more: the last field then holds the rest of the line."""
 _NAME_KEYS = (
     "file_name", "filename", "file", "path", "image", "image_path", "img", "filepath", "file_path", "image_name",
     "image_file", "img_path",
 )  # fmt: skip
+_SPLIT = "split"
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _LOOKED_AT = 1000  # lines of JSON whose fields say what a table holds
 _MAX_LINE = 16 << 20  # bytes; a longer line is cut there, and so does not parse
@@ -79,9 +85,11 @@ class Table:
         fields: names of its fields, as far as known, of which names, captions and classes may be taken.
         others: of those of other types.
         numbers_are_text: whether integers are stored as digits.
+        names_alone: a picture's path may be another's, so its name alone is looked for too.
     """
 
     numbers_are_text = False
+    names_alone = False
 
     def __init__(self, path: bytes) -> None:
         self.path, self.where = path, printable(os.fsdecode(path))
@@ -128,6 +136,8 @@ def open_table(path: bytes, options: SourceOptions) -> Table:
     """
     if path.endswith(b".parquet"):
         return _Parquet(path)
+    if path.endswith(ANNOTATIONS):
+        return _Annotations(path)
     refuse_foreign(path)
     return _JsonLines(path) if path.endswith(b".jsonl") else _Separated(path, options)
 
@@ -309,6 +319,35 @@ class _Parquet(Table):
         return _json_values(self._kept[offset])
 
 
+class _Annotations(Table):
+    """A JSON document of captions; its fields are none where it is of another layout."""
+
+    names_alone = True
+
+    def __init__(self, path: bytes) -> None:
+        super().__init__(path)
+        self._kept = Names()
+        self._rows = captioned(Path(os.fsdecode(path)))
+        if self._rows is not None:
+            has_splits = any(row is not None and row.split for row in self._rows)
+            self.fields = [_NAME_KEYS[0], "captions", *([_SPLIT] if has_splits else [])]
+
+    def lines(self, used: Collection[str]) -> Iterator[Line]:
+        kept = self._kept = Names()
+        for number, row in enumerate(self._rows or ()):
+            values: dict[str, Any] | None = None
+            if row is not None:
+                values = dict(zip(self.fields, (row.picture, list(row.captions), row.split), strict=False))
+            kept.append(json.dumps(values).encode())
+            yield Line(number, len(kept[-1]), values)
+
+    def read(self, offset: int, size: int) -> dict[str, Any] | None:
+        return _json_values(self._kept[offset])
+
+    def raw(self, offset: int, size: int) -> bytes:
+        return self._kept[offset]
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -353,6 +392,7 @@ class Metadata:
         table: the table.
         caption_key: field of the caption; None: there is none.
         label_key: of the class, likewise.
+        split_key: of the split, likewise.
         keys: all fields that are used.
 
     Raises:
@@ -368,13 +408,15 @@ class Metadata:
         free = [name for name in fields if options.label_key or name not in (name_key, self.caption_key)]
         self.label_key = find_key("label", options, free, where)
         self.group_key = find_key("group", options, fields, where) if options.group_key else None
+        taken = (name_key, self.caption_key, self.label_key, self.group_key)
+        self.split_key = _SPLIT if _SPLIT in fields and _SPLIT not in taken else None
         if name_key is None:
             self._refuse("image", "file_name")
         if self.caption_key is None and self.label_key is None:
             self._refuse("caption", "caption")
         self._name_key = name_key or ""
         self._takes_rest = self.caption_key is not None and fields.index(self.caption_key) == len(fields) - 1
-        used = (name_key, self.caption_key, self.label_key, self.group_key)
+        used = (*taken, self.split_key)
         self.keys = tuple(dict.fromkeys(key for key in used if key is not None))
         if isinstance(table, _Separated):
             _log.info("folder: %s", where)
@@ -398,8 +440,13 @@ class Metadata:
     def captions(self, values: dict[str, Any]) -> list[bytes | None]:
         """The captions of a record, with None for what is no text."""
         value = values.get(self.caption_key) if self.caption_key is not None else []
-        several = value if isinstance(value, list) else [value]
+        several = value if isinstance(value, list) else _listed(value)
         return [_encode(text) if isinstance(text, str) else None for text in several]
+
+    def split(self, values: dict[str, Any]) -> str:
+        """The split that a record says; empty: none."""
+        value = values.get(self.split_key) if self.split_key is not None else None
+        return value.strip() if isinstance(value, str) else ""
 
     def label(self, values: dict[str, Any]) -> Any:
         """What a record has for its class; None: nothing."""
@@ -409,6 +456,16 @@ class Metadata:
         """The part of a record that says which examples belong together."""
         value = values.get(self.group_key) if self.group_key is not None else None
         return Record() if value is None or value == "" else Record(group=printable(str(value)))
+
+
+def _listed(value: Any) -> list[Any]:
+    """The texts of a JSON list that stands in one cell, as Flickr30k's tables have it; else the value."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with contextlib.suppress(ValueError, RecursionError):
+            listed = json.loads(value)
+            if listed and all(isinstance(one, str) for one in listed):
+                return list(listed)
+    return [value]
 
 
 class Classes:
