@@ -217,6 +217,8 @@ def _extra(
     def make(params: Any) -> Any:
         return nn.unbox(objective.init_extra(nn.meta.replace_boxed(boxed, params), key))
 
+    if not jax.tree.leaves(jax.eval_shape(make, params)):
+        return {}
     made = flatten_dict(jax.device_get(jax.jit(make)(params)), sep="/")
     extra = {name: np.array(leaf) for name, leaf in made.items()}
     for branch, arrays in beside.items():
