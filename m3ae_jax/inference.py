@@ -513,8 +513,22 @@ def _masked(
 ) -> dict[str, Any]:
     """Token sets of a group, of values and which of them are real; what is hidden is random."""
     (modality,) = view.modalities
-    noise = np.zeros(tokens[1].shape) if rng is None else rng.random(tokens[1].shape)
+    noise = np.zeros(tokens[1].shape)
+    if rng is not None and len(noise):
+        stream: Any = _Uniform(rng)
+        noise = np.stack([view.masker.draw(stream, view.modalities) for _ in noise])
     return dict(view.masker(noise, {modality.name: tokens}))
+
+
+class _Uniform:
+    """Numbers of a generator, for a masker, as `data.order.RandomStream` gives them."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `[count]`."""
+        return self._rng.random(count)
 
 
 def _put(value: np.ndarray, target: Mapping[str, np.ndarray], guess: np.ndarray) -> np.ndarray:

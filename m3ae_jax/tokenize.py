@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 MANIFEST = "ids.json"
 _BATCH = 64  # examples
 _VERSION = 1
+_ENDLESS = 2**30  # examples; of drawn pictures there are more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Job:
         crops: see there.
         shard_examples: examples a file.
         shard: this job's number and how many jobs there are; it writes every so-many-th file.
+        most: of the source's examples only so many, the first; 0: all.
     """
 
     model: VisualTokenizer
@@ -107,10 +109,16 @@ class Job:
     crops: Crops = Crops()
     shard_examples: int = 10_000
     shard: tuple[int, int] = (0, 1)
+    most: int = 0
+
+    @property
+    def examples(self) -> int:
+        """How many get ids, of all jobs."""
+        return min(len(self.source), self.most or len(self.source))
 
     def files(self) -> list[Path]:
         """All files, those of other jobs too."""
-        count = max(-(-len(self.source) // self.shard_examples), 1)
+        count = max(-(-self.examples // self.shard_examples), 1)
         return [self.output / f"ids-{number:05d}-of-{count:05d}.npz" for number in range(count)]
 
     def run(self) -> Tally:
@@ -126,13 +134,13 @@ class Job:
         try:
             self._claim()
             files = self.files()
-            mine = [number for number in range(len(files)) if number % self.shard[1] == self.shard[0]]
+            mine = list(range(self.shard[0], len(files), self.shard[1]))
             missing = [number for number in mine if not _is_whole(files[number])]
             if len(missing) < len(mine):
                 console.log.info("%d of %d files are there already", len(mine) - len(missing), len(mine))
             for done, number in enumerate(missing, 1):
                 self._write(files[number], number * self.shard_examples, tally)
-                rate = min(done * self.shard_examples, len(self.source)) / (time.monotonic() - began)
+                rate = min(done * self.shard_examples, self.examples) / (time.monotonic() - began)
                 console.log.info("  %s: %d of %d (%.0f examples/s)", files[number].name, done, len(missing), rate)
         except OSError as error:
             raise UserError(f"--output={str(self.output)!r}: {error.strerror or error}") from None
@@ -149,7 +157,7 @@ class Job:
             "image_size": data.image_size,
             "patch_size": data.patch_size,
             "source": self.source.fingerprint,
-            "examples": len(self.source),
+            "examples": self.examples,
             "shard_examples": self.shard_examples,
             **{f"crops_{name}": value for name, value in dataclasses.asdict(self.crops).items()},
         }
@@ -175,7 +183,7 @@ class Job:
             raise UserError(f"{self.output} holds ids of something else: {'; '.join(differs)}; name another folder")
 
     def _write(self, path: Path, first: int, tally: Tally) -> None:
-        stop, data = min(first + self.shard_examples, len(self.source)), self.model.config.data
+        stop, data = min(first + self.shard_examples, self.examples), self.model.config.data
         many, parts = max(self.crops.number, 1), []
         with ThreadPoolExecutor() as decoders:
             for start in range(first, stop, _BATCH):
@@ -245,6 +253,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("flip", False, "Mirror half of the crops.")
     flags.DEFINE_integer("seed", 0, "Of the crops.", lower_bound=0)
     flags.DEFINE_integer("shard_examples", 10_000, "Examples a file.", lower_bound=1)
+    flags.DEFINE_integer("examples", 0, "Of the source's examples only so many, the first; 0: all.", lower_bound=0)
     flags.DEFINE_string("shard", "0/1", "i/n: this job writes every n-th file, from the i-th on (from 0).")
 
 
@@ -290,12 +299,15 @@ def _main(argv: list[str]) -> None:
     if "image" not in source.modalities:
         raise UserError(f"--path={args.path!r} holds no pictures")
     crops = Crops(args.crops, scale, flip=args.flip, seed=args.seed)
-    job = Job(model, source, output, crops, args.shard_examples, shard)
+    job = Job(model, source, output, crops, args.shard_examples, shard, args.examples)
+    if job.examples > _ENDLESS:
+        raise UserError(f"--source={args.source!r} has {len(source):,} pictures: say how many, as --examples=100000")
     report = report_of(source)
     console.log.info("%s pictures%s, by %r", f"{len(source):,}", left_out(report) if report else "", model)
     tally = job.run()
     unusable = f"; unusable: {skip_line(tally.report(1, 0))}" if tally.skipped else ""
-    console.log.info("%s: %d files%s", output, len(job.files()), unusable)
+    total, (first, jobs) = len(job.files()), shard
+    console.log.info("%s: %d of %d files are this job's%s", output, len(range(first, total, jobs)), total, unusable)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,9 @@ def test_pictures_and_texts_are_compared(objective: str, tmp_path: Path) -> None
         with pytest.raises(UserError, match="by 'contrastive', which cannot match"):
             model.match(pictures(2), TEXTS[:2])
         return
+    # BERT's masks need more draws than a random subset's; masks as in training.
+    restored = model.reconstruct(pictures(3), TEXTS, image_mask_ratio=0.0)
+    assert restored.text_hidden.any(axis=1).all()
     logits = model.match(pictures(3), TEXTS)
     assert logits.shape == (3,) and logits.dtype == np.float32
     np.testing.assert_allclose(model.match(pictures(3)[1], TEXTS[1]), logits[1:2], atol=1e-5)

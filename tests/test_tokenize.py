@@ -110,3 +110,15 @@ def test_a_wrong_shard_is_refused(text: str) -> None:
     assert parsed_shard("1/2") == (1, 2)
     with pytest.raises(UserError, match=r"is not i/n with i from 0 to n - 1, as 0/8"):
         parsed_shard(text)
+
+
+def test_of_a_source_without_end_some_are_taken(model: Any, tmp_path: Path) -> None:
+    spec = source_fields()
+    spec.update(source="scenes")
+    source = open_source(spec, "--", config_lib.default("visual_tokenizer"))
+    job = Job(model, source, tmp_path / "ids", shard_examples=4, most=10)
+    assert len(source) > 2**30 and job.examples == 10 and len(job.files()) == 3
+    job.run()
+    with np.load(job.files()[2]) as last:
+        assert last["ids"].shape[0] == 2 and int(last["first"]) == 8
+    assert json.loads((tmp_path / "ids" / tokenize.MANIFEST).read_bytes())["examples"] == 10

@@ -7,6 +7,7 @@ teacher beside the model, by the same names with ``_m`` after the module's, and 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from m3ae_jax.models.positions import resize
 PLACES, TYPES = "raw.text.table", "raw.text.types"
 TEACHER = "teacher."
 _MASK = 103  # the id of [MASK] in the published vocabularies
-_CROSS = "crossattention.self.key.weight"
+_QUEUE = ("image_queue", "text_queue")
 _LAYER = {
     "attention.self.query": "query",
     "attention.self.key": "key",
@@ -111,17 +112,22 @@ _NAMES = Names(
     modalities=TOWERS,
 )
 _BESIDE = (
+    (
+        r"(match|words\.hidden|words\.norm|keywords)\.(weight|bias)|words\.bias",
+        "of a loss with the weight 0, or not of a teacher",
+    ),
     (r"(teacher\.)?.*position_ids", "a table of numbers"),
     (r"(teacher\.)?mim_head\..*", "of the ids of DALL-E's visual vocabulary, which is not converted"),
     (r"(teacher\.)?cls_head\..*", "of a task's head"),
     (r"(teacher\.)?text_decoder\..*", "of the answers' decoder"),
     (r"(teacher\.)?text_encoder\.pooler\..*", "of BERT's next-sentence head"),
     (r"idx_queue", "numbers of the queue's pictures in another data set"),
-    (r"queue_ptr", "the queue is not whole"),
+    (r"(image|text)_queue|queue_ptr", "the queue is not whole"),
 )
 _FRESH = (
+    (r"contrast/scale", "fresh: the file has no temperature"),
     (r"image/image/mask_embedding", "what hidden patches are shown as: there are none in this model's pretraining"),
-    (r"contrast/scale|(image|text)/projection/.*", "FRESH, so embeddings mean nothing: a task's file has none"),
+    (r"(image|text)/projection/.*", "FRESH, so embeddings mean nothing: a task's file has none"),
 )
 
 
@@ -137,29 +143,40 @@ def read(path: Path) -> Foreign:
     foreign = Foreign.of_torch(arrays)
     if not is_albef(foreign.arrays):
         raise UserError(f"{path} has the names neither of SIMLA nor of ALBEF: visual_encoder and text_encoder")
+    with formats.reading(path, "file of SIMLA or ALBEF"):
+        return _folded(path, foreign)
+
+
+def _folded(path: Path, foreign: Foreign) -> Foreign:
+    """By the names of `_NAMES`, the teacher's behind `TEACHER`; facts are ``raw``, ``queue`` and ``fusion_layer``."""
     spelled = clip.respelled(formats.renamed(formats.single(foreign.arrays), _plain), _TABLE)
     parts = {
         "": {name: x for name, x in spelled.items() if not name.startswith(TEACHER)},
         TEACHER: {name.removeprefix(TEACHER): x for name, x in spelled.items() if name.startswith(TEACHER)},
     }
     parts[TEACHER] = clip.respelled(parts[TEACHER], _TABLE)
-    first = _fusion_layer(path, parts[""])
-    kept = {name: dict(of) for name, of in parts.items()}  # for the comparison
+    model = parts[""]
+    first, raw = _fusion_layer(path, model), dict(model)  # for the comparison
     for of in parts.values():
         _arrange(of, first)
-    queue = {name: parts[""].pop(f"{name}_queue").T for name in TOWERS if f"{name}_queue" in parts[""]}
-    if len(queue) == len(TOWERS) and "queue_ptr" in parts[""]:
-        queue["next"] = parts[""].pop("queue_ptr").reshape(())
-    if "temp" in parts[""]:
-        parts[""]["scale"] = -np.log(np.float64(parts[""].pop("temp").reshape(())))
-    joined = parts[""] | {TEACHER + name: x for name, x in parts[TEACHER].items()}
-    facts = {"raw": kept[""], "queue": queue, "fusion_layer": first, "teacher": bool(parts[TEACHER])}
+    queue: dict[str, np.ndarray] = {}
+    shapes = {model[name].shape for name in _QUEUE if name in model}
+    if len(shapes) == 1 and all(name in model for name in (*_QUEUE, "queue_ptr")):
+        queue = {tower: model.pop(name).T for tower, name in zip(TOWERS, _QUEUE, strict=True)}
+        queue["next"] = model.pop("queue_ptr").reshape(()) % len(queue["text"])
+    if "temp" in model:
+        temperature = float(model.pop("temp").reshape(()))
+        if not temperature > 0:
+            raise UserError(f"{path}: its temp={temperature} is no temperature")
+        model["scale"] = -np.log(np.float64(temperature))
+    joined = model | {TEACHER + name: x for name, x in parts[TEACHER].items()}
+    facts = {"raw": raw, "queue": queue, "fusion_layer": first, "teacher": bool(parts[TEACHER])}
     return Foreign(joined, facts, foreign.notes)
 
 
 def _plain(name: str) -> str:
     """A name without the ``bert.`` of pretraining's text encoder, the teacher's with ``teacher.`` before it."""
-    name = re.sub(r"^(text_encoder(_m)?)\.bert\.", r"\1.", name)
+    name = bert.respelled(re.sub(r"^(text_encoder(_m)?)\.bert\.", r"\1.", name))
     module, point, rest = name.partition(".")
     return f"{TEACHER}{module.removesuffix('_m')}{point}{rest}" if module.endswith("_m") else name
 
@@ -174,9 +191,15 @@ def _fusion_layer(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
     looking = [n for n in range(depth) if f"text.blocks.{n}.cross.key.weight" in arrays]
     if not looking or looking != list(range(looking[0], depth)):
         raise UserError(f"{path}: of {depth} text layers {looking} have cross-attention, not the upper ones")
-    if depth == 18:  # of 12: six of them twice
+    keys = [arrays[f"text.blocks.{n}.cross.key.weight"] for n in looking]
+    if any(np.array_equal(one, other) for one, other in itertools.pairwise(keys)):
         raise UserError(
-            f"{path}: its {depth} text layers look at two pictures in turn (NLVR2's), which has no place here"
+            f"{path}: pairs of its text layers share what they look at: NLVR2's pictures have no place here"
+        )
+    if not looking[0] and "image.mask" not in arrays:
+        raise UserError(
+            f"{path} has cross-attention in all text layers, as SIMLA, and not its visual_encoder.mask_token: of BLIP "
+            "and others, whose captions begin otherwise, nothing is read"
         )
     return looking[0]
 
@@ -223,15 +246,16 @@ def describe(foreign: Foreign, config: ConfigDict, report: Report) -> None:
     s.id_weight = 0.0
     for name, head in (("match", "match.weight"), ("word", "words.bias"), ("keyword", "keywords.weight")):
         s[f"{name}_weight"] = 1.0 if head in arrays else 0.0
-    if "text.projection.weight" in arrays:
-        s.embedding_width = len(arrays["text.projection.weight"])
+    for projection in (arrays.get(f"{tower}.projection.weight") for tower in TOWERS):
+        if projection is not None:
+            s.embedding_width = len(projection)
     if "keywords.weight" in arrays:
         s.keyword_input = "embedding" if arrays["keywords.weight"].shape[1] == s.embedding_width else "cls"
     if "scale" in arrays:
         temperature = float(np.exp(-arrays["scale"]))
         low, high = s.temperature_range
         s.temperature_range = (min(low, 0.999 * temperature), max(high, 1.001 * temperature))
-    if len(facts["queue"]) == 3:
+    if facts["queue"]:
         s.queue = len(facts["queue"]["text"])
         config.batch_size = math.gcd(config.batch_size, s.queue)
     kernel = need(arrays, "image.patches.weight")
@@ -273,7 +297,7 @@ def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, r
         arrays[f"{prefix}text.other"] = words[ids["[SEP]"]][None, None]
         arrays[f"{prefix}text.mask"] = words[mask][None, None]
         arrays[f"{prefix}text.first"] = placed[:1][None]
-        rows = config.simla.text_places or max(config.data.max_text_tokens, side**2)
+        rows = config.simla.text_places or config.data.max_text_tokens
         if rows > len(placed) - 2:
             raise UserError(f"simla.text_places={rows}: its positions are for {len(placed) - 2}")
         arrays[f"{prefix}text.positions"] = placed[1 : 2 + rows]
@@ -287,14 +311,19 @@ def adapt(foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, r
     report.notes.append(f"[CLS] is id {ids['[CLS]']} of the words, [SEP] {ids['[SEP]']}, [MASK] {mask}")
 
 
-def beside_params(foreign: Foreign, arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def beside_params(
+    foreign: Foreign, arrays: dict[str, np.ndarray], config: ConfigDict, report: Report
+) -> dict[str, dict[str, np.ndarray]]:
     """See `Format`: the teacher and the queue, whose numbers of pictures are nobody's here."""
-    queue = foreign.facts["queue"]
+    queue, rows = foreign.facts["queue"], config.simla.queue
     theirs = [name for name in arrays if name.startswith(TEACHER)]
     beside = {"teacher": {name.removeprefix(TEACHER): arrays.pop(name) for name in theirs}}
-    if len(queue) == 3:
-        rows = len(queue["text"])
+    if queue and rows:
+        if rows != len(queue["text"]):
+            raise UserError(f"simla.queue={rows}: the file's has {len(queue['text'])} pairs; 0 leaves it out")
         beside["queue"] = queue | {"id": np.zeros(rows, np.int32), "valid": np.ones(rows, bool)}
+    elif queue:
+        report.notes.append(f"simla.queue=0: the file's queue of {len(queue['text'])} pairs is left out")
     return {name: of for name, of in beside.items() if of}
 
 

@@ -60,6 +60,11 @@ def read(path: Path) -> Foreign:
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
         file = next((one for one in files if one.is_file()), path / "model.safetensors")
     arrays, _ = torch_file.load_either(file)
+    if any(".crossattention." in name for name in arrays):
+        raise UserError(
+            f"{path} has cross-attention beside BERT's layers: of models of pictures and captions SIMLA's and ALBEF's "
+            "are read, whose pictures' tower is visual_encoder"
+        )
     beside = file.parent / "config.json"
     facts = formats.json_object(beside) if beside.is_file() else {}
     if (file.parent / "vocab.txt").is_file():
@@ -74,17 +79,12 @@ def read(path: Path) -> Foreign:
         )
     arrays = formats.single(arrays)
     notes = formats.prefix_notes(prefix) if prefix not in ("", "bert.") else []
-    return Foreign(_spelled(formats.renamed(arrays, lambda name: name.removeprefix(prefix))), facts, notes)
+    return Foreign(formats.renamed(arrays, lambda name: respelled(name.removeprefix(prefix))), facts, notes)
 
 
-def _spelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """By today's names.
-
-    Raises:
-        UserError: a parameter is there by both names.
-    """
-
-    return formats.renamed(arrays, lambda name: re.sub(r"\.LayerNorm\.(gamma|beta)$", lambda m: _OLD[m[0]], name))
+def respelled(name: str) -> str:
+    """A parameter's name as today's."""
+    return re.sub(r"\.LayerNorm\.(gamma|beta)$", lambda m: _OLD[m[0]], name)
 
 
 def arithmetic(facts: Mapping[str, Any]) -> Arithmetic:

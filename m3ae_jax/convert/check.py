@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         errors: norm of the difference over the norm of theirs, by activation.
-        skipped: why nothing was compared; "".
+        skipped: what was not compared, and why; "": nothing.
     """
 
     errors: dict[str, float]
@@ -46,14 +46,15 @@ class Comparison:
 
     @property
     def close(self) -> bool:
-        """Whether all are within the tolerance."""
+        """Whether none is beyond the tolerance."""
         return all(error <= TOLERANCE for error in self.errors.values())
 
     def text(self) -> str:
         """For people."""
-        if self.skipped:
+        if not self.errors:
             return f"activations: not compared: {self.skipped}"
-        lines = [f"  {name}: {error:.1e} of the norm" for name, error in self.errors.items()]
+        lines = [f"  not compared: {self.skipped}"] if self.skipped else []
+        lines += [f"  {name}: {error:.1e} of the norm" for name, error in self.errors.items()]
         verdict = "equal" if self.close else f"DIFFERENT, more than {TOLERANCE}"
         return "\n".join([f"activations, theirs against ours on a drawn input: {verdict}", *lines])
 
@@ -163,7 +164,7 @@ def compare(converted: Converted, seed: int = 0) -> Comparison:
     if not kind.names.layers:
         return Comparison({}, "the file is our own")
     if kind in (clip.FORMAT, clip.OPEN_CLIP, bert.FORMAT, albef.FORMAT):
-        return Comparison(check_towers.compare(converted, seed))
+        return Comparison(*check_towers.compare(converted, seed))
     table = converted.foreign.arrays.get(kind.names.tables.get("encoder", ""))
     patches = patch_grid(config)[0] ** 2
     if table is not None and table.shape[1] not in (patches, patches + 1):

@@ -19,15 +19,18 @@ from m3ae_jax.convert.convert import FORMATS, Converted
 from m3ae_jax.convert.formats import ERF, TANH
 from m3ae_jax.data.images import patchify
 from m3ae_jax.data.tokens import patch_grid
-from m3ae_jax.objectives.base import build
+from m3ae_jax.objectives.base import Embeds, Matches, build
 
 _LENGTHS = (1, 4, 9)  # of the drawn texts, in tokens
 
 Arrays = Mapping[str, np.ndarray]
 
 
-def compare(converted: Converted, seed: int = 0) -> dict[str, float]:
-    """The `relative_error` of each output."""
+_OTHER_SIZE = "pictures, which have another size here than there"
+
+
+def compare(converted: Converted, seed: int = 0) -> tuple[dict[str, float], str]:
+    """The `relative_error` of each output, and what was not compared; "": nothing."""
     config, facts = converted.config, converted.foreign.facts
     side, longest = config.data.image_size, config.data.max_text_tokens
     rng = np.random.default_rng(seed)
@@ -39,45 +42,51 @@ def compare(converted: Converted, seed: int = 0) -> dict[str, float]:
         a = {name: np.asarray(x, np.float64) for name, x in converted.foreign.arrays.items()}
         net = _Net(a, activation, epsilon)
         ids = bert.ids_of(config.data.tokenizer, len(a[bert.WORDS]))
-        return {"text features": relative_error(ours["text"], net.bert(words, ids, config.model.heads))}
+        return {"text features": relative_error(ours["text"], net.bert(words, ids, config.model.heads))}, ""
     if converted.format == "albef":
         return _of_albef(converted, ours, words, (activation, epsilon))
     raw = {name: np.asarray(x, np.float64) for name, x in facts["raw"].items()}
     net, siglip = _Net(raw, activation, epsilon), bool(facts["siglip"])
     net.ids = facts["ids"]
     heads = {"image": config.model.heads, "text": config.contrastive.text_heads or config.model.heads}
-    errors = {}
+    errors, skipped = {}, _OTHER_SIZE
     if len(raw["raw.image.table"].reshape(-1, config.model.width)) in (
         n := (side // config.data.patch_size) ** 2,
         n + 1,
     ):
         errors["image embeddings"] = relative_error(ours["image"], net.picture(ours["pixels"], heads["image"], siglip))
+        skipped = ""
     errors["text embeddings"] = relative_error(ours["text"], net.text(words, heads["text"], siglip))
-    return errors
+    return errors, skipped
 
 
 def _of_albef(
     converted: Converted, ours: Arrays, words: list[np.ndarray], arithmetic: tuple[str, float]
-) -> dict[str, float]:
-    """Their three passes: a picture, a caption, and a caption that looks at the picture."""
-    config, errors = converted.config, {}
+) -> tuple[dict[str, float], str]:
+    """Their three passes: a picture, a caption, and a caption that looks at the picture; CLS of each, and the heads."""
+    config, errors, skipped = converted.config, {}, _OTHER_SIZE
     raw = {name: np.asarray(x, np.float64) for name, x in converted.foreign.facts["raw"].items()}
     activation, epsilon = arithmetic
     vit, text = _Net(raw, activation, epsilon), _Net(raw, activation, config.simla.text_layer_norm_epsilon)
     ids, heads = bert.ids_of(config.data.tokenizer, converted.vocabulary), config.model.heads
     captions = [text.albef_words(one, ids) for one in words]
+    cls = {"text": np.stack([text.albef_layers(x, heads)[0] for x in captions])}
     if raw["raw.image.table"].size == (patch_grid(config)[0] ** 2 + 1) * config.model.width:
-        seen = [vit.albef_picture(pixels, heads) for pixels in ours["pixels"]]
-        if "image.projection.weight" in raw:
-            errors["image embeddings"] = relative_error(ours["image"], vit.albef_embedding("image", seen))
-        if "match.weight" in raw:
-            fused = [text.albef_layers(x, heads, picture) for x, picture in zip(captions, seen, strict=True)]
-            logits = [text.linear("match", x[0]) for x in fused]
-            errors["matching"] = relative_error(ours["match"], np.asarray([x[1] - x[0] for x in logits]))
-    if "text.projection.weight" in raw:
-        alone = [text.albef_layers(x, heads) for x in captions]
-        errors["text embeddings"] = relative_error(ours["text"], vit.albef_embedding("text", alone))
-    return errors
+        seen, skipped = [vit.albef_picture(pixels, heads) for pixels in ours["pixels"]], ""
+        cls["image"] = np.stack([x[0] for x in seen])
+        fused = [text.albef_layers(x, heads, picture) for x, picture in zip(captions, seen, strict=True)]
+        cls["fused"] = np.stack([x[0] for x in fused])
+    for name, features in cls.items():
+        errors[f"{name} CLS"] = relative_error(ours[f"{name} CLS"], features)
+    for name in ("image", "text"):
+        if name in cls and name in ours and f"{name}.projection.weight" in raw:
+            errors[f"{name} embeddings"] = relative_error(
+                ours[name], _unit(vit.linear(f"{name}.projection", cls[name]))
+            )
+    if "match" in ours and "fused" in cls:
+        logits = text.linear("match", cls["fused"])
+        errors["matching"] = relative_error(ours["match"], logits[:, 1] - logits[:, 0])
+    return errors, skipped
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -113,10 +122,29 @@ def _ours(converted: Converted, rng: np.random.Generator, words: list[np.ndarray
             tokens = encoded.tokens["text"]
             rows = [np.concatenate([encoded.pooled["cls"][i, None], tokens[i, :n]]) for i, n in enumerate(lengths)]
             return {"text": np.concatenate(rows)}
+        if converted.format == "albef":
+            return {
+                **jax.device_get(jax.jit(_albef_outputs(objective))(converted.params, part)),
+                "pixels": np.asarray(pixels),
+            }
         embedded = jax.device_get(jax.jit(objective.embed)(converted.params, part))
-        if converted.format == "albef" and config.simla.match_weight:
-            embedded["match"] = jax.device_get(jax.jit(objective.match)(converted.params, part))
     return {**embedded, "pixels": np.asarray(pixels)}
+
+
+def _albef_outputs(objective: Any) -> Any:
+    """What a run of simla makes of pairs, as far as its losses go."""
+
+    def outputs(params: Any, part: Any) -> dict[str, Any]:
+        alone = {name: {"groups": {name: group}} for name, group in part["groups"].items()}
+        found = {f"{name} CLS": objective.encode(params, of).pooled["cls"] for name, of in alone.items()}
+        found["fused CLS"] = objective.encode(params, part).pooled["cls"]
+        if isinstance(objective, Embeds):
+            found |= objective.embed(params, part)
+        if isinstance(objective, Matches):
+            found["match"] = objective.match(params, part)
+        return found
+
+    return outputs
 
 
 class _Net:
@@ -262,10 +290,6 @@ class _Net:
             x = self._norm(f"{at}.norm2", x + hidden)
             n += 1
         return x
-
-    def albef_embedding(self, tower: str, features: list[np.ndarray]) -> np.ndarray:
-        """Of the CLS tokens, of length one, `[N, d]`."""
-        return _unit(np.stack([self.linear(f"{tower}.projection", x[0]) for x in features]))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -94,7 +94,9 @@ def detect(path: Path) -> str:
         names, metadata = safetensors.load(path)
         if own.METADATA in metadata:
             return "safetensors"
-    elif path.suffix in (".pth", ".pt", ".bin") or zipfile.is_zipfile(path):  # as .ckpt, .pth.tar
+    elif path.name.endswith((".pth", ".pt", ".bin", ".ckpt", ".pth.tar")) or zipfile.is_zipfile(
+        path
+    ):  # as .ckpt, .pth.tar
         names, _ = torch_file.load(path)
     else:
         kinds = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
@@ -174,12 +176,13 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
         raise UserError(f"--config.objective: a {name} becomes a run of {config.objective}; leave it out")
     config_lib.apply_overrides(config, overrides or [])
     resolved = _resolve(config, names) if autoencoder else config_lib.resolve(config)
-    kind.adapt(foreign, arrays, resolved, report)
+    with reading(path, f"model of format {name}"):
+        kind.adapt(foreign, arrays, resolved, report)
     vocabulary = _vocabulary(resolved, foreign, names)
     objective = build(resolved, vocabulary)
     key = jax.random.key(resolved.seed)
     flat = _zeros(objective, key)
-    beside = kind.beside_params(foreign, arrays)
+    beside = kind.beside_params(foreign, arrays, resolved, report)
     fill(names.key_map(_head_depth(resolved), flat), arrays, flat, report)
     _fold(flat, tables, resolved, report)
     _check(report, kind, name)
@@ -188,7 +191,7 @@ def import_weights(path: Path, format: str = "", overrides: list[tuple[str, str]
         flat |= {name: np.asarray(fresh[name]) for name in report.missing}
     params = unflatten_dict(flat, sep="/")
     of_model = {branch: params.pop(branch) for branch in objective.model_extra}
-    extra = _extra(objective, params, key, kind, beside, report) | of_model
+    extra = _extra(objective, params, key, name, beside, report) | of_model
     return Converted(name, resolved, params, report, foreign, vocabulary, extra)
 
 
@@ -207,12 +210,12 @@ def _extra(
     objective: Objective,
     params: Any,
     key: jax.Array,
-    kind: Format,
+    name: str,
     beside: Mapping[str, dict[str, np.ndarray]],
     report: Report,
 ) -> dict[str, Any]:
     """What the objective has beside its parameters, as a run begins with it, with what the file has of it."""
-    boxed = jax.eval_shape(objective.init, key)
+    boxed, kind = jax.eval_shape(objective.init, key), FORMATS[name]
 
     def make(params: Any) -> Any:
         return nn.unbox(objective.init_extra(nn.meta.replace_boxed(boxed, params), key))
@@ -228,7 +231,11 @@ def _extra(
         of_branch = Report()
         key_map = kind.names.key_map(0, inside) if branch == "teacher" else [Line(name, name) for name in inside]
         fill(key_map, arrays, inside, of_branch)
-        _check(of_branch, kind, f"{branch} of the file")
+        if of_branch.missing:
+            some = ", ".join(of_branch.missing[:5])
+            report.notes.append(f"{branch}: {len(of_branch.missing)} parameters are not in the file: as here: {some}")
+            of_branch.missing = []
+        _check(of_branch, kind, f"{name} ({branch})")
         report.matched += [(theirs, f"{branch}/{ours}", shape) for theirs, ours, shape in of_branch.matched]
         report.unused += [f"{branch} {name}" for name in of_branch.unused]
     return unflatten_dict(extra, sep="/")

@@ -88,7 +88,9 @@ class Format:
     objective: str = "m3ae"
     adapt: Callable[[Foreign, dict[str, np.ndarray], ConfigDict, Report], None] = lambda *_: None
     fresh: tuple[tuple[str, str], ...] = ()
-    beside_params: Callable[[Foreign, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]] = lambda *_: {}
+    beside_params: Callable[[Foreign, dict[str, np.ndarray], ConfigDict, Report], dict[str, dict[str, np.ndarray]]] = (
+        lambda *_: {}
+    )
 
     def why_beside(self, name: str) -> str:
         """Why a parameter of theirs does not matter; "" if it may."""

@@ -29,6 +29,9 @@ _STORAGES: dict[str, Any] = {
     "torch.LongStorage": "i8",
     "torch.IntStorage": "i4",
     "torch.BoolStorage": "?",
+    "torch.ShortStorage": "i2",
+    "torch.CharStorage": "i1",
+    "torch.ByteStorage": "u1",
 }
 _USUAL = ("model", "state_dict", "module")  # of a training program's file
 
@@ -55,7 +58,10 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
         try:
             with zipfile.ZipFile(path) as archive:
                 return _parse(path, archive)
-        except zipfile.BadZipFile:
+        except zipfile.BadZipFile as error:
+            with open(path, "rb") as file:
+                if file.read(2) == b"PK":  # a zip, as today's are
+                    raise UserError(f"{path} is damaged or cut off: {error}") from None
             raise UserError(
                 f"{path} is no PyTorch file of version 1.6 or later; load and save it anew with today's PyTorch"
             ) from None

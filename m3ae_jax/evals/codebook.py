@@ -7,6 +7,7 @@ it is read again, each time with other crops and flips, as in training. PSNR is 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,8 @@ from m3ae_jax.parallel.mesh import fetch, put_batch
 from m3ae_jax.train.setup import Setup
 from m3ae_jax.train.step import TrainState
 
+log = logging.getLogger("m3ae_jax")
+
 IDS_PER_CODE = 100
 _MEAN_COLOUR = "mean colour of each patch"
 
@@ -45,6 +48,7 @@ def evaluate(setup: Setup, state: TrainState) -> Result:
     plain = View(Order(len(source), seed), seed, augment=False, end=whole)
     cropped = dataclasses.replace(plain, augment=pictures > len(source), end=pictures)
     feeds = {"kept": Feed((source,), (plain,)), "used": Feed((source,), (cropped,))}
+    log.info("codebook: %s pictures are read for the usage of each of two models", f"{pictures:,}")
     rows, scalars = [], {"codes": float(objective.codes), "ids": float(pictures * modality.tokens)}
     for who, params in _models(setup, state).items():
         hits = sum(one["hits"].astype(np.float64) for one in _seen(setup, params, feeds["used"]))

@@ -144,18 +144,32 @@ def check_objective(setup: Setup) -> None:
         UserError: there is such an evaluation.
     """
     for name in setup.config.evals:
-        for protocol in EVALUATIONS[name].objective:
-            if not isinstance(setup.objective, protocol):
-                able = [
-                    other
-                    for other, of in EVALUATIONS.items()
-                    if all(isinstance(setup.objective, p) for p in of.objective)
-                ]
-                raise UserError(
-                    f"evals=({name!r},): the objective {setup.config.objective!r} does not {_ABLE[protocol]}, which "
-                    f"this evaluation needs; with it there are {', '.join(able) or 'none'}"
-                )
+        if lacking := _lacking(setup, EVALUATIONS[name]):
+            able = [other for other, of in EVALUATIONS.items() if not _lacking(setup, of)]
+            raise UserError(
+                f"evals=({name!r},): the objective {setup.config.objective!r} does not {lacking}, which this "
+                f"evaluation needs{_weights_of_zero(setup.config)}; with it there are {', '.join(able) or 'none'}"
+            )
         EVALUATIONS[name].check_setup(setup)
+
+
+def _lacking(setup: Setup, needs: Needs) -> str:
+    """What the objective cannot do, of what an evaluation needs; "": nothing."""
+    read = {modality.name for group in setup.objective.groups for modality in group.modalities}
+    if needs.paired and not {"image", "text"} <= read:
+        return "read pictures with captions"
+    return next((_ABLE[p] for p in needs.objective if not isinstance(setup.objective, p)), "")
+
+
+def _weights_of_zero(config: ConfigDict) -> str:
+    """The objective's losses that are switched off, for a message."""
+    off = [
+        f"{path}.{name}=0"
+        for path in objective_groups(config)
+        for name, value in config[path].items()
+        if name.endswith("_weight") and value == 0
+    ]
+    return f" ({', '.join(off)})" if off else ""
 
 
 def _check_pairs(config: ConfigDict) -> None:

@@ -71,6 +71,7 @@ class Load:
         source: which of the checkpoint's parameters, as ``encoder``; empty: all; ``extra/NAME``: what is beside them.
         field: of the config that names it, for messages.
         complete: refuse a checkpoint that lacks a leaf; else it keeps its fresh value, and that is logged.
+        frozen: it stays a model of its own, computed as it was trained, whatever this run's fields say.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Load:
     source: str = ""
     complete: bool = False
     field: str = "init_from"
+    frozen: bool = False
 
 
 class Objective(Protocol):

@@ -101,7 +101,15 @@ class Fields(FieldGroup):
                 "m3ae.image_target='ids' restores ids of pictures: set data.modalities and "
                 "m3ae.normalize_patches=False so"
             )
-        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", o.image_target == "ids")
+        fill_in(
+            config,
+            path,
+            "image_tokenizer",
+            "image_tokenizer_model",
+            "visual_tokenizer",
+            o.image_target == "ids",
+            "m3ae.image_target='ids'",
+        )
         if config.m3ae.layout == "bert" and tuple(config.data.modalities) != ("text",):
             raise UserError(
                 f"m3ae.layout='bert' needs data.modalities=('text',), not {tuple(config.data.modalities)!r}; as the "

@@ -53,6 +53,7 @@ from m3ae_jax.objectives.parts.pixels import normalized_tokens
 from m3ae_jax.objectives.parts.teacher import momentum_at, moved, subset
 from m3ae_jax.objectives.parts.towers import encode, init_towers, loads_of
 
+_OF_IDS = "mamo.image_target='ids' and mamo.feature_weight"
 _PASSES = ("pair", "other_picture", "other_caption", "masked_picture", "masked_caption")
 
 
@@ -135,7 +136,7 @@ class Fields(FieldGroup):
         m = config.mamo
         check_aligned("mamo", config, ("contrast", "match", "word", "latent", "feature"))
         ids = m.image_target == "ids" and bool(m.feature_weight)
-        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", ids)
+        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", ids, _OF_IDS)
         if m.momentum_start not in (m.momentum, 0.995) and not m.momentum_ramp:
             raise UserError(f"mamo.momentum_start={m.momentum_start} is not used: set mamo.momentum_ramp to some steps")
         if m.distillation and not m.contrast_weight:

@@ -68,7 +68,8 @@ class Fields(FieldGroup):
     text_layer_norm_epsilon: float = setting(1e-12, low=1e-15, high=0.1)
     """Of the upper stack (BERT's)."""
     text_places: int = setting(0, low=0)
-    """Rows of the upper stack's table of positions (BERT's: 510); 0: as many as words or patches need."""
+    """Rows of the upper stack's table of positions (BERT's: 510); 0: as many as the words need, and
+    the patches where ids of theirs are asked."""
     image_positions: str = setting(
         "learned", choices=("sincos", "learned"), aliases=("position_embedding", "pos_embed")
     )
@@ -131,19 +132,37 @@ class Fields(FieldGroup):
         """Refuses stacks that cannot be computed, and losses that fit neither each other nor the data."""
         o = config.simla
         check_aligned("simla", config, ("contrast", "match", "word", "id", "keyword"))
-        needed = max(config.data.max_text_tokens, (config.data.image_size // config.data.patch_size) ** 2)
+        needed = config.data.max_text_tokens
+        if o.id_weight:  # pictures read, too
+            needed = max(needed, (config.data.image_size // config.data.patch_size) ** 2)
         if o.text_places and o.text_places < needed:
             raise UserError(f"simla.text_places={o.text_places}: {needed} are needed, for the words and the patches")
         depth = o.text_depth or config.model.depth
         if o.fusion_layer and o.fusion_layer >= depth:
-            raise UserError(f"simla.fusion_layer={o.fusion_layer}: of the upper stack's {depth} layers none would look")
+            raise UserError(
+                f"simla.fusion_layer={o.fusion_layer}: of the upper stack's {depth} layers none would look; it is 0 to "
+                f"{depth - 1}"
+            )
+        for name in ("keyword_votes", "keywords"):
+            if o.keyword_weight and o[name] > config.data.max_text_tokens:
+                raise UserError(
+                    f"simla.{name}={o[name]}: a caption has data.max_text_tokens={config.data.max_text_tokens} words"
+                )
         if o.fusion_layer and o.text_from:
             raise UserError(
                 f"simla.text_from with simla.fusion_layer={o.fusion_layer}: BERT's layers are not divided; name one"
             )
         if o.stop_words and (config.data.tokenizer or not o.stop_ids):
             o.stop_ids = ",".join(map(str, _ids_of_words(o.stop_words.split(), config.data.tokenizer)))
-        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", bool(o.id_weight))
+        fill_in(
+            config,
+            path,
+            "image_tokenizer",
+            "image_tokenizer_model",
+            "visual_tokenizer",
+            bool(o.id_weight),
+            "simla.id_weight",
+        )
 
 
 def _ids_of_words(words: list[str], tokenizer: str) -> list[int]:
@@ -318,7 +337,8 @@ class Simla(Objective):
         )
         learned = ("image",) if o.image_positions == "learned" else ()
         self._tower = Encoder(lower, (image,), typed=False, learned_positions=learned, masked=("image",))
-        self._stack = TextStack(upper, text, o.text_places or max(text.tokens, image.tokens), o.fusion_layer)
+        places = max(text.tokens, image.tokens) if o.id_weight else text.tokens
+        self._stack = TextStack(upper, text, o.text_places or places, o.fusion_layer)
         if o.fusion_layer:
             self.stacks = ("image/transformer/blocks", "text/lower/blocks", "text/transformer/blocks")
         self._projection = projection(o.embedding_width, lower.dtype, bias=True)

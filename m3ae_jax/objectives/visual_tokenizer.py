@@ -93,7 +93,9 @@ class Fields(FieldGroup):
         needed = bool(o.perceptual_weight)
         if needed and o.quantizer == "kmeans":
             raise UserError(f"visual_tokenizer.perceptual_weight={o.perceptual_weight}: kmeans trains on pixels alone")
-        fill_in(config, path, "perceptual_from", "perceptual_model", "m3ae", needed)
+        fill_in(
+            config, path, "perceptual_from", "perceptual_model", "m3ae", needed, "visual_tokenizer.perceptual_weight"
+        )
 
 
 class VisualTokenizer(Objective):

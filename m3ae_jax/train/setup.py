@@ -199,6 +199,8 @@ class Setup:
 
     def _tell_of(self, load: Load) -> None:
         """Logs what of a checkpoint's run differs from this one so that its weights mean something else."""
+        if load.frozen:
+            return
         meta = load_meta(load.path)
         for line in positions.computed_anew(meta.get("modalities", ()), self._modalities()):
             log.info("%s=%s: %s", load.field, load.path, line)

@@ -1,5 +1,6 @@
 """SIMLA and ALBEF, small and with random weights: the same numbers by NumPy, and by PyTorch's own functions."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ FUSION = {"simla": 0, "albef": 2}
 IDS = {"[CLS]": 101, "[SEP]": 102}
 CHANGES = [("data.max_text_tokens", "8"), ("batch_size", "4")]
 TEXT = "text_encoder.bert."
+FEATURES = ("image CLS", "text CLS", "fused CLS")
 State = dict[str, np.ndarray]
 
 
@@ -171,7 +173,7 @@ def test_every_name_is_accounted_for_and_numpy_computes_the_same(theirs: tuple[S
     assert (converted.format, config.objective) == ("albef", "simla")
     assert config.simla.fusion_layer == first and config.simla.text_depth == DEPTH
     compared = check.compare(converted)
-    assert compared.close and set(compared.errors) == {"image embeddings", "text embeddings", "matching"}
+    assert compared.close and set(compared.errors) == {*FEATURES, "image embeddings", "text embeddings", "matching"}
     assert all("mim_head" in line or "position_ids" in line for line in report.unused)
     assert report.missing == ([] if first == 0 else ["image/image/mask_embedding"])
     for change in ("cross_attention/query", "norm_cross_attention", "other_token", "heads/match", "position_embedding"):
@@ -244,33 +246,124 @@ def test_teacher_and_queue_are_taken_where_they_are(theirs: tuple[State, int, Pa
     assert inference.read(str(tmp_path / "run")).config.simla.queue == QUEUE
 
 
-def test_files_of_tasks_and_damaged_ones(theirs: tuple[State, int, Path], tmp_path: Path) -> None:
-    state, first, _ = theirs
+def saved(folder: Path, arrays: State) -> Path:
+    safetensors.save(folder / "other.safetensors", arrays, {})
+    return folder / "other.safetensors"
 
-    def saved(arrays: State) -> Path:
-        safetensors.save(tmp_path / "other.safetensors", arrays, {})
-        return tmp_path / "other.safetensors"
 
-    plain = {name.replace(".bert.", "."): x for name, x in state.items() if ".cls.predictions" not in name}
-    retrieval = convert.import_weights(saved(plain | {"idx_queue": np.zeros((1, QUEUE), int)}), overrides=CHANGES)
+def plain(state: State) -> State:
+    """As fine-tuning saves it."""
+    return {name.replace(".bert.", "."): x for name, x in state.items() if ".cls.predictions" not in name}
+
+
+def encoders(state: State) -> State:
+    names = ("visual_encoder.", "text_encoder.")
+    return {n: x for n, x in plain(state).items() if n.startswith(names)} | {"cls_head.0.weight": np.ones((9, 9), "f4")}
+
+
+def test_files_of_tasks(theirs: tuple[State, int, Path], tmp_path: Path) -> None:
+    state, _, _ = theirs
+    file = saved(tmp_path, plain(state) | {"idx_queue": np.zeros((1, QUEUE), int)})
+    retrieval = convert.import_weights(file, overrides=CHANGES)
     assert retrieval.config.simla.word_weight == 0.0 and retrieval.config.simla.match_weight == 1.0
     assert check.compare(retrieval).close
-    entailment = {n: x for n, x in plain.items() if n.startswith(("visual_encoder.", "text_encoder."))}
-    entailment |= {"cls_head.0.weight": np.ones((WIDTH, WIDTH), np.float32)}
-    alone = convert.import_weights(saved(entailment), overrides=[*CHANGES, ("simla.embedding_width", "8")])
+    # Without a queue, and without the matching.
+    less = [*CHANGES, ("simla.queue", "0"), ("simla.match_weight", "0")]
+    converted = convert.import_weights(file, overrides=less)
+    assert "queue" not in converted.extra and "match" not in converted.params.get("heads", {})
+    assert any("queue of 16 pairs is left out" in note for note in converted.report.notes)
+    assert sum(line.startswith("match.") for line in converted.report.unused) == 2
+    with pytest.raises(UserError, match=r"simla.queue=8: the file's has 16 pairs; 0 leaves it out"):
+        convert.import_weights(file, overrides=[*CHANGES, ("simla.queue", "8")])
+    # A task's without heads of ours: all that it has is compared.
+    alone = convert.import_weights(
+        saved(tmp_path, encoders(state)), overrides=[*CHANGES, ("simla.embedding_width", "8")]
+    )
     assert any("FRESH" in note for note in alone.report.notes)
     assert any("it starts as a copy" in note for note in alone.report.notes)
+    compared = check.compare(alone)
+    assert compared.close and set(compared.errors) == {*FEATURES}
     got = alone.extra["teacher"]["image"]["transformer"]["norm"]["scale"]
     np.testing.assert_array_equal(got, alone.params["image"]["transformer"]["norm"]["scale"])
-    last = f"{TEXT}encoder.layer.{DEPTH - 1}.crossattention.output.dense.weight"
-    decoder = "text_encoder.cls.predictions.decoder.weight"
-    for arrays, line in (
-        ({n: x for n, x in state.items() if n != last}, f"but not text.blocks.{DEPTH - 1 - first}.cross.proj.weight"),
-        (state | {"itm_head.more": np.ones(3, np.float32)}, "has no place for: match.more"),
-        (state | {decoder: np.zeros((WORDS, WIDTH), np.float32)}, "its words.decoder.weight is not text.words"),
-        ({n: x for n, x in state.items() if "crossattention" not in n}, "have cross-attention, not the upper ones"),
-    ):
-        with pytest.raises(UserError, match=line):
-            convert.import_weights(saved(arrays), overrides=CHANGES)
     with pytest.raises(UserError, match="--to=albef: ALBEF's and SIMLA's weights are read, not written"):
         albef.write(tmp_path, {}, alone.config, alone.report)
+
+
+def test_a_picture_may_have_more_patches_than_a_caption_has_places(
+    theirs: tuple[State, int, Path], tmp_path: Path
+) -> None:
+    """As after fine-tuning at 384 px, 576 patches and 512 places."""
+    state, _, _ = theirs
+    table = np.random.default_rng(1).standard_normal((1, 1 + 5**2, WIDTH)).astype(np.float32)
+    file = saved(tmp_path, {n: table if n.endswith("pos_embed") else x for n, x in state.items()})
+    converted = convert.import_weights(file, overrides=CHANGES)
+    assert converted.config.data.image_size == 5 * PATCH and check.compare(converted).close
+    smaller = convert.import_weights(file, overrides=[*CHANGES, ("data.image_size", str(2 * PATCH))])
+    compared = check.compare(smaller)
+    assert "not compared: pictures, which have another size" in compared.text()
+    assert compared.close and set(compared.errors) == {"text CLS", "text embeddings"}
+
+
+def test_older_names_and_a_part_of_the_teacher_and_of_the_queue(
+    theirs: tuple[State, int, Path], tmp_path: Path
+) -> None:
+    state, _, path = theirs
+    ends = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+    old = {next((n.replace(a, b) for a, b in ends.items() if n.endswith(a)), n): x for n, x in state.items()}
+    first, again = (convert.import_weights(f, overrides=CHANGES) for f in (path, saved(tmp_path, old)))
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    some = {n: x for n, x in state.items() if not n.startswith("visual_encoder_m") and n != "queue_ptr"}
+    converted = convert.import_weights(saved(tmp_path, some), overrides=CHANGES)
+    assert any(note.startswith("teacher: ") and "not in the file" in note for note in converted.report.notes)
+    assert sum("the queue is not whole" in line for line in converted.report.unused) == 2
+    got = converted.extra["teacher"]["image"]["transformer"]["norm"]["scale"]
+    np.testing.assert_array_equal(got, converted.params["image"]["transformer"]["norm"]["scale"])
+
+
+def shaped(name: str, *shape: int) -> Callable[[State], State]:
+    return lambda state: state | {name: np.ones(shape, np.float32)}
+
+
+def without(*parts: str) -> Callable[[State], State]:
+    return lambda state: {n: x for n, x in state.items() if not any(part in n for part in parts)}
+
+
+LAST = f"{TEXT}encoder.layer.{DEPTH - 1}.crossattention"
+KEYS = [f"{TEXT}encoder.layer.{n}.crossattention.self.key.weight" for n in (DEPTH - 2, DEPTH - 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (without(f"{LAST}.output.dense.weight"), r"but not text.blocks.\d.cross.proj.weight"),
+        (shaped("itm_head.more", 3), "has no place for: match.more"),
+        (shaped("mystery_m.weight", 3), r"model of format albef \(teacher\) has no place for: mystery.weight"),
+        (
+            shaped("text_encoder.cls.predictions.decoder.weight", WORDS, WIDTH),
+            "its words.decoder.weight is not text.wo",
+        ),
+        (without("crossattention"), "have cross-attention, not the upper ones"),
+        (lambda state: state | {KEYS[1]: state[KEYS[0]]}, "NLVR2's pictures have no place here"),
+        (without("word_embeddings", "decoder.weight"), "text.words"),
+        (shaped("temp", 2), "is not a whole file of SIMLA or ALBEF"),
+        (lambda state: state | {"temp": np.float32(-1.0)}, "its temp=-1.0 is no temperature"),
+        (shaped("queue_ptr", 2), "is not a whole file of SIMLA or ALBEF"),
+        (shaped("visual_encoder.blocks.0.attn.qkv.weight", 190, 64), "is not a whole file of SIMLA or ALBEF"),
+        (shaped(f"{LAST}.self.value.weight", 64, 32), "is not a whole file of SIMLA or ALBEF"),
+        (shaped("visual_encoder.pos_embed", 1, 5, 32), "is not a whole file of SIMLA or ALBEF"),
+        (shaped(f"{TEXT}embeddings.position_embeddings.weight", 20, 32), "is not a whole model of format albef"),
+    ],
+)
+def test_damaged_files_are_refused_in_a_line(change: Callable[[State], State], line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=line):
+        convert.import_weights(saved(tmp_path, change(state_of("albef"))), overrides=CHANGES)
+
+
+def test_relatives_are_not_taken_for_what_they_are_not(tmp_path: Path) -> None:
+    blip = encoders(state_of("simla"))
+    del blip["visual_encoder.mask_token"]
+    with pytest.raises(UserError, match=r"not its visual_encoder.mask_token: of BLIP and others"):
+        convert.import_weights(saved(tmp_path, blip), overrides=CHANGES)
+    other = {n.replace("visual_encoder.", "vision_encoder."): x for n, x in encoders(state_of("albef")).items()}
+    with pytest.raises(UserError, match="has cross-attention beside BERT's layers"):
+        convert.import_weights(saved(tmp_path, other), overrides=CHANGES)

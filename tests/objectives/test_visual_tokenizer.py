@@ -16,6 +16,7 @@ import m3ae_jax
 from m3ae_jax.checkpoint.manager import Checkpoints
 from m3ae_jax.data.images import unpatchify
 from m3ae_jax.errors import UserError
+from m3ae_jax.evals.run import check_objective
 from m3ae_jax.inference import VisualTokenizer
 from m3ae_jax.objectives.base import model_params
 from m3ae_jax.objectives.batch import clean
@@ -267,6 +268,17 @@ def test_targets_are_the_ids_of_exactly_the_crop_and_flip_that_the_encoder_sees(
     assert objective.prior([part], [part])["image_loss"] == np.log(model.codes)
 
 
+def test_a_tokenizer_is_computed_as_it_was_trained_whatever_the_run_says(
+    runs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So nothing warns of other pixels or another activation."""
+    other = {"data.image_mean": "(0.1,0.2,0.3)", "model.activation": "gelu"}
+    setup = m3ae_of(runs["fsq"], **other)
+    with caplog.at_level("WARNING", logger="m3ae_jax"):
+        setup.fresh_state()
+    assert not [record.getMessage() for record in caplog.records]
+
+
 def test_mamo_restores_the_ids_of_what_it_does_not_see(runs: dict[str, Path]) -> None:
     alone = {f"mamo.{name}_weight": 0.0 for name in ("contrast", "match", "word", "latent")}
     ids = {"mamo.image_target": "ids", "mamo.image_tokenizer": runs["vq"]}
@@ -286,6 +298,15 @@ def test_mamo_restores_the_ids_of_what_it_does_not_see(runs: dict[str, Path]) ->
     assert set(objective.term_weights) == {"feature_loss"} and 0.0 <= float(figures["id_accuracy"]) <= 1.0
     assert np.log(model.codes) * 0.7 < float(figures["feature_loss"]) < np.log(model.codes) * 1.5
     assert_equal(fetch(after.extra["tokenizer"]), fetch(setup.fresh_state().extra["tokenizer"]))
+
+
+def test_evaluations_of_captions_are_refused_where_none_are_read() -> None:
+    setup = setup_of("visual_tokenizer", **{"data.modalities": "(image,text)", "evals": "masked_prediction"})
+    with pytest.raises(UserError, match=r"does not read pictures with captions, .*; with it there are codebook"):
+        check_objective(setup)
+    zero = {"simla.id_weight": 0.0, "simla.keyword_weight": 0.0, "evals": "keywords"}
+    with pytest.raises(UserError, match=r"needs \(simla.id_weight=0, simla.keyword_weight=0\); with it there are"):
+        check_objective(setup_of("simla", **zero))
 
 
 def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -312,7 +333,7 @@ def test_a_run_needs_its_tokenizer_at_the_start_alone(runs: dict[str, Path], tmp
     ("changes", "message"),
     [
         ({"m3ae.image_tokenizer": "nowhere"}, "image_tokenizer='nowhere' holds no run"),
-        ({"m3ae.image_target": "pixels"}, "m3ae.image_tokenizer='.*' is not used"),
+        ({"m3ae.image_target": "pixels"}, "m3ae.image_tokenizer='.*' is not used without m3ae.image"),
         ({"m3ae.normalize_patches": True}, "image_target='ids'"),
         ({"data.modalities": "('text',)"}, "image_target='ids'"),
     ],
@@ -332,9 +353,12 @@ def test_without_a_tokenizer_a_run_is_planned_but_does_not_begin() -> None:
 
 
 def test_pictures_that_are_cut_otherwise_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.patch_size=4: m3ae.image_tokenizer was trained with 8"):
+    with pytest.raises(
+        UserError,
+        match=r"data.patch_size=4: m3ae.image_tokenizer=.* was trained with 8; set data",
+    ):
         m3ae_of(runs["fsq"], **{"data.patch_size": 4})
-    with pytest.raises(UserError, match=r"data.image_size=48: m3ae.image_tokenizer was trained with 32"):
+    with pytest.raises(UserError, match=r"data.image_size=48: m3ae.image_tokenizer=.* was trained with 32"):
         m3ae_of(runs["fsq"], **{"data.image_size": 48})
     assert m3ae_of(runs["kmeans"], **{"data.image_size": 48}).objective.groups[0].spec(1)
     other = setup_of("contrastive")

@@ -76,11 +76,13 @@ class Frozen:
             UserError: no run is named.
         """
         if not self.path:
-            raise UserError(f"{self.field} is empty: name a run of {self.config.objective!r}")
+            raise UserError(
+                f"{self.field} is empty: name a run of {self.config.objective!r}, --config.{self.field}=RUN"
+            )
         abstract = nn.unbox(jax.eval_shape(self.init, jax.random.key(0)))
         of_extra = set(self.objective.model_extra)
         return tuple(
-            Load(self.path, f"{into}/{name}", f"extra/{name}" if name in of_extra else name, True, self.field)
+            Load(self.path, f"{into}/{name}", f"extra/{name}" if name in of_extra else name, True, self.field, True)
             for name, branch in abstract.items()
             if jax.tree.leaves(branch)
         )
@@ -137,7 +139,11 @@ def built(
     any_size = its.get("visual_tokenizer", {}).get("quantizer") == "kmeans"
     for name in ("patch_size", *(() if any_size else ("image_size",))):
         if its.data[name] != config.data[name]:
-            raise UserError(f"data.{name}={config.data[name]}: {field} was trained with {its.data[name]}")
+            theirs = its.data[name]
+            raise UserError(
+                f"data.{name}={config.data[name]}: {field}{f'={path!r}' if path else ''} was trained with {theirs}; "
+                f"set data.{name}={theirs}, or name another run"
+            )
     its.data.image_size, its.data.modalities = config.data.image_size, ("image",)
     its.compute = config.compute
     its = config_lib.resolve(its)
@@ -148,7 +154,9 @@ def _text(value: Any) -> str:
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 
-def fill_in(config: ConfigDict, path: str, run: str, description: str, objective: str, needed: bool) -> None:
+def fill_in(
+    config: ConfigDict, path: str, run: str, description: str, objective: str, needed: bool, without: str
+) -> None:
     """Fills in the description of a run that a group of fields names; for `FieldGroup.check`.
 
     Args:
@@ -158,6 +166,7 @@ def fill_in(config: ConfigDict, path: str, run: str, description: str, objective
         description: its field for what `described` says.
         objective: by which the run must have been trained.
         needed: whether the group's objective uses it.
+        without: the fields that it needs, for the message.
 
     Raises:
         UserError: it is no such run, or named and not needed.
@@ -165,7 +174,7 @@ def fill_in(config: ConfigDict, path: str, run: str, description: str, objective
     group: Any = config[path]
     if not needed:
         if group[run]:
-            raise UserError(f"{path}.{run}={group[run]!r} is not used")
+            raise UserError(f"{path}.{run}={group[run]!r} is not used without {without}")
         return
     if group[run] and not (group[description] and not Path(group[run]).exists()):
         group[description] = described(f"{path}.{run}", group[run], objective)

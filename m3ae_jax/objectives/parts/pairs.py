@@ -53,7 +53,10 @@ def check_aligned(objective: str, config: ConfigDict, terms: Iterable[str]) -> N
             "mask embedding, of random words"
         )
     if o.queue and not o.contrast_weight:
-        raise UserError(f"{objective}.queue={o.queue} is not used without contrast ({objective}.contrast_weight=0)")
+        raise UserError(
+            f"{objective}.queue={o.queue} is not used without contrast ({objective}.contrast_weight=0): set "
+            f"{objective}.queue=0"
+        )
     if o.queue % config.batch_size:
         raise UserError(f"{objective}.queue={o.queue} is not divisible by batch_size={config.batch_size}")
     if o.negative_rows and config.batch_size % o.negative_rows:
