@@ -155,10 +155,9 @@ def check_objective(setup: Setup) -> None:
 
 def _lacking(setup: Setup, needs: Needs) -> str:
     """What the objective cannot do, of what an evaluation needs; "": nothing."""
+    unable = next((_ABLE[p] for p in needs.objective if not isinstance(setup.objective, p)), "")
     read = {modality.name for group in setup.objective.groups for modality in group.modalities}
-    if needs.paired and not {"image", "text"} <= read:
-        return "read pictures with captions"
-    return next((_ABLE[p] for p in needs.objective if not isinstance(setup.objective, p)), "")
+    return unable or ("read pictures with captions" if needs.paired and not {"image", "text"} <= read else "")
 
 
 def _weights_of_zero(config: ConfigDict) -> str:
