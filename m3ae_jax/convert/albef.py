@@ -321,7 +321,8 @@ def beside_params(
     if queue and rows:
         if rows != len(queue["text"]):
             raise UserError(f"simla.queue={rows}: the file's has {len(queue['text'])} pairs; 0 leaves it out")
-        beside["queue"] = queue | {"id": np.zeros(rows, np.int32), "valid": np.ones(rows, bool)}
+        start = queue["next"] - queue["next"] % config.batch_size  # a push must not reach beyond the end
+        beside["queue"] = queue | {"id": np.zeros(rows, np.int32), "valid": np.ones(rows, bool), "next": start}
     elif queue:
         report.notes.append(f"simla.queue=0: the file's queue of {len(queue['text'])} pairs is left out")
     return {name: of for name, of in beside.items() if of}
