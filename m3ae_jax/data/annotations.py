@@ -128,10 +128,6 @@ def _keys(names: str) -> frozenset[str]:
 # --- what rows say -----------------------------------------------------------------------------------------
 
 
-def _captions(row: Row) -> int:
-    return len(row["caption"]) if isinstance(row["caption"], list) else 1
-
-
 def _texts_of(row: Row) -> list[str]:
     return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
 
@@ -273,7 +269,14 @@ LAYOUTS = (
     Layout("ALBEF's grounding list (evaluation)", _LIST, _keys("image text ref_id"), nouns="sentences"),
     Layout("ALBEF's grounding list (training)", _LIST, _keys("image text"), nouns="sentences"),
     *(
-        Layout(f"ALBEF's {name}", _LIST, _keys(keys), texts=_captions, fits=fits, captions=_texts_of)
+        Layout(
+            f"ALBEF's {name}",
+            _LIST,
+            _keys(keys),
+            texts=lambda row: len(_texts_of(row)),
+            fits=fits,
+            captions=_texts_of,
+        )
         for name, keys, fits in (
             ("retrieval list (training)", "image caption image_id", lambda row: True),
             ("retrieval list (evaluation)", "image caption", _has_captions_by_list),
@@ -344,7 +347,7 @@ def captioned(path: Path) -> list[Captioned | None] | None:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        whole = os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES
+        whole = 0 < os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES  # an empty file cannot be mapped
         # Without parsing what may be half a gigabyte of boxes.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else contextlib.nullcontext(b"") as content:
             if all(content.find(key) < 0 for key in (b'"caption"', b'"sentences"')):
@@ -358,11 +361,11 @@ def captioned(path: Path) -> list[Captioned | None] | None:
         return None
     found: dict[str, tuple[list[str], str]] = {}
     damaged = 0
-    names = _listed_names(document) if layout.listed else {}
+    names = {one["id"]: one["file_name"] for one in _listed(layout, document) if isinstance(one.get("id"), int | str)}
     for row in layout.rows_of(document):
         try:
             if layout.listed:
-                picture = names[row["image_id"]]
+                picture = str(names[row["image_id"]])
             else:
                 (picture,) = (str(name) for name in layout.pictures(row, document))
             captions = [caption.strip() for caption in layout.captions(row)]
@@ -375,12 +378,11 @@ def captioned(path: Path) -> list[Captioned | None] | None:
     return [*rows, *[None] * damaged]
 
 
-def _listed_names(document: Row) -> dict[Any, str]:
-    images = document.get("images")
-    entries = images if isinstance(images, list) else []
-    return {
-        one["id"]: str(one["file_name"]) for one in entries if isinstance(one, dict) and {"id", "file_name"} <= {*one}
-    }
+def _listed(layout: Layout, document: Any) -> list[Row]:
+    """The pictures that the object around the rows lists."""
+    listed = document.get(layout.listed) if layout.listed else None
+    entries = listed if isinstance(listed, list) else []
+    return [one for one in entries if isinstance(one, dict) and "file_name" in one]
 
 
 # --- recognising -------------------------------------------------------------------------------------------
@@ -464,9 +466,7 @@ def _counted(path: Path, layout: Layout, rows: list[Any], document: Row) -> Anno
         names |= dict.fromkeys(shown)
         splits[split] += bool(split)
     if layout.listed:
-        listed = document.get(layout.listed)
-        entries = listed if isinstance(listed, list) else []
-        names = dict.fromkeys(str(one["file_name"]) for one in entries if isinstance(one, dict) and "file_name" in one)
+        names = dict.fromkeys(str(one["file_name"]) for one in _listed(layout, document))
     unknown = keys - layout.needs - layout.may_have
     if layout.rows not in (_LIST, _LINES, _VALUES):
         unknown |= document.keys() - layout.document - {layout.rows}

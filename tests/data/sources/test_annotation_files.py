@@ -144,3 +144,17 @@ def test_a_table_with_lists_in_cells_and_splits(tmp_path: Path) -> None:
     (tmp_path / "flickr_annotations_30k.csv").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
     _, found = read(tmp_path, split="val", caption_key="raw")
     assert [name for name, _ in found] == ["0.jpg"]
+
+
+def test_files_beside_pictures_that_are_no_annotations_stop_nothing(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.jpg")
+    write(tmp_path / "list.json", [{"image": "a.jpg", "caption": "one"}])
+    (tmp_path / "empty.json").touch()
+    (tmp_path / "cut.json").write_text('[{"image": "a.jpg", "caption": "o', encoding="utf-8")
+    listed = [{"id": [1], "file_name": "a.jpg"}, {"id": 2}, 3]
+    write(tmp_path / "odd.json", {"images": listed, "annotations": [7, {"image_id": [1], "caption": "two"}]})
+    with pytest.raises(UserError, match="several tables of names and captions"):  # of which one has no rows
+        read(tmp_path)
+    (tmp_path / "odd.json").unlink()
+    source, found = read(tmp_path)
+    assert found == [("a.jpg", (b"one",))] and source.report.unused == {"file .json": 2}
