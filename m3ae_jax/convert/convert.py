@@ -52,6 +52,7 @@ FORMATS: dict[str, Format] = {
 Tables = Mapping[str, positions.Table]
 """Another project's tables of positions, by stack."""
 
+_OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 _TYPES = {stack: tree.path("type", stack=stack, modality="image") for stack in ("encoder", "decoder")}
 _LEARNED = tree.path("positions")
 _WORDS = "text.words"  # of two towers
@@ -94,9 +95,7 @@ def detect(path: Path) -> str:
         names, metadata = safetensors.load(path)
         if own.METADATA in metadata:
             return "safetensors"
-    elif path.name.endswith((".pth", ".pt", ".bin", ".ckpt", ".pth.tar")) or zipfile.is_zipfile(
-        path
-    ):  # as .ckpt, .pth.tar
+    elif path.name.endswith(_OF_TORCH) or zipfile.is_zipfile(path):
         names, _ = torch_file.load(path)
     else:
         kinds = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())

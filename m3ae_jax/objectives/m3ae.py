@@ -39,7 +39,7 @@ from m3ae_jax.objectives.base import (
     model_params,
 )
 from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed, zeros_part
-from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
+from m3ae_jax.objectives.parts.frozen import TOKENIZER, Frozen, built, fill_in
 from m3ae_jax.objectives.parts.pixels import (
     denormalize_pixels,
     normalize_patches,
@@ -101,15 +101,7 @@ class Fields(FieldGroup):
                 "m3ae.image_target='ids' restores ids of pictures: set data.modalities and "
                 "m3ae.normalize_patches=False so"
             )
-        fill_in(
-            config,
-            path,
-            "image_tokenizer",
-            "image_tokenizer_model",
-            "visual_tokenizer",
-            o.image_target == "ids",
-            "m3ae.image_target='ids'",
-        )
+        fill_in(config, path, TOKENIZER, o.image_target == "ids", "m3ae.image_target='ids'")
         if config.m3ae.layout == "bert" and tuple(config.data.modalities) != ("text",):
             raise UserError(
                 f"m3ae.layout='bert' needs data.modalities=('text',), not {tuple(config.data.modalities)!r}; as the "
@@ -144,8 +136,7 @@ class M3AE(Objective):
         )
         self._tokenizer: Frozen | None = None
         if o.image_target == "ids":
-            field = "m3ae.image_tokenizer"
-            self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
+            self._tokenizer = built(config, "m3ae", TOKENIZER)
             self.model_extra = ("tokenizer",)
             codes = self._tokenizer.objective.codes
             ids = dataclasses.replace(self._modalities["image"], features=0, vocabulary=codes)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
@@ -37,7 +38,7 @@ from m3ae_jax.objectives.parts.contrast import (
     temperature_parameters,
     unit,
 )
-from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
+from m3ae_jax.objectives.parts.frozen import TOKENIZER, Frozen, built, fill_in
 from m3ae_jax.objectives.parts.latents import (
     NORMALIZATIONS,
     Projector,
@@ -53,7 +54,6 @@ from m3ae_jax.objectives.parts.pixels import normalized_tokens
 from m3ae_jax.objectives.parts.teacher import momentum_at, moved, subset
 from m3ae_jax.objectives.parts.towers import encode, init_towers, loads_of
 
-_OF_IDS = "mamo.image_target='ids' and mamo.feature_weight"
 _PASSES = ("pair", "other_picture", "other_caption", "masked_picture", "masked_caption")
 
 
@@ -136,7 +136,7 @@ class Fields(FieldGroup):
         m = config.mamo
         check_aligned("mamo", config, ("contrast", "match", "word", "latent", "feature"))
         ids = m.image_target == "ids" and bool(m.feature_weight)
-        fill_in(config, path, "image_tokenizer", "image_tokenizer_model", "visual_tokenizer", ids, _OF_IDS)
+        fill_in(config, path, TOKENIZER, ids, "mamo.image_target='ids' and mamo.feature_weight")
         if m.momentum_start not in (m.momentum, 0.995) and not m.momentum_ramp:
             raise UserError(f"mamo.momentum_start={m.momentum_start} is not used: set mamo.momentum_ramp to some steps")
         if m.distillation and not m.contrast_weight:
@@ -240,8 +240,7 @@ class MAMO(Objective):
         if o.feature_weight:
             outputs = {"features": width, "pixels": pixels}
             if o.image_target == "ids":
-                field = "mamo.image_tokenizer"
-                self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
+                self._tokenizer = built(config, "mamo", TOKENIZER)
                 outputs["ids"] = self._tokenizer.objective.codes
             self._heads["features"] = Projector(fusion, outputs[o.image_target])
         weights = {"contrast_loss": o.contrast_weight, "match_loss": o.match_weight, "word_loss": o.word_weight}
@@ -551,8 +550,7 @@ class MAMO(Objective):
         if self._tokenizer:
             true = self._tokenizer.hidden_ids(extra["tokenizer"], group)
             right = (jnp.argmax(predicted, axis=-1) == true).astype(jnp.float32)
-            log_probability = jax.nn.log_softmax(predicted.astype(jnp.float32))
-            losses = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
+            losses = optax.softmax_cross_entropy_with_integer_labels(predicted.astype(jnp.float32), true)
             return losses, {"id_accuracy": summed(row_total(right, target["valid"], "token"))}
         if self._options.image_target == "pixels":
             return absolute_error(predicted, normalized_tokens(target, self._config)["value"]), {}

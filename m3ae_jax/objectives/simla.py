@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from m3ae_jax.config.fields import FieldGroup, setting
@@ -38,7 +39,7 @@ from m3ae_jax.objectives.parts.contrast import (
     temperature_parameters,
     unit,
 )
-from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
+from m3ae_jax.objectives.parts.frozen import TOKENIZER, Frozen, built, fill_in
 from m3ae_jax.objectives.parts.keywords import binary_loss, keywords
 from m3ae_jax.objectives.parts.matching import hard_negatives
 from m3ae_jax.objectives.parts.pairs import BOTH, check_aligned, paired, refuse_unpaired
@@ -154,15 +155,7 @@ class Fields(FieldGroup):
             )
         if o.stop_words and (config.data.tokenizer or not o.stop_ids):
             o.stop_ids = ",".join(map(str, _ids_of_words(o.stop_words.split(), config.data.tokenizer)))
-        fill_in(
-            config,
-            path,
-            "image_tokenizer",
-            "image_tokenizer_model",
-            "visual_tokenizer",
-            bool(o.id_weight),
-            "simla.id_weight",
-        )
+        fill_in(config, path, TOKENIZER, bool(o.id_weight), "simla.id_weight")
 
 
 def _ids_of_words(words: list[str], tokenizer: str) -> list[int]:
@@ -287,9 +280,8 @@ class _Restoring:
         if "image" in hidden and "text" in groups and self._tokenizer:
             words = self._text(params, "words", clean(groups["text"], shown=True), rng=None)
             logits = self._head(params, "ids", self._masked(params, groups["image"], words, (None, None, None)))
-            log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
             true, best = self._tokenizer.hidden_ids(params["tokenizer"], groups["image"]), jnp.argmax(logits, axis=-1)
-            loss = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), true)
             restored["image"] = Restored(self._tokenizer.painted(params["tokenizer"], groups["image"], best), loss)
         return restored
 
@@ -344,8 +336,7 @@ class Simla(Objective):
         self._projection = projection(o.embedding_width, lower.dtype, bias=True)
         self._tokenizer: Frozen | None = None
         if o.id_weight:
-            field = "simla.image_tokenizer"
-            self._tokenizer = built(field, o.image_tokenizer_model, o.image_tokenizer, config, "visual_tokenizer")
+            self._tokenizer = built(config, "simla", TOKENIZER)
             self.model_extra = ("tokenizer",)
         self._heads: dict[str, Any] = {}
         if o.match_weight:
@@ -527,11 +518,11 @@ class Simla(Objective):
             target = groups["image"]["target"]
             logits = self._head(params, "ids", self._masked(params, groups["image"], words, (key(7), key(8), key(9))))
             true = self._tokenizer.hidden_ids(extra["tokenizer"], groups["image"])
-            log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
-            losses = -jnp.take_along_axis(log_probability, true[..., None], axis=-1)[..., 0]
+            logits = logits.astype(jnp.float32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, true)
             if "ids" in teacher:
                 soft = jax.nn.softmax(teacher["ids"].astype(jnp.float32))
-                losses = (1.0 - share) * losses - share * jnp.sum(soft * log_probability, axis=-1)
+                losses = (1.0 - share) * losses + share * optax.softmax_cross_entropy(logits, soft)
             terms["id_loss"] = row_total(losses, target["valid"] & valid[:, None], "token")
             right = (jnp.argmax(logits, axis=-1) == true).astype(jnp.float32)
             metrics["id_accuracy"] = summed(row_total(right, target["valid"] & valid[:, None], "token"))

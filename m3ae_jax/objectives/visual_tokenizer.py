@@ -37,11 +37,12 @@ from m3ae_jax.objectives.base import (
 )
 from m3ae_jax.objectives.batch import clean, modality_groups, row_total, summed, zeros_part
 from m3ae_jax.objectives.parts.contrast import unit
-from m3ae_jax.objectives.parts.frozen import Frozen, built, fill_in
+from m3ae_jax.objectives.parts.frozen import Frozen, Slot, built, fill_in
 from m3ae_jax.objectives.parts.pixels import denormalize_pixels, normalize_pixels, normalize_unit, psnr, unit_pixels
 from m3ae_jax.objectives.parts.quantize import FSQ, VQ, Quantized, Quantizer, usage
 
 _HITS = 0.99  # decay of the moving mean that usage is told of
+_JUDGE = Slot("perceptual_from", "perceptual_model", "m3ae")
 _NO_SUMMARY = Layout(summary="nothing")
 
 
@@ -93,9 +94,7 @@ class Fields(FieldGroup):
         needed = bool(o.perceptual_weight)
         if needed and o.quantizer == "kmeans":
             raise UserError(f"visual_tokenizer.perceptual_weight={o.perceptual_weight}: kmeans trains on pixels alone")
-        fill_in(
-            config, path, "perceptual_from", "perceptual_model", "m3ae", needed, "visual_tokenizer.perceptual_weight"
-        )
+        fill_in(config, path, _JUDGE, needed, "visual_tokenizer.perceptual_weight")
 
 
 class VisualTokenizer(Objective):
@@ -130,9 +129,7 @@ class VisualTokenizer(Objective):
         self._judge: Frozen | None = None
         if o.perceptual_weight:
             self.term_weights["perceptual_loss"] = o.perceptual_weight
-            field = "visual_tokenizer.perceptual_from"
-            branches = ("encoder",)
-            self._judge = built(field, o.perceptual_model, o.perceptual_from, config, "m3ae", branches=branches)
+            self._judge = built(config, "visual_tokenizer", _JUDGE, branches=("encoder",))
 
     def _stacks(self, picture: Any) -> tuple[Encoder, Encoder]:
         o, options = self._options, stack_options(self._config)

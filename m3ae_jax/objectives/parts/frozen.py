@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -116,24 +116,40 @@ def described(field: str, path: str, objective: str) -> str:
     return json.dumps({"objective": objective, **kept}, sort_keys=True)
 
 
-def built(
-    field: str, description: str, path: str, config: ConfigDict, objective: str, *, branches: tuple[str, ...] = ()
-) -> Frozen:
-    """The model that `described` describes; without a description the default one, which has no weights (for plans).
+class Slot(NamedTuple):
+    """Two fields of a group that say which model stands still beside its objective.
+
+    Attributes:
+        run: names the run.
+        description: what the model is (`described`); filled in.
+        objective: by which it must have been trained.
+    """
+
+    run: str
+    description: str
+    objective: str
+
+
+TOKENIZER = Slot("image_tokenizer", "image_tokenizer_model", "visual_tokenizer")
+"""In whose ids pictures are restored."""
+
+
+def built(config: ConfigDict, path: str, slot: Slot, *, branches: tuple[str, ...] = ()) -> Frozen:
+    """The model that a slot's description describes; without one the default model, which has no weights (for plans).
 
     Args:
-        field: as of `described`.
-        description: its result, or nothing.
-        path: of the run; empty: its weights are in this run's state.
-        config: of the run that uses it; it is computed as this says.
-        objective: as of `described`.
+        config: of the run that uses it; it is computed as this says. Where no run is named its weights are in this
+            run's state.
+        path: of the group.
+        slot: its fields.
         branches: see `Frozen`.
 
     Raises:
         UserError: its pictures are cut otherwise, or have another size, which k-means does not mind.
     """
+    field, named, description = f"{path}.{slot.run}", config[path][slot.run], config[path][slot.description]
     sizes = {f"data.{name}": config.data[name] for name in ("patch_size", "image_size")}
-    fields: dict[str, Any] = json.loads(description) if description else {"objective": objective, **sizes}
+    fields: dict[str, Any] = json.loads(description) if description else {"objective": slot.objective, **sizes}
     its = config_lib.default(fields.pop("objective"))
     config_lib.apply_overrides(its, [(name, _text(value)) for name, value in fields.items()])
     any_size = its.get("visual_tokenizer", {}).get("quantizer") == "kmeans"
@@ -141,30 +157,26 @@ def built(
         if its.data[name] != config.data[name]:
             theirs = its.data[name]
             raise UserError(
-                f"data.{name}={config.data[name]}: {field}{f'={path!r}' if path else ''} was trained with {theirs}; "
+                f"data.{name}={config.data[name]}: {field}{f'={named!r}' if named else ''} was trained with {theirs}; "
                 f"set data.{name}={theirs}, or name another run"
             )
     its.data.image_size, its.data.modalities = config.data.image_size, ("image",)
     its.compute = config.compute
     its = config_lib.resolve(its)
-    return Frozen(build(its, 0), its, field, path, branches)
+    return Frozen(build(its, 0), its, field, named, branches)
 
 
 def _text(value: Any) -> str:
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 
-def fill_in(
-    config: ConfigDict, path: str, run: str, description: str, objective: str, needed: bool, without: str
-) -> None:
+def fill_in(config: ConfigDict, path: str, slot: Slot, needed: bool, without: str) -> None:
     """Fills in the description of a run that a group of fields names; for `FieldGroup.check`.
 
     Args:
         config: the whole.
         path: of the group.
-        run: its field that names the run.
-        description: its field for what `described` says.
-        objective: by which the run must have been trained.
+        slot: its fields.
         needed: whether the group's objective uses it.
         without: the fields that it needs, for the message.
 
@@ -173,8 +185,8 @@ def fill_in(
     """
     group: Any = config[path]
     if not needed:
-        if group[run]:
-            raise UserError(f"{path}.{run}={group[run]!r} is not used without {without}")
+        if group[slot.run]:
+            raise UserError(f"{path}.{slot.run}={group[slot.run]!r} is not used without {without}")
         return
-    if group[run] and not (group[description] and not Path(group[run]).exists()):
-        group[description] = described(f"{path}.{run}", group[run], objective)
+    if group[slot.run] and not (group[slot.description] and not Path(group[slot.run]).exists()):
+        group[slot.description] = described(f"{path}.{slot.run}", group[slot.run], slot.objective)
